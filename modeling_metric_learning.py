@@ -1,0 +1,141 @@
+"""Training model of VPTSP: the retriever with class prompts, semantic proxies and a proxy loss.
+
+Shapes: B images, M classes in a batch, C training classes, E embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from .configuration_vptsp import VPTSPConfig
+from .losses_vptsp import proxy_anchor_loss, proxy_nca_loss
+from .modeling_vptsp import EmbeddingHead, VPTSPModel, VPTSPPreTrainedModel
+from .proxies_vptsp import ClassPrompts, SemanticProxies, group_by_class
+
+
+@dataclass
+class VPTSPMetricLearningOutput(ModelOutput):
+    """Output of [`VPTSPForMetricLearning`].
+
+    Attributes:
+        loss: Scalar, where labels were given.
+        embeddings: `(B, E)` float32, L2-normalised (before the embedding dropout's zeros, if any).
+        pooler_output: The same tensor.
+        similarity: `(B, C)` or, with `proxy_range="batch"`, `(B, M)` cosine similarity of embeddings and proxies.
+        semantic_vectors: `(B, E)` of the semantic pass, L2-normalised.
+        proxy_classes: `(M,)` int64, classes of the batch.
+        proxy_rows: `(M, E)` their new rows of the proxy state, to be committed after the backward pass.
+    """
+
+    loss: torch.FloatTensor | None = None
+    embeddings: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    similarity: torch.FloatTensor | None = None
+    semantic_vectors: torch.FloatTensor | None = None
+    proxy_classes: torch.LongTensor | None = None
+    proxy_rows: torch.FloatTensor | None = None
+
+
+class VPTSPForMetricLearning(VPTSPPreTrainedModel):
+    """VPTSP training model (Ren et al., ICLR 2024).
+
+    `forward` is pure: it returns the proxy state's new rows, and `commit_proxies` writes them once the backward pass
+    is over, so that recomputation, gradient accumulation and evaluation can't corrupt the state.
+    """
+
+    def __init__(self, config: VPTSPConfig):
+        super().__init__(config)
+        if config.num_classes is None:
+            raise ValueError("num_classes must be set for training, got None")
+        self.vptsp = VPTSPModel(config)
+        if config.proxy_update != "none":
+            self.class_prompts = ClassPrompts(
+                config.num_classes,
+                config.class_prompt_lengths,
+                config.num_class_prompts,
+                config.backbone_config.hidden_size,
+            )
+            if config.proxy_head == "own":
+                self.proxy_head = EmbeddingHead(config.pooled_dim, config.embedding_dim)
+        self.proxies = SemanticProxies(config)
+        self.post_init()
+        self.freeze_backbone()
+
+    def forward(self, pixel_values, labels=None, images_per_class=None, interpolate_pos_encoding=False):
+        """Embeddings and, with labels, the loss and the proxy state's new rows.
+
+        Args:
+            pixel_values: `(B, 3, height, width)` float, normalised as the backbone expects.
+            labels: `(B,)` int64 in 0..C-1.
+            images_per_class: Images of each class, where the batch is class-major and all classes have as many.
+            interpolate_pos_encoding: As for [`VPTSPModel`].
+
+        Returns:
+            [`VPTSPMetricLearningOutput`].
+
+        Raises:
+            ValueError: labels are outside 0..C-1 or not as many as images. On an accelerator, with
+                `images_per_class`, their range is left to the caller, since looking would stall the device.
+        """
+        tokens = self.vptsp.embed_patches(pixel_values, interpolate_pos_encoding)
+        embeddings = self.vptsp.head(self.vptsp.encode(tokens, self.vptsp.prompts()))
+        embeddings = self.vptsp.embedding_dropout(embeddings)
+        if labels is None:
+            return VPTSPMetricLearningOutput(embeddings=embeddings, pooler_output=embeddings)
+        self._check_labels(labels, len(embeddings), trusted=images_per_class is not None)
+        groups = group_by_class(labels, images_per_class)
+
+        vectors, rows = None, None
+        if self.config.proxy_update != "none":
+            pooled = self.vptsp.encode(tokens, self.class_prompts(groups.classes), groups.rows)
+            vectors = (self.vptsp.head if self.config.proxy_head == "shared" else self.proxy_head)(pooled)
+        # The state and the loss live on small differences: no half precision here, whatever the pass ran in.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            if vectors is not None:
+                rows = self.proxies.new_rows(vectors, groups)
+            proxies = self.proxies.proxies(groups.classes, rows, self.config.proxy_range)
+            similarity = embeddings @ proxies.to(embeddings.dtype).T
+            loss = self._loss(similarity, labels if self.config.proxy_range == "all" else groups.rows, groups)
+        return VPTSPMetricLearningOutput(
+            loss=loss,
+            embeddings=embeddings,
+            pooler_output=embeddings,
+            similarity=similarity,
+            semantic_vectors=vectors,
+            proxy_classes=groups.classes,
+            proxy_rows=rows,
+        )
+
+    def _loss(self, similarity, targets, groups):
+        config = self.config
+        if config.loss == "proxy_nca":
+            return proxy_nca_loss(similarity, targets, config.loss_alpha, config.loss_delta)
+        return proxy_anchor_loss(
+            similarity,
+            targets,
+            config.loss_alpha,
+            config.loss_delta,
+            config.proxy_anchor_reduction,
+            num_present=len(groups.classes),
+        )
+
+    def _check_labels(self, labels, batch_size, trusted):
+        if labels.shape != (batch_size,):
+            raise ValueError(f"labels must have shape ({batch_size},), got {tuple(labels.shape)}")
+        if trusted and labels.device.type != "cpu":
+            return
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.config.num_classes:
+            raise ValueError(f"labels must be in 0..{self.config.num_classes - 1}, got {low}..{high}")
+
+    def commit_proxies(self, output: VPTSPMetricLearningOutput):
+        """Write the new rows of the proxy state that `forward` returned. Call it once a batch, after the backward pass."""
+        if output.proxy_rows is not None:
+            self.proxies.commit(output.proxy_classes, output.proxy_rows.detach())
+
+
+__all__ = ["VPTSPForMetricLearning", "VPTSPMetricLearningOutput"]

@@ -1,0 +1,51 @@
+"""Fixtures shared by all tests: a tiny random vision transformer, offline and seeded."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTModel
+
+
+def tiny_vit_config(**overrides):
+    values = {
+        "hidden_size": 24,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "intermediate_size": 40,
+        "image_size": 16,
+        "patch_size": 8,
+        # so that differences between layers and tokens aren't lost in rounding
+        "initializer_range": 0.3,
+    }
+    return ViTConfig(**{**values, **overrides})
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def vit_config():
+    return tiny_vit_config()
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory):
+    """A tiny pretrained-looking ViT on disk, as `ViTModel.save_pretrained` writes it."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("backbone")
+    backbone = ViTModel(tiny_vit_config())
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    backbone.save_pretrained(folder)
+    return folder
