@@ -108,10 +108,15 @@ class VPTSPConfig(PreTrainedConfig):
             layers = self.backbone_config.num_hidden_layers
             self.prompt_depth = layers if self.prompt_depth is None else self.prompt_depth
             self.class_prompt_depth = layers if self.class_prompt_depth is None else self.class_prompt_depth
-        self._validate()
+        self.validate_fields()
         super().__post_init__(**kwargs)
 
-    def _validate(self):
+    def validate_fields(self):
+        """Check every field.
+
+        Raises:
+            ValueError: a field is out of its range; the message names it.
+        """
         for field in ("num_prompts", "prompt_step", "num_class_prompts", "class_prompt_step"):
             _require(self, field, lambda value: _is_int(value) and value >= 0, "an integer >= 0")
         _require(self, "embedding_dim", lambda value: _is_int(value) and value >= 1, "an integer >= 1")
@@ -125,12 +130,12 @@ class VPTSPConfig(PreTrainedConfig):
             _require(self, field, lambda value, choices=choices: value in choices, "one of " + ", ".join(choices))
         for field in ("prompt_depth", "class_prompt_depth"):
             layers = None if self.backbone_config is None else self.backbone_config.num_hidden_layers
-            expected = "None or an integer >= 0" + ("" if layers is None else f" and <= the backbone's {layers} layers")
+            limit = "" if layers is None else f" and <= the backbone's {layers} layers"
             _require(
                 self,
                 field,
-                lambda v, layers=layers: v is None or (_is_int(v) and 0 <= v and (layers is None or v <= layers)),
-                expected,
+                lambda v, layers=layers: v is None or (_is_int(v) and v >= 0 and (layers is None or v <= layers)),
+                "None or an integer >= 0" + limit,
             )
 
     @property

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers.utils import ModelOutput
 
 from .configuration_vptsp import VPTSPConfig
@@ -133,7 +132,7 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
             raise ValueError(f"labels must be in 0..{self.config.num_classes - 1}, got {low}..{high}")
 
     def commit_proxies(self, output: VPTSPMetricLearningOutput):
-        """Write the new rows of the proxy state that `forward` returned. Call it once a batch, after the backward pass."""
+        """Write the proxy state's new rows that `forward` returned; once a batch, after the backward pass."""
         if output.proxy_rows is not None:
             self.proxies.commit(output.proxy_classes, output.proxy_rows.detach())
 

@@ -66,16 +66,12 @@ class Prompts(nn.Module):
 
 
 class EmbeddingHead(nn.Module):
-    """LayerNorm and a linear layer to the embedding width, then L2 normalisation."""
+    """LayerNorm and a linear layer (Xavier uniform, zero bias) to the embedding width, then L2 normalisation."""
 
     def __init__(self, pooled_dim, embedding_dim):
         super().__init__()
         self.norm = nn.LayerNorm(pooled_dim)
         self.projection = nn.Linear(pooled_dim, embedding_dim)
-
-    def init_weights(self):
-        init.xavier_uniform_(self.projection.weight)
-        init.zeros_(self.projection.bias)
 
     def forward(self, pooled):
         """`(B, pooled_dim)` -> `(B, E)`, L2-normalised, in float32 or wider."""
@@ -102,7 +98,7 @@ def load_backbone(config, folder=None, **hub_kwargs):
     """The backbone named in `config.backbone`, in the dtype of its checkpoint.
 
     Args:
-        config: A `VPTSPConfig` with `backbone` set.
+        config: A `VPTSPConfig` with `backbone` set; it gets the place where a local backbone was found.
         folder: Local folder of the retriever that names the backbone. A local backbone is looked for relative to it,
             then relative to the working directory.
         **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
@@ -133,6 +129,7 @@ def load_backbone(config, folder=None, **hub_kwargs):
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
         raise ValueError(f"the backbone {source!r} lacks {_listed(info['missing_keys'])}")
+    config.backbone = source
     if config.backbone_fingerprint not in (None, backbone_fingerprint(backbone.state_dict())):
         raise ValueError(
             f"the weights of the backbone {source!r} are not those that the prompts were tuned with "
@@ -156,6 +153,14 @@ def _listed(names, at_most=8):
     return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
 
 
+def _refuse_differences(missing, unknown, source, shapes=()):
+    """Raise if a checkpoint holds other tensors than the model."""
+    problems = (("lacks", missing), ("has unknown", unknown), ("has", shapes))
+    found = [f"{verb} {_listed(names)}" for verb, names in problems if names]
+    if found:
+        raise ValueError(f"the checkpoint {str(source)!r} {' and '.join(found)}")
+
+
 class VPTSPPreTrainedModel(PreTrainedModel):
     """What retriever and training model share: building on a backbone, freezing, saving only what is tuned."""
 
@@ -174,6 +179,9 @@ class VPTSPPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         if hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
             module.init_weights()
+        elif isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -202,7 +210,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         return self
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
-        """Recompute layers in the backward pass; always non-reentrant, since a frozen backbone's input needs no gradient.
+        """Recompute layers in the backward pass; non-reentrant, since a frozen backbone's input needs no gradient.
 
         Raises:
             ValueError: `use_reentrant=True` was asked for; no gradient would reach the prompts.
@@ -271,6 +279,26 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         finally:
             self.config.backbone = backbone
 
+    def load_saved(self, folder):
+        """Load what `save_pretrained` wrote for this very configuration, in place and strictly.
+
+        Args:
+            folder: Local folder with `model.safetensors`.
+
+        Raises:
+            ValueError: tensors are missing, unknown or of another shape.
+        """
+        saved = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+        own = self.state_dict()
+        expected = set(own) if self.config.save_backbone else self.tuned_names()
+        shapes = [
+            f"{name} {tuple(saved[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in set(saved) & set(own)
+            if saved[name].shape != own[name].shape
+        ]
+        _refuse_differences(expected - set(saved), set(saved) - set(own), folder, shapes)
+        self.load_state_dict(saved, strict=False)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, backbone=None, **kwargs):
         """Load tuned weights and put them on the backbone that they name.
@@ -296,8 +324,11 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         known = {field.name for field in fields(config)}
         for key in [key for key in kwargs if key in known and key != "dtype"]:
             setattr(config, key, kwargs.pop(key))
+        config.validate_fields()
         weights = cached_file(pretrained_model_name_or_path, SAFE_WEIGHTS_NAME, revision=revision, **hub_kwargs)
-        state_dict = cls._with_prefix_of(load_file(weights))
+        state_dict = load_file(weights)
+        from_retriever = not any(name.startswith("vptsp.") for name in state_dict)
+        state_dict = cls._named_as_here(state_dict, from_retriever)
         if not config.save_backbone:
             if backbone is not None:
                 config.backbone, config.backbone_revision = str(backbone), None
@@ -309,27 +340,21 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             None, *model_args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
         )
-        model._check_loading(info, pretrained_model_name_or_path)
+        missing, unknown = set(info["missing_keys"]), set(info["unexpected_keys"])
+        if from_retriever:  # proxies and the like start anew
+            missing = {name for name in missing if model is model.retriever or name.startswith("vptsp.")}
+        _refuse_differences(missing, unknown, pretrained_model_name_or_path)
         model.freeze_backbone()
         return (model, info) if return_info else model
 
     @classmethod
-    def _with_prefix_of(cls, state_dict):
-        """Tensors of a retriever or of a training model, under the names that this class gives them."""
-        if issubclass(cls, VPTSPModel):
-            shared = {name[6:]: tensor for name, tensor in state_dict.items() if name.startswith("vptsp.")}
-            return shared or state_dict
-        if not any(name.startswith("vptsp.") for name in state_dict):
+    def _named_as_here(cls, state_dict, from_retriever):
+        """Tensors of a retriever or of a training model, under the names that they have in this class."""
+        if issubclass(cls, VPTSPModel) and not from_retriever:
+            return {name[6:]: tensor for name, tensor in state_dict.items() if name.startswith("vptsp.")}
+        if not issubclass(cls, VPTSPModel) and from_retriever:
             return {f"vptsp.{name}": tensor for name, tensor in state_dict.items()}
         return state_dict
-
-    def _check_loading(self, info, source):
-        missing, unknown = set(info["missing_keys"]), set(info["unexpected_keys"])
-        if not any(name.startswith("vptsp.") for name in set(self.state_dict()) - missing):
-            missing = {name for name in missing if name.startswith("vptsp.") or self is self.retriever}
-        if missing or unknown:
-            parts = [f"lacks {_listed(missing)}"] * bool(missing) + [f"has unknown {_listed(unknown)}"] * bool(unknown)
-            raise ValueError(f"the checkpoint {source!r} {' and '.join(parts)}")
 
 
 class VPTSPModel(VPTSPPreTrainedModel):

@@ -29,7 +29,7 @@ def tiny_vit_config(**overrides):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tiny tensors, and tests run side by side
 
 
 @pytest.fixture

@@ -51,7 +51,9 @@ def gru(model, p, s):
 def forward(model, pixel_values, labels):
     """Embeddings (B, E), loss and the whole new S (C, E), or None without semantic proxies."""
     config = model.config
-    embeddings = torch.stack([embed_one(model, image, model.vptsp.prompts.tokens, model.vptsp.head) for image in pixel_values])
+    embeddings = torch.stack(
+        [embed_one(model, image, model.vptsp.prompts.tokens, model.vptsp.head) for image in pixel_values]
+    )
     original = model.proxies.original_proxies
     state = None
     if config.proxy_update != "none":

@@ -1,10 +1,10 @@
 """The fast path against the naive computation: embeddings, loss, every gradient and the new proxy state."""
 
+import oracle
 import pytest
 import torch
 from conftest import tiny_vit_config
 
-import oracle
 from vptsp import VPTSPConfig, VPTSPForMetricLearning
 
 
@@ -19,8 +19,9 @@ def make_model(dtype=torch.float64, **fields):
     return model.train()
 
 
-def assert_same_step(model, labels, images_per_class=None, rtol=1e-5):
+def assert_same_step(model, labels, images_per_class=None, rtol=1e-5, rounding=None):
     dtype = model.proxies.original_proxies.dtype
+    rounding = rounding or torch.finfo(dtype).eps
     pixel_values = torch.randn(len(labels), 3, 16, 16, dtype=dtype)
 
     embeddings, loss, state = oracle.forward(model, pixel_values, labels)
@@ -53,7 +54,7 @@ def assert_same_step(model, labels, images_per_class=None, rtol=1e-5):
     for name, gradient in actual.items():
         reference = expected.get(name, torch.zeros_like(gradient))
         if name.endswith("k_proj.bias"):  # shifts all scores of a query alike: zero but for rounding
-            assert max(gradient.norm(), reference.norm()) < 10 * torch.finfo(dtype).eps * largest
+            assert max(gradient.norm(), reference.norm()) < 10 * rounding * largest
         elif reference.norm() > 0:
             close(gradient, reference, f"gradient of {name}")
         else:
@@ -67,8 +68,9 @@ K2 = torch.tensor([4, 4, 0, 0, 6, 6])
 @pytest.mark.parametrize("prompts", [(5, None, 0), (5, 2, 0), (5, 4, 2), (7, 3, 1), (0, 4, 0), (4, 0, 0)])
 @pytest.mark.parametrize("class_prompts", [(3, None, 0), (3, 4, 2), (2, 1, 0), (0, 0, 0)])
 def test_prompt_layouts(prompts, class_prompts):
-    names = ("num_prompts", "prompt_depth", "prompt_step", "num_class_prompts", "class_prompt_depth", "class_prompt_step")
-    model = make_model(**dict(zip(names, prompts + class_prompts, strict=True)))
+    fields = ("num_prompts", "prompt_depth", "prompt_step")
+    fields += ("num_class_prompts", "class_prompt_depth", "class_prompt_step")
+    model = make_model(**dict(zip(fields, prompts + class_prompts, strict=True)))
     assert_same_step(model, K2, images_per_class=2)
 
 
@@ -114,7 +116,8 @@ def test_eager_attention():
     model = make_model()
     model.vptsp.backbone.set_attn_implementation("eager")
     assert model.vptsp.backbone.layers[0].attention.config._attn_implementation == "eager"
-    assert_same_step(model, K2, images_per_class=2)
+    # transformers takes this softmax in float32, whatever the model's dtype
+    assert_same_step(model, K2, images_per_class=2, rounding=torch.finfo(torch.float32).eps)
 
 
 def test_gradient_checkpointing():

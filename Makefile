@@ -1,0 +1,39 @@
+# make help lists the targets. The environment is made on first use, in .venv, with the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# torch first: what else depends on it then takes the build that is already there.
+$(VENV)/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable '.[test,dev]'
+	@touch $@
+
+install: $(VENV)/.installed  ## create the environment and install
+
+quickstart: $(VENV)/.installed  ## the whole chain on scanned digits, offline, in minutes
+	$(BIN)/python -m vptsp.quickstart
+
+test: $(VENV)/.installed  ## run the tests
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+style: $(VENV)/.installed  ## format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+quality: $(VENV)/.installed  ## check format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+clean:  ## remove what builds and runs leave (not the environment)
+	rm -rf build dist *.egg-info runs .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+.PHONY: help install quickstart test style quality clean

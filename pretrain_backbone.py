@@ -1,0 +1,121 @@
+"""Train a small vision transformer from scratch, as a classifier of a data set's training classes.
+
+A stand-in where no pretrained backbone can be had. With access to the Hub, use a pretrained one instead.
+
+    python pretrain_backbone.py --dataset_name folder --data_dir path/to/folders --image_size 112 \\
+        --hidden_size 192 --num_hidden_layers 6 --num_attention_heads 3 --output_dir runs/backbone
+
+`output_dir` gets a `ViTModel` and its image processor, to be given as `backbone` to `train.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.data import Dataset
+
+from vptsp.data_scripts import DataArguments, DataError, check_data_arguments
+
+
+@dataclass
+class PretrainingArguments:
+    """Shape of the transformer and length of its training."""
+
+    output_dir: str = field(metadata={"help": "Folder for the backbone."})
+    hidden_size: int = field(default=192, metadata={"help": "Width."})
+    num_hidden_layers: int = field(default=6, metadata={"help": "Layers."})
+    num_attention_heads: int = field(default=3, metadata={"help": "Attention heads."})
+    patch_size: int = field(default=16, metadata={"help": "Side of a patch in pixels."})
+    num_train_epochs: float = field(default=30, metadata={"help": "Passes over the training images."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per batch and device."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak rate of AdamW, with warm-up and cosine decay."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Of AdamW."})
+    seed: int = field(default=0, metadata={"help": "Of weights, order and augmentation."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
+    bf16: bool = field(default=False, metadata={"help": "Mixed precision in bfloat16."})
+
+
+class AugmentedImages(Dataset):
+    """An `ImageDataset` whose augmentation draws from torch's generator, for any sampler."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        from vptsp.data_scripts import SampleKey
+
+        return self.images[SampleKey(index, int(torch.randint(2**31, ())))]
+
+
+def pretrain(args: PretrainingArguments, data_args: DataArguments) -> dict[str, float]:
+    """Train and save the backbone; returns the Trainer's metrics."""
+    from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+
+    from vptsp.data_scripts import ImageDataset, collate_images, make_transforms
+    from vptsp.image_processor_vptsp import DEFAULT_MEAN, DEFAULT_STD, build_image_processor
+
+    set_seed(args.seed)
+    images = ImageDataset(data_args.load_splits()["train"], make_transforms(data_args)[0])
+    config = ViTConfig(
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=args.num_attention_heads,
+        intermediate_size=4 * args.hidden_size,
+        image_size=data_args.image_size,
+        patch_size=args.patch_size,
+        layer_norm_eps=1e-6,
+        num_labels=images.num_classes,
+    )
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (DEFAULT_MEAN, DEFAULT_STD))
+
+    def collate(examples):
+        batch = collate_images(examples)
+        return {**batch, "pixel_values": (batch["pixel_values"] / 255 - mean) / std}
+
+    training_args = TrainingArguments(
+        output_dir=args.output_dir,
+        num_train_epochs=args.num_train_epochs,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        seed=args.seed,
+        dataloader_num_workers=args.dataloader_num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=args.use_cpu,
+        bf16=args.bf16,
+        save_strategy="no",
+        logging_strategy="epoch",
+        remove_unused_columns=False,
+    )
+    model = ViTForImageClassification(config)
+    trainer = Trainer(model=model, args=training_args, train_dataset=AugmentedImages(images), data_collator=collate)
+    metrics = trainer.train().metrics
+    model.vit.save_pretrained(args.output_dir)
+    build_image_processor(data_args.image_size, data_args.resize_size).save_pretrained(args.output_dir)
+    return metrics
+
+
+def main(argv=None):
+    """Entry point; exit status 2 and one line on stderr where the data can't be used."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser((PretrainingArguments, DataArguments), description=__doc__)
+    args, data_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    try:
+        check_data_arguments(data_args)
+        pretrain(args, data_args)
+    except DataError as error:
+        print(f"pretrain_backbone.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

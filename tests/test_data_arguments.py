@@ -1,0 +1,126 @@
+import importlib
+import subprocess
+import sys
+
+import pytest
+from data_fixtures import write_classes, write_image
+from transformers import HfArgumentParser
+
+from vptsp.data_scripts import DATASETS, DataArguments, DataError, check_data_arguments, load_splits
+
+
+def parse(*words):
+    (args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses(list(words))
+    return args
+
+
+def test_command_line():
+    assert parse() == DataArguments()
+    words = "--dataset_name digits --train_classes 0 1 2 --test_classes 7 8 --digit_size 16 --image_size 112"
+    words += " --no_horizontal_flip --verify_counts False --crop_scale_min 0.2 --split_seed 3"
+    args = parse(*words.split())
+    assert args.train_classes == ["0", "1", "2"] and args.test_classes == ["7", "8"]
+    assert (args.digit_size, args.image_size, args.resize_size, args.split_seed) == (16, 112, 128, 3)
+    assert args.horizontal_flip is False and args.verify_counts is False
+    assert all(field.metadata["help"] for field in DataArguments.__dataclass_fields__.values())
+
+
+def test_yaml(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("dataset_name: digits\ntrain_classes: [0, 1]\ntest_classes: some/list.txt\nresize_size: 250\n")
+    (args,) = HfArgumentParser(DataArguments).parse_yaml_file(str(file))
+    assert args.train_classes == ["0", "1"] and args.test_classes == ["some/list.txt"]
+    assert args.resize_size == 250
+
+
+@pytest.mark.parametrize("size, resize", [(224, 256), (112, 128), (32, 37), (64, 73)])
+def test_resize_follows_image_size(size, resize):
+    assert DataArguments(image_size=size).resize_size == resize
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"layout": "flat"}, "layout must be one of auto, classes, train_test, query_gallery, got 'flat'"),
+        ({"class_split": "even"}, "class_split must be one of first, alternate, random, got 'even'"),
+        ({"test_share": 0.0}, "test_share must be between 0 and 1, both excluded, got 0.0"),
+        ({"digit_size": 7}, "digit_size must be >= 8, got 7"),
+        ({"image_size": 0}, "image_size must be >= 1, got 0"),
+        ({"resize_size": 100}, "resize_size must be >= image_size 224, got 100"),
+        ({"crop_scale_min": 0.0}, "crop_scale_min must be above 0 and at most 1, got 0.0"),
+        ({"train_classes": "rose"}, "train_classes must be a list of names or the path of a .txt file, got 'rose'"),
+    ],
+)
+def test_values_are_checked(values, message):
+    with pytest.raises(ValueError) as caught:
+        DataArguments(**values)
+    assert message in str(caught.value)
+
+
+def test_arguments_load_what_they_say(tmp_path):
+    root = write_classes(tmp_path / "root", dict.fromkeys("abcd", 1))
+    args = DataArguments(data_dir=str(root), data_cache_dir=str(tmp_path / "cache"), class_split="alternate")
+    assert args.builder_options() == {"class_split": "alternate"}
+    check_data_arguments(args)
+    assert args.load_splits()["train"].features["label"].names == ["a", "c"]
+    assert any((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_registry_agrees_with_the_builders():
+    for name, entry in DATASETS.items():
+        module, _, class_name = entry.builder.partition(":")
+        builder = getattr(importlib.import_module(f"vptsp.data_scripts.{module}"), class_name)
+        assert set(entry.options) == set(builder.BUILDER_CONFIG_CLASS.option_names()), name
+        config, args = builder.BUILDER_CONFIG_CLASS(), DataArguments()
+        assert all(getattr(config, option) == getattr(args, option) for option in entry.options), name
+        assert entry.description
+
+
+def test_load_splits_errors(tmp_path):
+    with pytest.raises(DataError, match=r"unknown dataset_name 'digit', did you mean 'digits'\? There are: folder \("):
+        load_splits("digit")
+    with pytest.raises(DataError, match=r"'folder' has no option 'colour'; its options are train_classes, .*layout"):
+        load_splits("folder", tmp_path, colour="red")
+
+
+def test_early_check(tmp_path):
+    root = write_classes(tmp_path / "root", {"a": 1})
+    check_data_arguments(DataArguments(data_dir=str(root)))  # that there is one class only, listing will tell
+    check_data_arguments(DataArguments(dataset_name="digits"))
+    write_classes(tmp_path / "birds/CUB_200_2011/images", {"001.a": 1})
+    check_data_arguments(DataArguments(dataset_name="cub", data_dir=str(tmp_path / "birds")))
+    for values, message in (
+        ({"dataset_name": "cubs"}, r"unknown dataset_name 'cubs', did you mean 'cub'\?"),
+        ({}, "data_dir is missing: the data set 'folder' needs"),
+        ({"data_dir": str(tmp_path / "absent")}, "absent does not exist"),
+        ({"data_dir": str(write_image(tmp_path / "photo.png"))}, "must be a folder"),
+        ({"data_dir": str(root / "a")}, "holds 1 images .* but no class folders"),
+        ({"data_dir": str(root), "layout": "train_test"}, "layout 'train_test' needs the folders"),
+        ({"data_dir": str(root), "train_classes": ["no.txt"]}, "train_classes: expected a text file .* at no.txt"),
+        ({"data_dir": str(root), "dataset_name": "cub"}, "expected images or CUB_200_2011/images in it"),
+        ({"data_dir": str(root), "dataset_name": "cub", "test_share": 0.4}, "'cub' has no option 'test_share'"),
+        ({"data_dir": str(root), "digit_size": 16}, "'folder' has no option 'digit_size'"),
+        ({"data_dir": str(root), "dataset_name": "digits"}, "'digits' has no data_dir, got"),
+    ):
+        with pytest.raises(DataError, match=message):
+            check_data_arguments(DataArguments(**values))
+
+
+def test_early_check_imports_nothing_heavy(tmp_path):
+    root = write_classes(tmp_path / "root", {"a": 1})
+    code = (
+        "import sys\n"
+        "from vptsp.data_scripts import DataArguments, check_data_arguments\n"
+        f"check_data_arguments(DataArguments(data_dir={str(root)!r}))\n"
+        "print([name for name in ('torch', 'datasets', 'transformers', 'sklearn') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_package_names_all_import():
+    package = importlib.import_module("vptsp.data_scripts")
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        _ = package.absent

@@ -1,0 +1,375 @@
+"""Tune prompts for image retrieval on a frozen vision transformer.
+
+    accelerate launch train.py configs/cub_vits16.yaml --data_dir path/to/CUB_200_2011
+    accelerate launch train.py configs/folder.yaml --data_dir path/to/folders --num_train_epochs 5
+
+The YAML file and the options name fields of `VPTSPConfig` (what the model is), `VPTSPTrainingArguments` (how the run
+goes) and `DataArguments` (what data); options win. `output_dir` gets the retriever, `all_results.json` and a picture.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from vptsp.configuration_vptsp import VPTSPConfig
+from vptsp.data_scripts import DataArguments, DataError, check_data_arguments
+
+
+# Fields of VPTSPConfig that follow from the data or the backbone and so are nobody's to set.
+_DERIVED = ("num_classes", "backbone_fingerprint")
+
+
+@dataclass
+class RunArguments:
+    """What is left: where results may go."""
+
+    overwrite_output: bool = field(
+        default=False, metadata={"help": "Write into an output_dir that holds an earlier run's results."}
+    )
+    picture_queries: int = field(
+        default=8, metadata={"help": "Queries in the picture of neighbours; 0 for no picture."}
+    )
+
+
+class ConfigError(ValueError):
+    """A configuration that can't work, with what to change."""
+
+
+def model_arguments_class():
+    """A dataclass of the fields of `VPTSPConfig` that a user may set, for `HfArgumentParser`."""
+    from transformers import PreTrainedConfig
+
+    inherited = {item.name for item in fields(PreTrainedConfig)} | set(_DERIVED)
+    own = [item for item in fields(VPTSPConfig) if item.name not in inherited]
+    help_texts = _documented_fields(VPTSPConfig)
+    columns = []
+    for item in own:
+        kind = "str | None" if item.name == "backbone_config" else item.type
+        default = None if item.default is MISSING else item.default
+        columns.append((item.name, kind, field(default=default, metadata={"help": help_texts[item.name]})))
+    return make_dataclass("ModelArguments", columns)
+
+
+def _documented_fields(cls) -> dict[str, str]:
+    """Field -> text, from the `Args` section of a class's docstring."""
+    texts, name = {}, None
+    for line in cls.__doc__.split("Args:")[1].split("Raises:")[0].splitlines():
+        if line.startswith(" " * 8) and not line.startswith(" " * 9):
+            name, _, text = line.strip().partition(": ")
+            texts[name] = text
+        elif name is not None and line.strip():
+            texts[name] += " " + line.strip()
+    return {name: text.replace("%", "%%") for name, text in texts.items()}
+
+
+def parse_arguments(argv):
+    """Command line -> (model fields that were given, training, data and run arguments).
+
+    Raises:
+        ConfigError: the YAML file can't be read, or it or the command line holds something unknown or out of range.
+    """
+    from transformers import HfArgumentParser
+
+    from vptsp.training_args_vptsp import VPTSPTrainingArguments
+
+    classes = (model_arguments_class(), VPTSPTrainingArguments, DataArguments, RunArguments)
+    parser = HfArgumentParser(
+        classes, prog="train.py", usage="%(prog)s [CONFIG.yaml] [--FIELD VALUE ...]", description=__doc__
+    )
+    known = {item.name for cls in classes for item in fields(cls) if item.init}
+    if argv and not argv[0].startswith("-"):
+        values = read_config(argv[0], known)
+        argv = argv[1:]
+        parser.set_defaults(**values)
+    try:
+        model_args, training_args, data_args, run_args = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    model_fields = vars(model_args)
+    if isinstance(model_fields["backbone_config"], str):
+        try:
+            model_fields["backbone_config"] = json.loads(model_fields["backbone_config"])
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"backbone_config must be JSON with a model_type: {error}") from error
+    return model_fields, training_args, data_args, run_args
+
+
+def read_config(path, known):
+    """Fields of a YAML file.
+
+    Raises:
+        ConfigError: no such file, not YAML, not a mapping, or a field that does not exist.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the configuration {path} can't be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the configuration {path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"the configuration {path} must hold 'field: value' lines, got {type(values).__name__}")
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            raise ConfigError(f"{path}: there is no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return values
+
+
+def check_run(model_fields, training_args, data_args, run_args):
+    """Refuse what can't work, before anything heavy is loaded.
+
+    Raises:
+        ConfigError or DataError: with the field or folder, and what was expected.
+    """
+    check_data_arguments(data_args)
+    backbone = model_fields["backbone"]
+    if backbone is None and model_fields["backbone_config"] is None:
+        raise ConfigError("backbone must be the Hub name or the folder of a vision transformer, got None")
+    if backbone is not None:
+        _check_backbone_name(str(backbone))
+    _check_output(Path(training_args.output_dir), training_args.resume_from_checkpoint, run_args.overwrite_output)
+
+
+def _check_backbone_name(backbone):
+    folder = Path(backbone)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"backbone: the folder {backbone} holds no config.json")
+        return
+    if folder.is_absolute() or backbone.startswith(".") or backbone.count("/") > 1:
+        raise ConfigError(f"backbone: there is no folder {backbone}")
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(backbone)
+    except HFValidationError as error:
+        raise ConfigError(f"backbone is neither a folder nor a Hub name: {backbone!r}") from error
+
+
+def _check_output(folder, resume, overwrite):
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir must be a folder, {folder} is a file")
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir {folder} can't be written: no permission in {parent}")
+    results = [folder / "all_results.json", *folder.glob("checkpoint-*")] if folder.is_dir() else []
+    if any(path.exists() for path in results) and not (resume or overwrite):
+        raise ConfigError(
+            f"output_dir {folder} holds an earlier run. Give another output_dir, --resume_from_checkpoint true to "
+            "go on with it, or --overwrite_output to replace it"
+        )
+
+
+def build_model(model_fields, training_args, num_classes):
+    """The training model, on pretrained weights or (with `backbone_config` alone) on random ones."""
+    from vptsp.modeling_metric_learning import VPTSPForMetricLearning
+
+    values = {**model_fields, "num_classes": num_classes}
+    backbone = values.pop("backbone")
+    if backbone is None:
+        return VPTSPForMetricLearning(VPTSPConfig(**values))
+    revision = values.pop("backbone_revision")
+    values.pop("backbone_config")
+    return VPTSPForMetricLearning.from_backbone(backbone, revision=revision, **values)
+
+
+def tuned_summary(model) -> dict[str, float]:
+    """What is tuned: counts of parameters, the share of the retriever, and megabytes to ship."""
+    retriever = model.retriever
+    tuned = retriever.tuned_names()
+    state = retriever.state_dict()
+    shipped = sum(state[name].numel() for name in tuned)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "tuned_parameters": shipped,
+        "retriever_parameters": sum(tensor.numel() for tensor in state.values()),
+        "tuned_share": shipped / sum(tensor.numel() for tensor in state.values()),
+        "training_only_parameters": trained - shipped,
+        "shipped_megabytes": sum(state[name].numel() * state[name].element_size() for name in tuned) / 1e6,
+    }
+
+
+def print_summary(summary, splits, training_args):
+    sizes = ", ".join(f"{name} {len(part):,}" for name, part in splits.items())
+    print(f"images            {sizes}")
+    print(
+        f"tuned             {summary['tuned_parameters']:,} of {summary['retriever_parameters']:,} parameters "
+        f"({summary['tuned_share']:.2%}), {summary['shipped_megabytes']:.2f} MB to ship"
+    )
+    print(
+        f"for training only {summary['training_only_parameters']:,} parameters (class prompts, proxies, their update)"
+    )
+    print(f"results           {training_args.output_dir}", flush=True)
+
+
+def print_scores(title, metrics, prefix):
+    shown = {k.removeprefix(f"{prefix}_"): v for k, v in metrics.items() if "recall_at" in k or "map_at_r" in k}
+    print(f"{title:<18}" + "  ".join(f"{name} {100 * value:.2f}" for name, value in shown.items()), flush=True)
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors", "numpy", "pillow")
+    return {
+        "python": platform.python_version(),
+        "vptsp": metadata.version("vptsp"),
+        **{n: metadata.version(n) for n in names},
+    }
+
+
+def peak_memory_megabytes() -> float:
+    """Of the accelerator, or of this process where there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 1e6
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, kilobytes elsewhere
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def step_timer():
+    """A callback that notes the seconds of every training step, data loading included; and the list of them."""
+    from transformers import TrainerCallback
+
+    seconds, last = [], [None]
+
+    class StepTimer(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            now = time.perf_counter()
+            if last[0] is not None:
+                seconds.append(now - last[0])
+            last[0] = now
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            last[0] = None  # evaluation and saving are no steps
+
+        on_save = on_evaluate
+
+    return StepTimer(), seconds
+
+
+def save_picture(path, trainer, dataset, count):
+    """Grid of queries with their nearest neighbours among the evaluated images."""
+    from vptsp.eval.neighbours import nearest_neighbours
+    from vptsp.eval.pictures import choose_queries, save_neighbour_grid
+
+    gallery = dataset["gallery"] if isinstance(dataset, dict) else dataset
+    queries = dataset["query"] if isinstance(dataset, dict) else dataset
+    embeddings, labels = trainer.embed(queries, "Embedding for the picture")
+    gallery_embeddings, gallery_labels = trainer.embed(gallery) if gallery is not queries else (None, labels)
+    similarity, index = nearest_neighbours(embeddings, min(8, len(gallery) - 1), gallery_embeddings)
+    chosen = choose_queries(labels, count, seed=trainer.args.seed)
+    save_neighbour_grid(
+        path,
+        query_images=[queries.open_image(int(i)) for i in chosen],
+        neighbour_images=[[gallery.open_image(int(j)) for j in index[i]] for i in chosen],
+        query_names=[queries.class_names[int(labels[i])] for i in chosen],
+        neighbour_names=[[gallery.class_names[int(gallery_labels[j])] for j in index[i]] for i in chosen],
+        similarity=similarity[chosen],
+        correct=gallery_labels[index[chosen]] == labels[chosen][:, None],
+        title="Nearest neighbours of classes that training has not seen",
+    )
+
+
+def run(model_fields, training_args, data_args, run_args, command):
+    """Train, evaluate and save; returns the results that `all_results.json` gets."""
+    from transformers import set_seed
+
+    from vptsp.data_scripts import ImageDataset, make_transforms
+    from vptsp.image_processor_vptsp import build_image_processor
+    from vptsp.trainer_vptsp import VPTSPTrainer
+
+    splits = data_args.load_splits()
+    train_transform, eval_transform = make_transforms(data_args)
+    train_dataset = ImageDataset(splits["train"], train_transform)
+    parts = {name: ImageDataset(part, eval_transform) for name, part in splits.items() if name != "train"}
+    eval_dataset = parts["test"] if "test" in parts else parts
+
+    set_seed(training_args.seed)
+    model = build_model(model_fields, training_args, train_dataset.num_classes)
+    if model.config.backbone_config.image_size != data_args.image_size:
+        raise ConfigError(
+            f"image_size is {data_args.image_size}, but the backbone takes {model.config.backbone_config.image_size}"
+        )
+    processor = build_image_processor(
+        data_args.image_size, data_args.resize_size, model.config.backbone, model.config.backbone_revision
+    )
+    summary = tuned_summary(model)
+    timer, step_seconds = step_timer()
+    trainer = VPTSPTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        callbacks=[timer],
+    )
+    print_summary(summary, splits, training_args)
+
+    frozen = trainer.evaluate_backbone()
+    print_scores("frozen backbone", frozen, "frozen")
+    outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    final = trainer.evaluate(metric_key_prefix="final")
+    print_scores("frozen backbone", frozen, "frozen")
+    print_scores("tuned", final, "final")
+    trainer.save_model()
+
+    output = Path(training_args.output_dir)
+    results = {
+        "command": command,
+        "seed": training_args.seed,
+        "versions": versions(),
+        "dataset": {
+            "name": data_args.dataset_name,
+            "train_classes": train_dataset.num_classes,
+            **{f"{name}_images": len(part) for name, part in splits.items()},
+        },
+        **summary,
+        **{key: value for key, value in {**frozen, **final}.items()},
+        "best_step": trainer.state.best_global_step,
+        "train_runtime": outcome.metrics["train_runtime"],
+        "steps": outcome.global_step,
+        "median_step_seconds": statistics.median(step_seconds) if step_seconds else None,
+        "train_loss": outcome.training_loss,
+        "peak_memory_megabytes": peak_memory_megabytes(),
+    }
+    (output / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if run_args.picture_queries:
+        save_picture(output / "neighbours.png", trainer, eval_dataset, run_args.picture_queries)
+    print(f"saved             {output}: retriever, all_results.json, neighbours.png", flush=True)
+    return results
+
+
+def main(argv=None):
+    """Entry point; exit status 2 and one line on stderr where the configuration can't work."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        arguments = parse_arguments(argv)
+        check_run(*arguments)
+        run(*arguments, command=shlex.join(["train.py", *argv]))
+    except (ConfigError, DataError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

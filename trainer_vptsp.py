@@ -1,0 +1,261 @@
+"""Trainer for VPTSP: class-balanced batches, the proxy state's commits, two learning rates, retrieval evaluation."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, speed_metrics
+
+from .data_scripts.sampler import ClassBalancedBatchSampler
+from .data_scripts.torch_dataset import collate_images
+from .eval.metrics import retrieval_metrics
+
+
+class ClassBalancedDataLoader(DataLoader):
+    """A `DataLoader` that tells its batch sampler which epoch it is, as the Trainer expects of a loader."""
+
+    def set_epoch(self, epoch: int):
+        self.batch_sampler.set_epoch(epoch)
+
+
+class VPTSPTrainer(Trainer):
+    """`transformers.Trainer` for [`VPTSPForMetricLearning`].
+
+    Args:
+        model: A `VPTSPForMetricLearning`.
+        args: A `VPTSPTrainingArguments`.
+        train_dataset: An [`ImageDataset`] (or another map-style dataset with `labels`, a sequence of class indices)
+            whose classes are 0..C-1.
+        eval_dataset: An `ImageDataset` of classes that training does not see, or a dict with `query` and `gallery`.
+        processing_class: The image processor; its mean and std normalise the images, and it is saved along.
+        compute_metrics: Optional; gets embeddings as `predictions` and labels as `label_ids`, and adds to the metrics.
+        kwargs: As for `Trainer`.
+
+    Raises:
+        ValueError: the training set does not fit the model or the batches, before anything starts.
+    """
+
+    def __init__(self, model, args, train_dataset=None, eval_dataset=None, **kwargs):
+        if args.world_size > 1:
+            raise ValueError(f"training on several processes is not supported yet, got {args.world_size}")
+        args._n_gpu = min(args.n_gpu, 1)  # DataParallel would split classes; several devices need a process each
+        kwargs.setdefault("data_collator", collate_images)
+        self._extra_metrics = kwargs.pop("compute_metrics", None)
+        self._backbone_only = False
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        if train_dataset is not None:
+            self._check_train_dataset()
+        mean = torch.tensor(getattr(self.processing_class, "image_mean", None) or [0.5] * 3).view(3, 1, 1)
+        std = torch.tensor(getattr(self.processing_class, "image_std", None) or [0.5] * 3).view(3, 1, 1)
+        self._pixel_scale, self._pixel_shift = 1 / (255 * std), -mean / std
+        self._output = None
+
+    def _check_train_dataset(self):
+        if not hasattr(self.train_dataset, "labels"):
+            raise ValueError("train_dataset must have `labels`, the class of every image; see ImageDataset")
+        labels = torch.as_tensor(self.train_dataset.labels)
+        num_classes = self.model.config.num_classes
+        if len(labels) == 0:
+            raise ValueError("train_dataset is empty")
+        if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+            raise ValueError(
+                f"labels of train_dataset must be in 0..{num_classes - 1} (num_classes of the model), "
+                f"got {int(labels.min())}..{int(labels.max())}"
+            )
+        self._train_batch_sampler()  # says so now if batches can't be drawn
+
+    def _train_batch_sampler(self):
+        args = self.args
+        return ClassBalancedBatchSampler(
+            self.train_dataset.labels,
+            batch_size=args.train_batch_size * args.world_size,
+            images_per_class=args.images_per_class,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+
+    def get_train_dataloader(self):
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset, got None")
+        args = self.args
+        return ClassBalancedDataLoader(
+            self.train_dataset,
+            batch_sampler=self._train_batch_sampler(),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _prepare_inputs(self, inputs):
+        """Move a batch to the device and normalise uint8 images there."""
+        inputs = super()._prepare_inputs(inputs)
+        if inputs["pixel_values"].dtype == torch.uint8:
+            pixels = inputs["pixel_values"]
+            scale, shift = (t.to(pixels.device, non_blocking=True) for t in (self._pixel_scale, self._pixel_shift))
+            inputs["pixel_values"] = torch.addcmul(shift, pixels.float(), scale)
+        return inputs
+
+    # ---- Training
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, images_per_class=self.args.images_per_class)
+        self._output = outputs
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward, then the commit of the batch's rows to the proxy state (once per batch)."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if loss.device.type == "cpu":  # elsewhere `log` looks, since asking every step would stall the device
+            self._require_finite(loss)
+        self.model.commit_proxies(self._output)
+        self._output = None
+        return loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            self._require_finite(torch.tensor(logs["loss"]))
+        super().log(logs, start_time)
+
+    def _require_finite(self, loss):
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step}: an image is not finite, or a learning "
+                f"rate ({self.args.learning_rate}, proxies {self.args.proxy_learning_rate}) is too high. "
+                f"Checkpoints in {self.args.output_dir} are intact."
+            )
+
+    def create_optimizer(self, model=None):
+        """Two groups: the original proxies, with a learning rate of their own, and all else that is tuned."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        tuned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in tuned if not name.endswith("original_proxies")]},
+            {
+                "params": [p for name, p in tuned if name.endswith("original_proxies")],
+                "lr": self.args.proxy_learning_rate,
+            },
+        ]
+        optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        options["weight_decay"] = self.args.weight_decay
+        if optimizer_cls is torch.optim.SGD:
+            options.setdefault("momentum", self.args.sgd_momentum)
+        self.optimizer = optimizer_cls([group for group in groups if group["params"]], **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Warm-up, then cosine decay of each group's rate to `min_learning_rate`, which it keeps."""
+        if self.args.lr_scheduler_type != "cosine":
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            steps = num_training_steps
+            if self.args.cosine_epochs is not None:
+                steps_per_epoch = math.ceil(len(self._train_batch_sampler()) / self.args.gradient_accumulation_steps)
+                steps = max(round(self.args.cosine_epochs * steps_per_epoch), 1)
+            warmup, floor = self.args.get_warmup_steps(num_training_steps), self.args.min_learning_rate
+            factors = [
+                _cosine_factor(steps, warmup, floor, group.get("initial_lr", group["lr"]))
+                for group in optimizer.param_groups
+            ]
+            self.lr_scheduler = LambdaLR(optimizer, factors)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ---- Evaluation
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Embed a batch: `(None, embeddings (B, E), labels (B,))`. Classes need not be those of training."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.accelerator.autocast():
+            retriever = self.model.retriever
+            if self._backbone_only:
+                embeddings = retriever.embed_with_backbone(inputs["pixel_values"])
+            else:
+                embeddings = retriever(inputs["pixel_values"]).embeddings
+        return None, embeddings, inputs["labels"]
+
+    def embed(self, dataset, description="Embedding"):
+        """Embeddings `(n, E)` and labels `(n,)` of a dataset, as CPU tensors, each image once and in order."""
+        output = self.evaluation_loop(self.get_eval_dataloader(dataset), description, prediction_loss_only=False)
+        return torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Retrieval metrics of a dataset, or of a dict with `query` and `gallery`.
+
+        Returns:
+            Dict of `{metric_key_prefix}_recall_at_1`, ..., `_map_at_r` and so on, all in 0..1, with times.
+        """
+        start = time.time()
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("evaluation needs an eval_dataset, got None")
+        if isinstance(dataset, dict):
+            if set(dataset) != {"query", "gallery"}:
+                raise ValueError(f"a dict of eval datasets must have query and gallery, got {sorted(dataset)}")
+            embeddings, labels = self.embed(dataset["query"], "Embedding queries")
+            gallery = self.embed(dataset["gallery"], "Embedding gallery")
+        else:
+            embeddings, labels = self.embed(dataset)
+            gallery = (None, None)
+        metrics = retrieval_metrics(embeddings, labels, *gallery, recall_at=tuple(self.args.recall_at))
+        if self._extra_metrics is not None:
+            metrics |= self._extra_metrics(EvalPrediction(predictions=embeddings.numpy(), label_ids=labels.numpy()))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(labels))
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluate_backbone(self, eval_dataset=None, metric_key_prefix="frozen"):
+        """Retrieval metrics of the backbone alone, without prompts or head: the line to beat. Before training."""
+        if self.model.config.bitfit and self.state.global_step > 0:
+            raise ValueError("the backbone's biases have been tuned: evaluate_backbone must come before training")
+        self._backbone_only = True
+        try:
+            return self.evaluate(eval_dataset, metric_key_prefix=metric_key_prefix)
+        finally:
+            self._backbone_only = False
+
+    # ---- Saving
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Checkpoint folders get all that training needs; any other folder gets the retriever, ready to be shared."""
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        model = self.model if is_checkpoint else self.model.retriever
+        model.save_pretrained(folder, is_main_process=self.args.should_save)
+        if self.processing_class is not None and self.args.should_save:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self.model.load_saved(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        self.model.load_saved(self.state.best_model_checkpoint)
+
+
+def _cosine_factor(steps, warmup, floor, base):
+    """Factor on a group's base rate, as a function of the step."""
+    least = min(floor / base, 1.0) if base > 0 else 0.0
+
+    def factor(step):
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
+        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+__all__ = ["VPTSPTrainer"]

@@ -1,0 +1,80 @@
+"""Arguments of a training run: how a run goes, not what the model or the data is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class VPTSPTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with what metric learning needs, and with defaults that suit it.
+
+    Among the defaults that differ: evaluation and saving after every epoch, the best checkpoint by Recall@1 is loaded
+    at the end, no gradient clipping, and a loss that is not a number ends the run instead of being left out of the log.
+
+    Args:
+        images_per_class: Images (k) of each class in a batch; the batch size must be divisible by it.
+        proxy_learning_rate: Learning rate of the original proxies; `learning_rate` is that of everything else.
+        sgd_momentum: Momentum where `optim` is `sgd`.
+        cosine_epochs: Epochs over which the learning rates fall to their minimum, where they stay; None for the whole
+            run. Only with `lr_scheduler_type="cosine"`.
+        min_learning_rate: The minimum, for both learning rates.
+        recall_at: The K of Recall@K.
+
+    Raises:
+        ValueError: a value is out of range, or the batch size is not divisible by `images_per_class`.
+    """
+
+    output_dir: str | None = field(
+        default="runs/vptsp", metadata={"help": "Folder for the retriever and its results."}
+    )
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per batch and device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per batch and device."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Of everything but the original proxies."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "cosine falls to min_learning_rate."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
+    metric_for_best_model: str | None = field(default="recall_at_1", metadata={"help": "What best means."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 for no clipping."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave non-finite losses out of the log."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: images are decoded lazily."})
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Must be false: S is exchanged apart."}
+    )
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every tuned tensor is used."})
+
+    images_per_class: int = field(default=2, metadata={"help": "Images (k) of each class in a batch."})
+    proxy_learning_rate: float = field(default=0.01, metadata={"help": "Of the original proxies."})
+    sgd_momentum: float = field(default=0.9, metadata={"help": "Momentum where optim is sgd."})
+    cosine_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs of the cosine decay, after which the rates stay; default: all."}
+    )
+    min_learning_rate: float = field(default=0.0, metadata={"help": "Where the cosine decay ends, for both rates."})
+    recall_at: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "The K of Recall@K."})
+
+    def __post_init__(self):
+        if self.images_per_class < 1:
+            raise ValueError(f"images_per_class must be >= 1, got {self.images_per_class}")
+        if self.per_device_train_batch_size % self.images_per_class:
+            raise ValueError(
+                f"per_device_train_batch_size must be divisible by images_per_class, got "
+                f"{self.per_device_train_batch_size} and {self.images_per_class}"
+            )
+        if not self.recall_at or min(self.recall_at) < 1:
+            raise ValueError(f"recall_at must hold integers >= 1, got {self.recall_at}")
+        if self.cosine_epochs is not None and self.cosine_epochs <= 0:
+            raise ValueError(f"cosine_epochs must be > 0, got {self.cosine_epochs}")
+        for name in ("learning_rate", "proxy_learning_rate", "min_learning_rate", "sgd_momentum", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False
+        super().__post_init__()
+
+
+__all__ = ["VPTSPTrainingArguments"]
