@@ -1,0 +1,148 @@
+"""What data a run uses, as one dataclass for `HfArgumentParser`. Importing this is cheap."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .class_folders import LAYOUTS, detect_layout, existing_folder
+from .class_split import CLASS_SPLITS, class_list_file
+from .errors import DataError
+from .registry import find_dataset, load_splits, refuse_unknown_options
+
+
+__all__ = ["DataArguments", "check_data_arguments"]
+
+_BUILDER_OPTIONS = (
+    "layout",
+    "train_classes",
+    "test_classes",
+    "test_share",
+    "class_split",
+    "split_seed",
+    "digit_size",
+    "verify_counts",
+)
+
+
+@dataclass
+class DataArguments:
+    """Which data, how it is split, and how images are cut to size.
+
+    Attributes:
+        resize_size: None stands for `round(image_size * 256 / 224)`, and is replaced by it.
+        train_classes: Also takes one string (as YAML gives it): the path of a text file.
+        test_classes: The same.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field.
+    """
+
+    dataset_name: str = field(default="folder", metadata={"help": "Data set: folder, cub or digits."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set."})
+    data_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where prepared tables go; by default where `datasets` keeps them."}
+    )
+    layout: str = field(
+        default="auto", metadata={"help": f"Layout of a folder of class folders: {', '.join(LAYOUTS)}."}
+    )
+    train_classes: list[str] | None = field(
+        default=None, metadata={"help": "Names of the training classes, or a .txt file with one per line."}
+    )
+    test_classes: list[str] | None = field(
+        default=None, metadata={"help": "Names of the test classes, or a .txt file with one per line."}
+    )
+    test_share: float = field(default=0.5, metadata={"help": "Share of the classes that test, without class lists."})
+    class_split: str = field(
+        default="first", metadata={"help": f"Which classes train, without class lists: {', '.join(CLASS_SPLITS)}."}
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of class_split random."})
+    digit_size: int = field(default=32, metadata={"help": "Side in pixels that the digits are enlarged to."})
+    verify_counts: bool = field(
+        default=True, metadata={"help": "Whether a benchmark must have the published numbers of images and classes."}
+    )
+    image_size: int = field(default=224, metadata={"help": "Side in pixels of what the model sees."})
+    resize_size: int | None = field(
+        default=None,
+        metadata={"help": "Short side before the centre crop in evaluation; by default image_size * 256 / 224."},
+    )
+    crop_scale_min: float = field(
+        default=0.08, metadata={"help": "Smallest share of an image's area that a training crop covers."}
+    )
+    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
+
+    def __post_init__(self) -> None:
+        for name in ("train_classes", "test_classes"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, [value] if value.endswith(".txt") else _refuse_name(name, value))
+            elif value is not None:
+                setattr(self, name, [str(item) for item in value])  # YAML reads the names of digits as numbers
+        if self.layout not in LAYOUTS:
+            raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        if self.class_split not in CLASS_SPLITS:
+            raise DataError(f"class_split must be one of {', '.join(CLASS_SPLITS)}, got {self.class_split!r}")
+        if not 0 < self.test_share < 1:
+            raise DataError(f"test_share must be between 0 and 1, both excluded, got {self.test_share}")
+        if self.digit_size < 8:
+            raise DataError(f"digit_size must be >= 8, got {self.digit_size}")
+        if self.image_size < 1:
+            raise DataError(f"image_size must be >= 1, got {self.image_size}")
+        if self.resize_size is None:
+            self.resize_size = round(self.image_size * 256 / 224)
+        if self.resize_size < self.image_size:
+            raise DataError(f"resize_size must be >= image_size {self.image_size}, got {self.resize_size}")
+        if not 0 < self.crop_scale_min <= 1:
+            raise DataError(f"crop_scale_min must be above 0 and at most 1, got {self.crop_scale_min}")
+
+    def builder_options(self) -> dict[str, Any]:
+        """The options for `load_splits`: those that differ from their defaults.
+
+        An option that the data set does not take is in it too, so that it is refused and not silently ignored.
+        """
+        defaults = {item.name: item.default for item in fields(self) if item.default is not MISSING}
+        return {name: getattr(self, name) for name in _BUILDER_OPTIONS if getattr(self, name) != defaults[name]}
+
+    def load_splits(self):
+        """`load_splits` with these arguments; see there."""
+        return load_splits(self.dataset_name, self.data_dir, cache_dir=self.data_cache_dir, **self.builder_options())
+
+
+def _refuse_name(name: str, value: str) -> list[str]:
+    raise DataError(f"{name} must be a list of names or the path of a .txt file, got {value!r}")
+
+
+def check_data_arguments(args: DataArguments) -> None:
+    """Check paths and options without listing the images or importing anything heavy (milliseconds).
+
+    It finds a wrong name, option or folder before a run loads anything; what only a listing can tell comes from
+    `load_splits`.
+
+    Args:
+        args: The arguments.
+
+    Raises:
+        DataError: unknown data set, an option that it does not take, `data_dir` missing or plainly not of this data
+            set, or a class list file that is not there.
+    """
+    entry = find_dataset(args.dataset_name)
+    refuse_unknown_options(args.dataset_name, args.builder_options())
+    for name in ("train_classes", "test_classes"):
+        path = class_list_file(getattr(args, name))
+        if path is not None and not Path(path).expanduser().is_file():
+            raise DataError(f"{name}: expected a text file with one class name per line at {path}, there is none")
+    if not entry.needs_data_dir:
+        if args.data_dir is not None:
+            raise DataError(f"the data set {args.dataset_name!r} has no data_dir, got {args.data_dir!r}")
+        return
+    if args.data_dir is None:
+        raise DataError(
+            f"data_dir is missing: the data set {args.dataset_name!r} needs the folder that holds its images"
+        )
+    root = existing_folder(args.data_dir)
+    if entry.any_of and not any((root / path).exists() for path in entry.any_of):
+        raise DataError(
+            f"{root} is not the folder of the data set {args.dataset_name!r}: expected "
+            f"{' or '.join(entry.any_of)} in it"
+        )
+    if args.dataset_name == "folder":
+        detect_layout(root, args.layout)

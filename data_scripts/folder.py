@@ -1,0 +1,118 @@
+"""Any folder of class folders.
+
+Layouts (`layout="auto"` tells them by the names of the folders):
+
+    classes          root/<class>/**/*.jpg                       classes are split by options
+    train_test       root/train/<class>/..., root/test/<class>/...
+    query_gallery    root/train/..., root/query/..., root/gallery/...
+
+A class may have a single image. In training it fills its places in a batch by repeating; in a test split it is a query
+that nothing can answer, which the metrics leave out and count. Class names sort by code point: `10` comes before `2`.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .builder import ClassSplitConfig, ImageDatasetBuilder
+from .class_folders import detect_layout, existing_folder, scan_class_folders, scan_split_folders
+from .errors import DataError, some
+from .listing import SplitListing, make_listing
+
+
+__all__ = ["ImageFolders", "ImageFoldersConfig"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ImageFoldersConfig(ClassSplitConfig):
+    """Options of `ImageFolders`.
+
+    Attributes:
+        layout: `auto`, `classes`, `train_test` or `query_gallery`.
+    """
+
+    layout: str = "auto"
+
+
+class ImageFolders(ImageDatasetBuilder):
+    """Images in class folders; see the module for the layouts, `ImageDatasetBuilder` for the arguments.
+
+    Class folders without images are left out with a warning that names them (and do not count as a position in a
+    class split). So are images beside class folders, and folders that are no part of the layout.
+
+    Raises:
+        DataError: `data_dir` is missing, empty, one level too high or too low, or holds one class only; there is no
+            training or no test class; a class named in an option is unknown; classes are in training and test; query
+            and gallery share no class; class-split options are given where the folders already say the split.
+    """
+
+    BUILDER_CONFIG_CLASS = ImageFoldersConfig
+    DESCRIPTION = "Images in class folders, split so that training and test classes are disjoint."
+
+    @classmethod
+    def _list(cls, config: ImageFoldersConfig) -> SplitListing:
+        root = existing_folder(config.data_dir)
+        layout = detect_layout(root, config.layout)
+        options = {"dataset": "folder", "layout": layout, "version": str(cls.VERSION)}
+        if layout == "classes":
+            classes = scan_class_folders(root)
+            if len(classes) == 1:
+                raise DataError(
+                    f"{root} holds one class only ({next(iter(classes))!r}); expected at least two, one to "
+                    "train on and one to test on"
+                )
+            class_names = config.split(list(classes))
+            _warn_of_few_classes(class_names["test"], str(root))
+            options |= {"train_classes": class_names["train"], "test_classes": class_names["test"]}
+            return make_listing(dict.fromkeys(("train", "test"), (str(root), classes)), class_names, options)
+        _refuse_split_options(config, layout, str(root))
+        found = scan_split_folders(root, layout)
+        class_names = {
+            "train": sorted(found["train"][1]),
+            "test": sorted({name for split in found if split != "train" for name in found[split][1]}),
+        }
+        shared = sorted(set(class_names["train"]) & set(class_names["test"]))
+        if shared:
+            raise DataError(
+                f"{len(shared)} classes of {root} are in both training and test ({some(shared)}); they must be "
+                "disjoint: retrieval is tested on classes that were never trained on"
+            )
+        if layout == "query_gallery":
+            _check_queries(found["query"][1], found["gallery"][1], str(root))
+        else:
+            _warn_of_few_classes(class_names["test"], str(root))
+        return make_listing(
+            {split: (str(folder), classes) for split, (folder, classes) in found.items()}, class_names, options
+        )
+
+
+def _refuse_split_options(config: ImageFoldersConfig, layout: str, root: str) -> None:
+    default = ImageFoldersConfig()
+    for name in ("train_classes", "test_classes", "test_share", "class_split", "split_seed"):
+        if getattr(config, name) != getattr(default, name):
+            raise DataError(
+                f"{name} splits the classes of the layout 'classes', but {root} has the layout {layout!r}, whose "
+                "folders already say which classes train and which test"
+            )
+
+
+def _check_queries(query: Mapping[str, Sequence], gallery: Mapping[str, Sequence], root: str) -> None:
+    lone = sorted(set(query) - set(gallery))
+    if len(lone) == len(query):
+        raise DataError(
+            f"query and gallery of {root} share no class name: {some(sorted(query))} against {some(sorted(gallery))}"
+        )
+    if lone:
+        logger.warning(
+            "%s: %d query classes have no image in the gallery, their queries can't be answered: %s",
+            root,
+            len(lone),
+            some(lone),
+        )
+
+
+def _warn_of_few_classes(test_classes: Sequence[str], root: str) -> None:
+    if len(test_classes) == 1:
+        logger.warning("%s: there is one test class, so every neighbour is right and scores mean nothing", root)
