@@ -12,7 +12,7 @@ DEFAULT_MEAN = DEFAULT_STD = (0.5, 0.5, 0.5)
 
 
 def build_image_processor(image_size=224, resize_size=256, backbone=None, revision=None):
-    """Processor that scales the short side to `resize_size` (bilinear) and cuts out the central square of `image_size`.
+    """Processor that scales the short side to `resize_size` (bilinear) and cuts out a central square of `image_size`.
 
     Args:
         image_size: Side of what the model sees, in pixels.

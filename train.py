@@ -302,7 +302,7 @@ def run(model_fields, training_args, data_args, run_args, command):
     train_transform, eval_transform = make_transforms(data_args)
     train_dataset = ImageDataset(splits["train"], train_transform)
     parts = {name: ImageDataset(part, eval_transform) for name, part in splits.items() if name != "train"}
-    eval_dataset = parts["test"] if "test" in parts else parts
+    eval_dataset = parts.get("test", parts)
 
     set_seed(training_args.seed)
     model = build_model(model_fields, training_args, train_dataset.num_classes)
@@ -344,7 +344,8 @@ def run(model_fields, training_args, data_args, run_args, command):
             **{f"{name}_images": len(part) for name, part in splits.items()},
         },
         **summary,
-        **{key: value for key, value in {**frozen, **final}.items()},
+        **frozen,
+        **final,
         "best_step": trainer.state.best_global_step,
         "train_runtime": outcome.metrics["train_runtime"],
         "steps": outcome.global_step,

@@ -12,7 +12,7 @@ class VPTSPTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with what metric learning needs, and with defaults that suit it.
 
     Among the defaults that differ: evaluation and saving after every epoch, the best checkpoint by Recall@1 is loaded
-    at the end, no gradient clipping, and a loss that is not a number ends the run instead of being left out of the log.
+    at the end, no gradient clipping, and a loss that is not a number ends the run instead of vanishing from the log.
 
     Args:
         images_per_class: Images (k) of each class in a batch; the batch size must be divisible by it.

@@ -131,8 +131,9 @@ class TrainTransform:
 class EvalTransform:
     """Resize the short side, then crop the centre.
 
-    The long side becomes `int(resize * long / short)`; the crop starts at `round((side - size) / 2)` with Python's
-    rounding (halves to even), both as torchvision does.
+    The long side becomes `int(resize * long / short)`; the crop starts at `(side - size) // 2`. Both are what the image
+    processor does that is saved beside a retriever, so scores of a run are those of what it ships. (torchvision starts
+    some crops one pixel later.)
 
     Args:
         resize: Short side after resizing, >= `size`.
@@ -166,7 +167,7 @@ class EvalTransform:
         resized = (self.resize, long) if width <= height else (long, self.resize)
         if resized != image.size:
             image = image.resize(resized, Image.Resampling.BILINEAR)
-        left, top = round((resized[0] - self.size) / 2), round((resized[1] - self.size) / 2)
+        left, top = (resized[0] - self.size) // 2, (resized[1] - self.size) // 2
         return image_to_tensor(image.crop((left, top, left + self.size, top + self.size)))
 
     def __repr__(self) -> str:

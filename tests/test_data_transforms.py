@@ -169,8 +169,7 @@ def test_eval_against_torch(width, height, resize, size):
     short = min(width, height)
     new_width = resize if width == short else resize * width // short
     new_height = resize if height == short else resize * height // short
-    left = int((Decimal(new_width - size) / 2).to_integral_value(ROUND_HALF_EVEN))
-    top = int((Decimal(new_height - size) / 2).to_integral_value(ROUND_HALF_EVEN))
+    left, top = math.floor((new_width - size) / 2), math.floor((new_height - size) / 2)
     expected = resized(image, new_height, new_width)[:, top : top + size, left : left + size]
     result = EvalTransform(resize, size)(image)
     assert result.shape == (3, size, size) and result.dtype == torch.uint8

@@ -233,7 +233,7 @@ def test_chance_of_equal_embeddings_is_what_random_orders_give():
     got = retrieval_metrics(torch.eye(2)[:1].expand(12, 2), labels, recall_at=(3,))
     relevant = count_relevant(labels)
     sums = torch.zeros(3, dtype=torch.float64)
-    for _ in range(2000):
+    for _ in range(800):
         order = torch.stack([torch.randperm(11, generator=generator) for _ in range(12)])
         order += order >= torch.arange(12)[:, None]  # skip the query itself
         found = labels[order]
@@ -245,7 +245,7 @@ def test_chance_of_equal_embeddings_is_what_random_orders_give():
             ]
         )
     expected = [got["recall_at_3"], got["map_at_r"], got["map_at_r_published"]]
-    assert (sums / 2000).tolist() == pytest.approx(expected, abs=0.015)
+    assert (sums / 800).tolist() == pytest.approx(expected, abs=0.02)
 
 
 def test_the_order_of_rows_changes_nothing():
@@ -296,7 +296,7 @@ def test_no_query_that_can_be_answered():
         retrieval_metrics(torch.eye(3), torch.arange(3))
     with pytest.raises(ValueError, match="none of the 1 queries"):
         retrieval_metrics(torch.eye(1), torch.tensor([0]))
-    with pytest.raises(ValueError, match="none of the 2 queries can be answered: .* in the gallery"):
+    with pytest.raises(ValueError, match=r"none of the 2 queries can be answered: .* in the gallery"):
         retrieval_metrics(torch.eye(2), torch.tensor([0, 5]), torch.eye(2), torch.tensor([1, 2]))
     assert retrieval_scores(torch.eye(3), torch.arange(3))["map_at_r"].isnan().all()
     for function in (map_at_r, map_at_r_published, r_precision):
@@ -357,9 +357,9 @@ def test_functions_of_labels_refuse():
         r_precision(found[:, :1], labels, relevant)
     with pytest.raises(ValueError, match=r"at least 3 columns \(the largest R \+ 1\), got 2"):
         map_at_r_published(found, labels, relevant)
-    with pytest.raises(TypeError, match="num_relevant must be an integer tensor, got torch.float32"):
+    with pytest.raises(TypeError, match=r"num_relevant must be an integer tensor, got torch.float32"):
         map_at_r(found, labels, relevant.float())
-    with pytest.raises(TypeError, match="neighbour_labels must be an integer tensor, got torch.float32"):
+    with pytest.raises(TypeError, match=r"neighbour_labels must be an integer tensor, got torch.float32"):
         recall_at_k(found.float(), labels, 1)
     with pytest.raises(ValueError, match="query_labels must be a 1-D tensor that is not empty"):
         count_relevant(torch.zeros(0, dtype=torch.long))

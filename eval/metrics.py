@@ -1,0 +1,367 @@
+"""Retrieval metrics of metric learning: Recall@K, MAP@R in both definitions, R-precision.
+
+Shapes: Q queries, G gallery items, E embedding width, K neighbours. R is the number of *other* items of a query's
+class in the gallery. Queries with R = 0 can't be answered: they are left out of every mean, and counted.
+
+[`retrieval_metrics`] goes from embeddings to numbers. The functions above it take neighbours' labels, from whatever
+search: they trust the order they are given, so ties are the business of the search.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .neighbours import BlockedSimilarity, check_block_size
+from .ties import rank_with_ties
+
+
+def recall_at_k(neighbour_labels, query_labels, k, num_relevant=None):
+    """Share of queries with an item of their class among the first k.
+
+    Metric-learning Recall@K (the hit rate of information retrieval; Jegou et al., "Product Quantization for Nearest
+    Neighbor Search", PAMI 2011, and Oh Song et al., CVPR 2016):
+
+        R@K = 1/Q * sum over queries of [one of the first K neighbours has the query's label]
+
+    Args:
+        neighbour_labels: `(Q, K)` integer, nearest first, the query itself excluded.
+        query_labels: `(Q,)` integer.
+        k: 1 <= k <= K.
+        num_relevant: `(Q,)` integer, R of each query; those with 0 are left out. None: all queries count, and one
+            whose class has no other item is a miss.
+
+    Returns:
+        Float in [0, 1].
+
+    Raises:
+        TypeError: labels aren't integer tensors.
+        ValueError: shapes disagree, there is no query (to answer), or k is out of range.
+
+    Example:
+        >>> neighbour_labels = torch.tensor([[7, 3], [3, 7], [5, 5]])
+        >>> recall_at_k(neighbour_labels, torch.tensor([3, 3, 3]), k=1)  # 1 of 3
+        0.3333333333333333
+        >>> recall_at_k(neighbour_labels, torch.tensor([3, 3, 3]), k=2)
+        0.6666666666666666
+    """
+    hits, _ = _hits(neighbour_labels, query_labels, num_relevant)
+    if not 1 <= k <= neighbour_labels.shape[1]:
+        raise ValueError(f"k must be between 1 and the {neighbour_labels.shape[1]} neighbours given, got {k}")
+    return hits[:, :k].any(1).double().mean().item()
+
+
+def map_at_r(neighbour_labels, query_labels, num_relevant):
+    """Mean average precision at R (Musgrave et al., "A Metric Learning Reality Check", ECCV 2020, section 3.2).
+
+        MAP@R = mean over queries of  1/R * sum_{i=1..R} [neighbour i is a hit] * (hits among the first i) / i
+
+    1 exactly if the R nearest neighbours of every query are the R others of its class.
+
+    Args:
+        neighbour_labels: `(Q, K)` integer, nearest first, the query itself excluded; K at least the largest R.
+        query_labels: `(Q,)` integer.
+        num_relevant: `(Q,)` integer, R of each query ([`count_relevant`]); queries with 0 are left out.
+
+    Returns:
+        Float in [0, 1].
+
+    Raises:
+        TypeError: labels or num_relevant aren't integer tensors.
+        ValueError: shapes disagree, K is less than the largest R, or no query can be answered.
+
+    Example:
+        >>> neighbour_labels = torch.tensor([[3, 5, 3, 5]])
+        >>> map_at_r(neighbour_labels, torch.tensor([3]), torch.tensor([3]))  # (1/1 + 2/3) / 3
+        0.5555555555555555
+    """
+    hits, num_relevant = _hits(neighbour_labels, query_labels, num_relevant, extra_columns=0)
+    return (_sum_of_first(_precision_terms(hits), num_relevant) / num_relevant).mean().item()
+
+
+def map_at_r_published(neighbour_labels, query_labels, num_relevant):
+    """MAP@R as the published numbers of this method were computed: R + 1 items instead of R.
+
+    R there is the size of the query's class with the query counted in, while the query is not among its neighbours:
+
+        mean over queries of  1/(R+1) * sum_{i=1..R+1} [neighbour i is a hit] * (hits among the first i) / i
+
+    At most R / (R + 1), since only R hits exist: compare it only with numbers of the same definition, and use
+    [`map_at_r`] for everything else. It may be above or below `map_at_r`: a late hit at rank R + 1 counts.
+
+    Args:
+        neighbour_labels: `(Q, K)` integer, nearest first, the query itself excluded; K at least the largest R + 1.
+            Where a class is the whole gallery there is no neighbour R + 1: put any other label there.
+        query_labels: `(Q,)` integer.
+        num_relevant: `(Q,)` integer, R of each query, itself not counted; queries with 0 are left out.
+
+    Returns:
+        Float in [0, 1).
+
+    Raises:
+        TypeError: labels or num_relevant aren't integer tensors.
+        ValueError: shapes disagree, K is less than the largest R + 1, or no query can be answered.
+
+    Example:
+        >>> neighbour_labels = torch.tensor([[3, 5, 3, 5]])
+        >>> map_at_r_published(neighbour_labels, torch.tensor([3]), torch.tensor([3]))  # (1/1 + 2/3) / 4
+        0.41666666666666663
+    """
+    hits, num_relevant = _hits(neighbour_labels, query_labels, num_relevant, extra_columns=1)
+    return (_sum_of_first(_precision_terms(hits), num_relevant + 1) / (num_relevant + 1)).mean().item()
+
+
+def r_precision(neighbour_labels, query_labels, num_relevant):
+    """Share of hits among the first R neighbours, averaged over queries.
+
+        R-precision = mean over queries of  (hits among the first R) / R
+
+    Args:
+        neighbour_labels: `(Q, K)` integer, nearest first, the query itself excluded; K at least the largest R.
+        query_labels: `(Q,)` integer.
+        num_relevant: `(Q,)` integer, R of each query; queries with 0 are left out.
+
+    Returns:
+        Float in [0, 1], never below `map_at_r`.
+
+    Raises:
+        TypeError: labels or num_relevant aren't integer tensors.
+        ValueError: shapes disagree, K is less than the largest R, or no query can be answered.
+
+    Example:
+        >>> neighbour_labels = torch.tensor([[3, 5, 3, 5]])
+        >>> r_precision(neighbour_labels, torch.tensor([3]), torch.tensor([3]))
+        0.6666666666666666
+    """
+    hits, num_relevant = _hits(neighbour_labels, query_labels, num_relevant, extra_columns=0)
+    return (_sum_of_first(hits.double(), num_relevant) / num_relevant).mean().item()
+
+
+def count_relevant(query_labels, gallery_labels=None):
+    """R of each query: how many items of its class it could find.
+
+    Args:
+        query_labels: `(Q,)` integer.
+        gallery_labels: `(G,)` integer; None: the queries are the gallery, and none counts itself.
+
+    Returns:
+        `(Q,)` int64, >= 0.
+
+    Raises:
+        TypeError: labels aren't integer tensors.
+        ValueError: labels aren't 1-D, or there are none.
+
+    Example:
+        >>> count_relevant(torch.tensor([4, 9, 4, 4]))
+        tensor([2, 0, 2, 2])
+        >>> count_relevant(torch.tensor([4, 9]), torch.tensor([9, 9, 1]))
+        tensor([0, 2])
+    """
+    query_labels = _check_labels(query_labels, "query_labels")
+    if gallery_labels is None:
+        _, position, counts = torch.unique(query_labels, return_inverse=True, return_counts=True)
+        return counts[position] - 1
+    gallery_labels = _check_labels(gallery_labels, "gallery_labels").to(query_labels.device)
+    classes, counts = torch.unique(gallery_labels, return_counts=True)
+    position = torch.searchsorted(classes, query_labels).clamp(max=len(classes) - 1)
+    return torch.where(classes[position] == query_labels, counts[position], 0)
+
+
+@torch.no_grad()
+def retrieval_scores(
+    query_embeddings,
+    query_labels,
+    gallery_embeddings=None,
+    gallery_labels=None,
+    recall_at=(1, 2, 4, 8),
+    block_size=None,
+    device=None,
+):
+    """The scores of every single query, whose means are [`retrieval_metrics`]; same arguments.
+
+    Returns:
+        Dict of `(Q,)` float64 tensors in [0, 1] on the queries' device, NaN for queries that can't be answered:
+        `recall_at_K` for each K, `map_at_r`, `map_at_r_published` (without a gallery of its own), `r_precision`.
+
+    Raises:
+        TypeError, ValueError: as for [`retrieval_metrics`], but queries that can't be answered are no error.
+    """
+    blocks, query_labels, gallery_labels = _check_sets(
+        query_embeddings, query_labels, gallery_embeddings, gallery_labels, device
+    )
+    recall_at = _check_recall_at(recall_at)
+    num_relevant = count_relevant(query_labels, None if blocks.excludes_self else gallery_labels)
+    check_block_size(block_size)
+    names = [*(f"recall_at_{k}" for k in recall_at), "map_at_r", "map_at_r_published", "r_precision"]
+    if not blocks.excludes_self:
+        names.remove("map_at_r_published")
+    scores = {name: torch.full((blocks.num_queries,), torch.nan, dtype=torch.float64) for name in names}
+
+    # By class size, so that a few large classes don't make every block look as deep as theirs
+    by_relevant = num_relevant.cpu().sort(stable=True)
+    order = by_relevant.indices[by_relevant.values > 0]
+    if not len(order):
+        return {name: values.to(query_embeddings.device) for name, values in scores.items()}
+    deepest = min(max([int(by_relevant.values[-1]) + 1, *recall_at]), blocks.num_retrievable)
+    for rows in order.split(block_size or blocks.block_size(deepest)):
+        here = rows.to(blocks.device)
+        block = _block_scores(
+            blocks.rows(rows), query_labels[here], gallery_labels, num_relevant[here], recall_at, blocks
+        )
+        for name, values in scores.items():
+            values[rows] = block[name].cpu()
+    return {name: values.to(query_embeddings.device) for name, values in scores.items()}
+
+
+def retrieval_metrics(
+    query_embeddings,
+    query_labels,
+    gallery_embeddings=None,
+    gallery_labels=None,
+    recall_at=(1, 2, 4, 8),
+    block_size=None,
+    device=None,
+):
+    """Recall@K, MAP@R and R-precision of embeddings, exactly, by cosine similarity.
+
+    Without a gallery the queries are the gallery, and each query's own row is excluded by index; with one, nothing is
+    excluded. Items of equal similarity have no order: each metric is its mean over all their orders, so the order of
+    the rows changes nothing, and equal embeddings score what chance does. Queries whose class has no (other) item in
+    the gallery are left out.
+
+    Memory beside the embeddings is bounded by the block, whatever the sizes of the classes.
+
+    Args:
+        query_embeddings: `(Q, E)` float of any precision, L2-normalised; compared in float32, or float64 if given so.
+        query_labels: `(Q,)` integer.
+        gallery_embeddings: `(G, E)` likewise, or None.
+        gallery_labels: `(G,)` integer, or None.
+        recall_at: The K of Recall@K, each >= 1. A K beyond the gallery's size means all of it (Recall@K is then 1).
+        block_size: Queries at a time; None: as many as fit into 256 MiB.
+        device: Where to compute; None: where the queries are.
+
+    Returns:
+        Dict with `recall_at_K` for each K, `map_at_r`, `map_at_r_published`, `r_precision`, all floats in [0, 1], and
+        the counts `num_queries` (answered) and `num_unanswerable`. With a gallery of its own there is no
+        `map_at_r_published`: it comes of counting the query with its class, which is in another set there.
+
+    Raises:
+        TypeError: embeddings aren't floating-point tensors, or labels aren't integer tensors.
+        ValueError: shapes disagree, a set is empty, embeddings are not finite or not L2-normalised, only one of
+            gallery_embeddings and gallery_labels is given, recall_at or block_size is out of range, or no query can
+            be answered.
+
+    Example:
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]])
+        >>> metrics = retrieval_metrics(embeddings, torch.tensor([0, 0, 1, 1, 2]), recall_at=(1, 2))
+        >>> metrics["recall_at_1"], metrics["recall_at_2"], metrics["num_queries"], metrics["num_unanswerable"]
+        (0.5, 1.0, 4, 1)
+        >>> metrics["map_at_r"], metrics["map_at_r_published"]
+        (0.5, 0.375)
+    """
+    scores = retrieval_scores(
+        query_embeddings, query_labels, gallery_embeddings, gallery_labels, recall_at, block_size, device
+    )
+    answered = ~scores["map_at_r"].isnan()
+    num_queries = int(answered.sum())
+    if not num_queries:
+        raise ValueError(
+            f"none of the {len(answered)} queries can be answered: expected some class with "
+            + ("two items" if gallery_labels is None else "an item in the gallery as well")
+            + ", got none"
+        )
+    metrics = {name: values[answered].mean().item() for name, values in scores.items()}
+    return {**metrics, "num_queries": num_queries, "num_unanswerable": len(answered) - num_queries}
+
+
+def _block_scores(similarity, query_labels, gallery_labels, num_relevant, recall_at, blocks):
+    """Scores of one block of queries, all with R > 0: dict of `(b,)` float64."""
+    can_find = blocks.num_retrievable
+    deepest = min(int(num_relevant.max()) + 1, can_find)
+    ranking = rank_with_ties(similarity, query_labels, gallery_labels, depth=min(max([deepest, *recall_at]), can_find))
+    scores = {f"recall_at_{k}": ranking.chance_of_hit(min(k, can_find)) for k in recall_at}
+    terms = ranking.expected_precision_terms()[:, :deepest]
+    scores["map_at_r"] = _sum_of_first(terms, num_relevant) / num_relevant
+    scores["map_at_r_published"] = _sum_of_first(terms, (num_relevant + 1).clamp(max=can_find)) / (num_relevant + 1)
+    scores["r_precision"] = _sum_of_first(ranking.expected_hits()[:, :deepest], num_relevant) / num_relevant
+    return scores
+
+
+def _precision_terms(hits):
+    """`[hit at rank i] * precision among the first i`, `(Q, K)` float64."""
+    ranks = torch.arange(1, hits.shape[1] + 1, device=hits.device)
+    return hits * hits.cumsum(1).double() / ranks
+
+
+def _sum_of_first(terms, count):
+    """Sum of each row's first `count` entries, 1 <= count <= columns."""
+    return terms.cumsum(1).gather(1, count[:, None] - 1).squeeze(1)
+
+
+def _hits(neighbour_labels, query_labels, num_relevant, extra_columns=None):
+    """Which neighbours are hits, `(Q, K)` bool, and R, for the queries that can be answered."""
+    neighbour_labels = _check_labels(neighbour_labels, "neighbour_labels", ndim=2)
+    query_labels = _check_labels(query_labels, "query_labels")
+    if len(neighbour_labels) != len(query_labels):
+        raise ValueError(
+            "neighbour_labels must have one row per query, got shape "
+            f"{tuple(neighbour_labels.shape)} for {len(query_labels)} query_labels"
+        )
+    hits = neighbour_labels == query_labels[:, None]
+    if num_relevant is None:
+        return hits, None
+    num_relevant = _check_labels(num_relevant, "num_relevant")
+    if num_relevant.shape != query_labels.shape:
+        raise ValueError(f"num_relevant must have length {len(query_labels)}, got {len(num_relevant)}")
+    answerable = num_relevant > 0
+    if not answerable.any():
+        raise ValueError(f"none of the {len(query_labels)} queries can be answered: num_relevant is 0 for all")
+    most = int(num_relevant.max())
+    if extra_columns is not None and neighbour_labels.shape[1] < most + extra_columns:
+        raise ValueError(
+            f"neighbour_labels must have at least {most + extra_columns} columns (the largest R"
+            f"{' + 1' if extra_columns else ''}), got {neighbour_labels.shape[1]}"
+        )
+    return hits[answerable], num_relevant[answerable]
+
+
+def _check_sets(query_embeddings, query_labels, gallery_embeddings, gallery_labels, device):
+    """The similarity of two sets that fit together, and both sets' labels on its device."""
+    if (gallery_embeddings is None) != (gallery_labels is None):
+        missing = "gallery_embeddings" if gallery_embeddings is None else "gallery_labels"
+        raise ValueError(f"gallery_embeddings and gallery_labels must be given together, got no {missing}")
+    blocks = BlockedSimilarity(query_embeddings, gallery_embeddings, device=device)
+    query_labels = _check_labels(query_labels, "query_labels", length=blocks.num_queries).to(blocks.device)
+    if gallery_labels is None:
+        return blocks, query_labels, query_labels
+    gallery_labels = _check_labels(gallery_labels, "gallery_labels", length=blocks.num_gallery).to(blocks.device)
+    return blocks, query_labels, gallery_labels
+
+
+def _check_labels(labels, name, ndim=1, length=None):
+    """The labels as int64."""
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        got = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise TypeError(f"{name} must be an integer tensor, got {got}")
+    if labels.ndim != ndim or 0 in labels.shape:
+        raise ValueError(f"{name} must be a {ndim}-D tensor that is not empty, got shape {tuple(labels.shape)}")
+    if length is not None and len(labels) != length:
+        raise ValueError(f"{name} must have one label per embedding, {length}, got {len(labels)}")
+    return labels.long()
+
+
+def _check_recall_at(recall_at):
+    recall_at = tuple(recall_at)
+    if any(int(k) != k or k < 1 for k in recall_at):
+        raise ValueError(f"recall_at must hold whole numbers >= 1, got {recall_at}")
+    return tuple(int(k) for k in recall_at)
+
+
+__all__ = [
+    "count_relevant",
+    "map_at_r",
+    "map_at_r_published",
+    "r_precision",
+    "recall_at_k",
+    "retrieval_metrics",
+    "retrieval_scores",
+]

@@ -1,0 +1,217 @@
+"""Exact nearest neighbours by cosine similarity, a block of queries at a time.
+
+Shapes: Q queries, G gallery items, E embedding width, b queries of one block.
+
+Where there is no separate gallery, the queries are the gallery and no query finds itself: its own row is masked by
+index. Taking the most similar item away instead goes wrong as soon as an image is there twice, since the copy is as
+similar as the query itself and either of them may come first.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+
+
+# How far the norm of an embedding may be from 1; bfloat16 can't hold a vector of norm 1 as exactly as that.
+NORM_TOLERANCE = 1e-3
+
+_BLOCK_BYTES = 256 * 2**20
+
+
+class BlockedSimilarity:
+    """Cosine similarity of L2-normalised queries with a gallery, computed for some queries at a time.
+
+    Identical gallery rows have identical similarities to every query, to the last bit. Matrix products don't promise
+    that (the columns at the edge of a tile may be summed in another order), so the column of each row's first copy is
+    used for all its copies.
+
+    Args:
+        query_embeddings: `(Q, E)` float of any precision, L2-normalised.
+        gallery_embeddings: `(G, E)` likewise; None: the queries, and no query finds itself.
+        device: Where to compute; None: where the queries are.
+
+    Raises:
+        TypeError: embeddings aren't floating-point tensors.
+        ValueError: wrong shape, empty, NaN or infinite values, or not L2-normalised.
+
+    Attributes:
+        num_queries: Q.
+        num_gallery: G.
+        num_retrievable: Gallery items that a query can find: G, or Q - 1 where the queries are the gallery.
+        dtype: float64 if either input is, else float32.
+    """
+
+    def __init__(self, query_embeddings, gallery_embeddings=None, *, device=None):
+        _check_embeddings(query_embeddings, "query_embeddings")
+        self.excludes_self = gallery_embeddings is None
+        if self.excludes_self:
+            gallery_embeddings = query_embeddings
+        else:
+            _check_embeddings(gallery_embeddings, "gallery_embeddings")
+            if gallery_embeddings.shape[1] != query_embeddings.shape[1]:
+                raise ValueError(
+                    "query_embeddings and gallery_embeddings must have the same width, got "
+                    f"{query_embeddings.shape[1]} and {gallery_embeddings.shape[1]}"
+                )
+        dtypes = torch.promote_types(query_embeddings.dtype, gallery_embeddings.dtype)
+        self.dtype = torch.promote_types(dtypes, torch.float32)
+        self.device = torch.device(device) if device is not None else query_embeddings.device
+        self.num_queries, self.num_gallery = len(query_embeddings), len(gallery_embeddings)
+        self.num_retrievable = self.num_gallery - int(self.excludes_self)
+        self._queries = query_embeddings.detach().to(self.device, self.dtype)
+        self._gallery = (
+            self._queries if self.excludes_self else gallery_embeddings.detach().to(self.device, self.dtype)
+        )
+        self._copies, self._originals = _find_copies(self._gallery)
+        self._buffer = None
+
+    def block_size(self, k, num_bytes=_BLOCK_BYTES):
+        """Number of queries whose similarities and k best fit into `num_bytes`, temporaries included; at least 1."""
+        per_query = self.num_gallery * (3 * self.dtype.itemsize + 8) + 96 * k
+        return max(1, min(self.num_queries, num_bytes // per_query))
+
+    @torch.no_grad()
+    def rows(self, indices):
+        """Similarities of some queries with the whole gallery.
+
+        Args:
+            indices: `(b,)` int64, which queries.
+
+        Returns:
+            `(b, G)` in [-1, 1] up to rounding; -inf where a query meets itself. The memory is used again by the next
+            call.
+        """
+        if self._buffer is None or len(self._buffer) < len(indices):
+            self._buffer = torch.empty(len(indices), self.num_gallery, dtype=self.dtype, device=self.device)
+        similarity = self._buffer[: len(indices)]
+        indices = indices.to(self.device)
+        with _full_precision():  # and `out` keeps autocast away
+            torch.mm(self._queries[indices], self._gallery.T, out=similarity)
+        if len(self._copies):
+            similarity.index_copy_(1, self._copies, similarity.index_select(1, self._originals))
+        if self.excludes_self:  # after the copies, or a copy of the query would be masked with it
+            similarity[torch.arange(len(indices), device=self.device), indices] = -torch.inf
+        return similarity
+
+
+@torch.no_grad()
+def nearest_neighbours(query_embeddings, k, gallery_embeddings=None, *, block_size=None, device=None):
+    """The k most similar gallery items of every query, exactly.
+
+    Among items of equal similarity (copies of one image, say) the one with the lower gallery index comes first, also
+    at the k-th place. That is for looking at; [`retrieval_metrics`] doesn't depend on any such order.
+
+    Args:
+        query_embeddings: `(Q, E)` float of any precision, L2-normalised.
+        k: 1 <= k <= G, or <= Q - 1 where the queries are the gallery.
+        gallery_embeddings: `(G, E)` likewise; None: the queries, each one's own row excluded by index.
+        block_size: Queries at a time; None: as many as fit into 256 MiB.
+        device: Where to compute; None: where the queries are.
+
+    Returns:
+        similarity: `(Q, k)` float32 (float64 for float64 embeddings), in [-1, 1] up to rounding, largest first.
+        index: `(Q, k)` int64, rows of the gallery. Both on the queries' device.
+
+    Raises:
+        TypeError: embeddings aren't floating-point tensors.
+        ValueError: as for [`BlockedSimilarity`], or k or block_size is out of range.
+
+    Example:
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+        >>> similarity, index = nearest_neighbours(embeddings, 1)
+        >>> index.flatten().tolist()
+        [1, 2, 1]
+    """
+    blocks = BlockedSimilarity(query_embeddings, gallery_embeddings, device=device)
+    if not 1 <= k <= blocks.num_retrievable:
+        raise ValueError(
+            f"k must be between 1 and the {blocks.num_retrievable} items that a query can find, got {k}"
+            + (" (the queries are the gallery, and no query finds itself)" if blocks.excludes_self else "")
+        )
+    similarity = torch.empty(blocks.num_queries, k, dtype=blocks.dtype, device=query_embeddings.device)
+    index = torch.empty(blocks.num_queries, k, dtype=torch.int64, device=query_embeddings.device)
+    for rows in torch.arange(blocks.num_queries).split(check_block_size(block_size) or blocks.block_size(k)):
+        best, where = _stable_top_k(blocks.rows(rows), k)
+        similarity[rows[0] : rows[-1] + 1] = best.to(similarity.device)
+        index[rows[0] : rows[-1] + 1] = where.to(index.device)
+    return similarity, index
+
+
+def check_block_size(block_size):
+    """`block_size` itself, if it is None or a positive number of queries; else a ValueError."""
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size must be >= 1 or None, got {block_size}")
+    return block_size
+
+
+def _stable_top_k(similarity, k):
+    """Top k of each row, the lower column first among equals; `topk` alone leaves that open."""
+    values, columns = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
+    tied = (values[:, 1:] == values[:, :-1]).any(1).nonzero().squeeze(1)
+    values, columns = values[:, :k], columns[:, :k]
+    if len(tied):  # rare, so a full sort of these rows will do
+        in_order = similarity[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], columns[tied] = in_order.values[:, :k], in_order.indices[:, :k]
+    return values, columns
+
+
+def _find_copies(gallery):
+    """Rows that repeat an earlier row, and the first row equal to each: two `(number of copies,)` int64 tensors."""
+    rows = torch.arange(len(gallery), device=gallery.device)
+    distinct, group = torch.unique(gallery, dim=0, return_inverse=True)
+    first = torch.full((len(distinct),), len(gallery), device=gallery.device)
+    first = first.scatter_reduce(0, group, rows, "amin")[group]
+    copies = (first != rows).nonzero().squeeze(1)
+    return copies, first[copies]
+
+
+def _check_embeddings(embeddings, name):
+    if not isinstance(embeddings, torch.Tensor) or not embeddings.is_floating_point():
+        got = embeddings.dtype if isinstance(embeddings, torch.Tensor) else type(embeddings).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if embeddings.ndim != 2 or 0 in embeddings.shape:
+        raise ValueError(f"{name} must have shape (items, width), neither of them 0, got {tuple(embeddings.shape)}")
+    broken = (~embeddings.isfinite().all(1)).nonzero().flatten()
+    if len(broken):
+        raise ValueError(
+            f"{name} must be finite: {len(broken)} of {len(embeddings)} rows have NaN or infinite values, "
+            f"the first at {broken[:5].tolist()}"
+        )
+    norms = torch.linalg.vector_norm(
+        embeddings.detach(), dim=1, dtype=torch.promote_types(embeddings.dtype, torch.float32)
+    )
+    off = ((norms - 1).abs() > max(NORM_TOLERANCE, torch.finfo(embeddings.dtype).eps)).nonzero().flatten()
+    if len(off):
+        raise ValueError(
+            f"{name} must be L2-normalised: {len(off)} of {len(embeddings)} rows are not, the first at "
+            f"{off[:5].tolist()} with norms {[round(norm, 4) for norm in norms[off[:5]].tolist()]}; "
+            "torch.nn.functional.normalize(embeddings, dim=1) does it"
+        )
+
+
+@contextmanager
+def _full_precision():
+    """Matrix products in the precision of their inputs, whatever TF32 or bfloat16 setting training has made."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through the newer switches, which the older one can't describe
+        before = None
+        switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        values = [switch.fp32_precision for switch in switches]
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if before is not None:
+            torch.set_float32_matmul_precision(before)
+        else:
+            for switch, value in zip(switches, values, strict=True):
+                switch.fp32_precision = value
+
+
+__all__ = ["NORM_TOLERANCE", "BlockedSimilarity", "check_block_size", "nearest_neighbours"]
