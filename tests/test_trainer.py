@@ -1,0 +1,397 @@
+"""VPTSPTrainer against a plain training loop, and what it saves, loads, evaluates and refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
+
+from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
+from vptsp.data_scripts import ClassBalancedBatchSampler, EvalTransform, ImageDataset, TrainTransform, load_splits
+from vptsp.eval import retrieval_metrics
+from vptsp.image_processor_vptsp import build_image_processor
+
+
+NUM_CLASSES, TRAIN_CLASSES = 8, 5
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    """Images of 8 classes, each a colour with noise, so that there is something to learn."""
+    root = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for label in range(NUM_CLASSES):
+        (root / f"class{label}").mkdir()
+        colour = rng.integers(40, 216, 3)
+        for i in range(6):
+            pixels = np.clip(colour + rng.normal(0, 15, (20, 20, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"class{label}" / f"{i}.png")
+    cache = tmp_path_factory.mktemp("cache")
+    return load_splits("folder", root, cache_dir=cache, train_classes=[f"class{c}" for c in range(TRAIN_CLASSES)])
+
+
+@pytest.fixture
+def train_dataset(splits):
+    return ImageDataset(splits["train"], TrainTransform(16))
+
+
+@pytest.fixture
+def eval_dataset(splits):
+    return ImageDataset(splits["test"], EvalTransform(18, 16))
+
+
+def make_model(backbone_folder, **fields):
+    values = {"num_classes": TRAIN_CLASSES, "embedding_dim": 12, "num_prompts": 3, "num_class_prompts": 2}
+    torch.manual_seed(0)
+    return VPTSPForMetricLearning.from_backbone(backbone_folder, **{**values, **fields})
+
+
+def make_args(folder, **fields):
+    values = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "images_per_class": 2,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "proxy_learning_rate": 1e-1,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    return VPTSPTrainingArguments(**{**values, **fields})
+
+
+def plain_loop(model, args, dataset, epochs=2, stop_after=None):
+    """The same training, written out: sampler, normalisation, loss, backward, commit, optimiser, schedule."""
+    slow = [p for n, p in model.named_parameters() if p.requires_grad and n != "proxies.original_proxies"]
+    groups = [
+        {"params": slow, "lr": args.learning_rate},
+        {"params": [model.proxies.original_proxies], "lr": args.proxy_learning_rate},
+    ]
+    if args.optim == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+    bases = [group["lr"] for group in optimizer.param_groups]
+    sampler = ClassBalancedBatchSampler(dataset.labels, 4, args.images_per_class, seed=args.seed)
+    accumulation = args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(sampler) / accumulation)
+    decay_steps = (args.cosine_epochs or epochs) * steps_per_epoch
+    model.train()
+    losses, step = [], 0
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        for start in range(0, len(batches), accumulation):
+            chunk = batches[start : start + accumulation]
+            total = 0.0
+            for keys in chunk:
+                examples = [dataset[key] for key in keys]
+                pixel_values = torch.stack([e["pixel_values"] for e in examples]).float() / 255
+                labels = torch.tensor([e["labels"] for e in examples])
+                output = model((pixel_values - 0.5) / 0.5, labels, images_per_class=args.images_per_class)
+                (output.loss / len(chunk)).backward()
+                model.commit_proxies(output)
+                total += output.loss.item() / len(chunk)
+            fraction = min(step / decay_steps, 1)
+            for group, base in zip(optimizer.param_groups, bases, strict=True):
+                floor = args.min_learning_rate
+                group["lr"] = floor + (base - floor) * (1 + math.cos(math.pi * fraction)) / 2
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(total)
+            step += 1
+    return losses
+
+
+def assert_same_state(actual, expected, **tolerance):
+    for name, tensor in expected.state_dict().items():
+        if name.endswith("k_proj.bias"):  # their gradients are rounding errors, which AdamW scales up to full steps
+            continue
+        torch.testing.assert_close(actual.state_dict()[name], tensor, msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"optim": "sgd", "weight_decay": 0.01, "learning_rate": 1e-3},
+        {"cosine_epochs": 1, "min_learning_rate": 2e-3},
+        {"gradient_accumulation_steps": 3},
+        {"gradient_checkpointing": True},
+        {"images_per_class": 1},
+    ],
+    ids=lambda fields: "-".join(fields) or "default",
+)
+def test_training_is_the_plain_loop(backbone_folder, tmp_path, train_dataset, fields):
+    args = make_args(tmp_path, **fields)
+    model = make_model(backbone_folder)
+    trainer = VPTSPTrainer(model=model, args=args, train_dataset=train_dataset)
+    trainer.train()
+    expected = make_model(backbone_folder)
+    losses = plain_loop(expected, args, train_dataset)
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(losses, rel=1e-4)
+    assert_same_state(model, expected, rtol=2e-4, atol=1e-5)
+
+
+def test_frozen_weights_are_bit_for_bit_the_same(backbone_folder, tmp_path, train_dataset):
+    model = make_model(backbone_folder, bitfit=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    VPTSPTrainer(model=model, args=make_args(tmp_path, weight_decay=0.1), train_dataset=train_dataset).train()
+    frozen = set(before) - model.tuned_names()
+    assert len(frozen) > 20
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in frozen)
+    assert not torch.equal(model.proxies.state, before["proxies.state"])
+
+
+def test_learning_rates_of_both_groups(backbone_folder, tmp_path, train_dataset):
+    trainer = VPTSPTrainer(
+        model=make_model(backbone_folder),
+        args=make_args(tmp_path, cosine_epochs=1, min_learning_rate=1e-3, warmup_steps=2, num_train_epochs=2),
+        train_dataset=train_dataset,
+    )
+    steps = len(trainer.get_train_dataloader())
+    trainer.create_optimizer_and_scheduler(2 * steps)
+    rates = []
+    for _ in range(2 * steps):
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates[0] == pytest.approx([0.5e-2, 0.5e-1])
+    assert rates[1] == pytest.approx([1e-2, 1e-1])
+    middle = 2 + (steps - 2) // 2
+    cosine = (1 + math.cos(math.pi * (middle - 2) / (steps - 2))) / 2
+    assert rates[middle] == pytest.approx([1e-3 + 9e-3 * cosine, 1e-3 + 99e-3 * cosine])
+    assert rates[steps:] == [pytest.approx([1e-3, 1e-3])] * steps
+
+
+def test_other_schedules_are_transformers_own(backbone_folder, tmp_path, train_dataset):
+    trainer = VPTSPTrainer(
+        model=make_model(backbone_folder),
+        args=make_args(tmp_path, lr_scheduler_type="constant"),
+        train_dataset=train_dataset,
+    )
+    trainer.train()
+    rates = {entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry}
+    assert rates == {1e-2}
+
+
+def test_bfloat16_autocast_is_close(backbone_folder, tmp_path, train_dataset):
+    losses = {}
+    for bf16 in (False, True):
+        model = make_model(backbone_folder)
+        args = make_args(tmp_path, bf16=bf16, learning_rate=1e-3)
+        trainer = VPTSPTrainer(model=model, args=args, train_dataset=train_dataset)
+        trainer.train()
+        losses[bf16] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert model.proxies.state.dtype == torch.float32
+        assert model.vptsp.prompts.tokens.dtype == torch.float32
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.05)
+
+
+def test_evaluation_is_retrieval_on_the_given_classes(backbone_folder, tmp_path, eval_dataset):
+    model = make_model(backbone_folder)
+    trainer = VPTSPTrainer(
+        model=model,
+        args=make_args(tmp_path, per_device_eval_batch_size=5, recall_at=[1, 3]),
+        eval_dataset=eval_dataset,
+    )
+    metrics = trainer.evaluate()
+    pixel_values = torch.stack([eval_dataset[i]["pixel_values"] for i in range(len(eval_dataset))])
+    labels = torch.tensor(eval_dataset.labels)
+    with torch.no_grad():
+        embeddings = model.retriever.eval()((pixel_values / 255 - 0.5) / 0.5).embeddings
+    expected = retrieval_metrics(embeddings, labels, recall_at=(1, 3))
+    assert {f"eval_{name}": pytest.approx(value) for name, value in expected.items()}.items() <= metrics.items()
+    found, found_labels = trainer.embed(eval_dataset)
+    torch.testing.assert_close(found, embeddings)
+    assert torch.equal(found_labels, labels)
+
+    frozen = trainer.evaluate_backbone()
+    with torch.no_grad():
+        alone = model.retriever.embed_with_backbone((pixel_values / 255 - 0.5) / 0.5)
+    assert frozen["frozen_map_at_r"] == pytest.approx(retrieval_metrics(alone, labels)["map_at_r"])
+
+
+def test_query_against_gallery(backbone_folder, tmp_path, eval_dataset):
+    trainer = VPTSPTrainer(model=make_model(backbone_folder), args=make_args(tmp_path))
+    metrics = trainer.evaluate({"query": eval_dataset, "gallery": eval_dataset})
+    assert metrics["eval_recall_at_1"] == 1.0  # every query is in the gallery, and nothing is excluded
+    with pytest.raises(ValueError, match=r"must have query and gallery, got \['test'\]"):
+        trainer.evaluate({"test": eval_dataset})
+
+
+def test_own_metrics_are_added(backbone_folder, tmp_path, eval_dataset):
+    trainer = VPTSPTrainer(
+        model=make_model(backbone_folder),
+        args=make_args(tmp_path),
+        eval_dataset=eval_dataset,
+        compute_metrics=lambda prediction: {"width": prediction.predictions.shape[1]},
+    )
+    assert trainer.evaluate()["eval_width"] == 12
+
+
+def test_training_improves_retrieval(backbone_folder, tmp_path, train_dataset, splits):
+    trainer = VPTSPTrainer(
+        model=make_model(backbone_folder),
+        args=make_args(tmp_path, num_train_epochs=12, per_device_train_batch_size=8),
+        train_dataset=train_dataset,
+        eval_dataset=ImageDataset(splits["train"], EvalTransform(18, 16)),
+    )
+    before = trainer.evaluate()["eval_map_at_r"]
+    trainer.train()
+    assert trainer.evaluate()["eval_map_at_r"] > before + 0.1
+
+
+def test_best_checkpoint_is_loaded_at_the_end(backbone_folder, tmp_path, train_dataset, eval_dataset):
+    scores = iter([0.1, 0.9, 0.2])
+    trainer = VPTSPTrainer(
+        model=make_model(backbone_folder),
+        args=make_args(
+            tmp_path,
+            num_train_epochs=3,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            metric_for_best_model="chosen",
+            save_total_limit=None,
+        ),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        compute_metrics=lambda prediction: {"chosen": next(scores)},
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    steps = len(trainer.get_train_dataloader())
+    assert best.name == f"checkpoint-{2 * steps}"
+    for name, tensor in load_file(best / "model.safetensors").items():
+        assert torch.equal(trainer.model.state_dict()[name], tensor), name
+
+
+def test_resume_goes_on_bit_for_bit(backbone_folder, tmp_path, train_dataset):
+    fields = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 10, "save_total_limit": None}
+    uninterrupted = make_model(backbone_folder, rnn_dropout=0.2)
+    args = make_args(tmp_path, **fields)
+    VPTSPTrainer(model=uninterrupted, args=args, train_dataset=train_dataset).train()
+    checkpoint = tmp_path / "checkpoint-10"
+    assert 10 % len(ClassBalancedBatchSampler(train_dataset.labels, 4, 2, 0)), "must be in the middle of an epoch"
+    resumed = make_model(backbone_folder, rnn_dropout=0.2)
+    trainer = VPTSPTrainer(model=resumed, args=args, train_dataset=train_dataset)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    for name, tensor in uninterrupted.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_workers_do_not_change_the_batches(backbone_folder, tmp_path, train_dataset):
+    batches = {}
+    for workers in (0, 2):
+        trainer = VPTSPTrainer(
+            model=make_model(backbone_folder),
+            args=make_args(tmp_path, dataloader_num_workers=workers),
+            train_dataset=train_dataset,
+        )
+        loader = trainer.get_train_dataloader()
+        loader.set_epoch(1)
+        batches[workers] = list(loader)
+    for alone, parallel in zip(batches[0], batches[2], strict=True):
+        assert torch.equal(alone["pixel_values"], parallel["pixel_values"])
+        assert torch.equal(alone["labels"], parallel["labels"])
+
+
+def test_what_is_saved(backbone_folder, tmp_path, train_dataset, eval_dataset):
+    processor = build_image_processor(16, 18)
+    trainer = VPTSPTrainer(
+        model=make_model(backbone_folder),
+        args=make_args(tmp_path, num_train_epochs=1, save_strategy="epoch"),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+    )
+    trainer.train()
+    trainer.save_model()
+    assert set(load_file(tmp_path / "model.safetensors")) == trainer.model.retriever.tuned_names()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["auto_map"]["AutoModel"] == "modeling_vptsp.VPTSPModel"
+    assert (tmp_path / "preprocessor_config.json").is_file()
+    assert not list(tmp_path.rglob("training_args.bin"))
+    checkpoint = next(tmp_path.glob("checkpoint-*"))
+    saved = set(load_file(checkpoint / "model.safetensors"))
+    assert saved == trainer.model.tuned_names()
+    assert {"proxies.state", "proxies.original_proxies", "class_prompts.tokens"} <= saved
+
+    loaded = VPTSPModel.from_pretrained(tmp_path)
+    pixel_values = torch.randn(3, 3, 16, 16)
+    expected = trainer.model.retriever.eval()(pixel_values).embeddings
+    assert torch.equal(loaded(pixel_values).embeddings, expected)
+
+
+class FloatImages(Dataset):
+    """Ready float images, of which one has a NaN."""
+
+    labels = np.array([0, 0, 1, 1])
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, key):
+        pixel_values = torch.randn(3, 16, 16)
+        pixel_values[0, 0, 0] = torch.nan if key.index == 2 else 0.0
+        return {"pixel_values": pixel_values, "labels": int(self.labels[key.index])}
+
+
+def test_nan_pixels_end_the_run_before_they_reach_the_weights(backbone_folder, tmp_path):
+    model = make_model(backbone_folder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = VPTSPTrainer(model=model, args=make_args(tmp_path), train_dataset=FloatImages())
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 0: an image is not finite"):
+        trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_data_that_does_not_fit_is_refused_at_once(backbone_folder, tmp_path, train_dataset):
+    model = make_model(backbone_folder, num_classes=3)
+    with pytest.raises(ValueError, match=r"must be in 0\.\.2 \(num_classes of the model\), got 0\.\.4"):
+        VPTSPTrainer(model=model, args=make_args(tmp_path), train_dataset=train_dataset)
+    model = make_model(backbone_folder)
+    args = make_args(tmp_path, per_device_train_batch_size=12)
+    with pytest.raises(ValueError, match="asks for 6 different classes in a batch, but there are 5"):
+        VPTSPTrainer(model=model, args=args, train_dataset=train_dataset)
+    with pytest.raises(ValueError, match="train_dataset must have `labels`"):
+        VPTSPTrainer(model=model, args=make_args(tmp_path), train_dataset=[1, 2])
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"per_device_train_batch_size": 5}, "must be divisible by images_per_class, got 5 and 2"),
+        ({"images_per_class": 0}, "images_per_class must be >= 1, got 0"),
+        ({"recall_at": [0, 1]}, r"recall_at must hold integers >= 1, got \[0, 1\]"),
+        ({"cosine_epochs": 0}, "cosine_epochs must be > 0, got 0"),
+        ({"proxy_learning_rate": -1.0}, r"proxy_learning_rate must be >= 0, got -1\.0"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(tmp_path, **fields)
+
+
+def test_backbone_alone_is_not_evaluated_after_its_biases_were_tuned(
+    backbone_folder, tmp_path, train_dataset, eval_dataset
+):
+    trainer = VPTSPTrainer(
+        model=make_model(backbone_folder),
+        args=make_args(tmp_path, num_train_epochs=1),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+    )
+    trainer.train()
+    with pytest.raises(ValueError, match="must come before training"):
+        trainer.evaluate_backbone()
