@@ -119,7 +119,7 @@ def read_config(path, known):
     except OSError as error:
         raise ConfigError(f"the configuration {path} can't be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"the configuration {path} is not YAML: {error}") from error
+        raise ConfigError(f"the configuration {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"the configuration {path} must hold 'field: value' lines, got {type(values).__name__}")
     for name in values:
@@ -135,12 +135,20 @@ def check_run(model_fields, training_args, data_args, run_args):
     Raises:
         ConfigError or DataError: with the field or folder, and what was expected.
     """
+    from transformers import AutoConfig
+
     check_data_arguments(data_args)
     backbone = model_fields["backbone"]
     if backbone is None and model_fields["backbone_config"] is None:
         raise ConfigError("backbone must be the Hub name or the folder of a vision transformer, got None")
     if backbone is not None:
         _check_backbone_name(str(backbone))
+    if backbone is not None and Path(backbone).is_dir():
+        model_fields = {**model_fields, "backbone_config": AutoConfig.from_pretrained(backbone)}
+    try:
+        VPTSPConfig(**model_fields)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     _check_output(Path(training_args.output_dir), training_args.resume_from_checkpoint, run_args.overwrite_output)
 
 
@@ -174,7 +182,7 @@ def _check_output(folder, resume, overwrite):
         )
 
 
-def build_model(model_fields, training_args, num_classes):
+def build_model(model_fields, num_classes):
     """The training model, on pretrained weights or (with `backbone_config` alone) on random ones."""
     from vptsp.modeling_metric_learning import VPTSPForMetricLearning
 
@@ -290,8 +298,17 @@ def save_picture(path, trainer, dataset, count):
     )
 
 
-def run(model_fields, training_args, data_args, run_args, command):
-    """Train, evaluate and save; returns the results that `all_results.json` gets."""
+def prepare(model_fields, training_args, data_args):
+    """Load data and model and put them together.
+
+    Returns:
+        trainer: Ready to train; its `eval_dataset` is one data set, or a dict of query and gallery.
+        splits: The tables.
+        step_seconds: A list that training fills.
+
+    Raises:
+        ConfigError or DataError: data, model and batches don't fit together.
+    """
     from transformers import set_seed
 
     from vptsp.data_scripts import ImageDataset, make_transforms
@@ -302,27 +319,32 @@ def run(model_fields, training_args, data_args, run_args, command):
     train_transform, eval_transform = make_transforms(data_args)
     train_dataset = ImageDataset(splits["train"], train_transform)
     parts = {name: ImageDataset(part, eval_transform) for name, part in splits.items() if name != "train"}
-    eval_dataset = parts.get("test", parts)
-
-    set_seed(training_args.seed)
-    model = build_model(model_fields, training_args, train_dataset.num_classes)
-    if model.config.backbone_config.image_size != data_args.image_size:
-        raise ConfigError(
-            f"image_size is {data_args.image_size}, but the backbone takes {model.config.backbone_config.image_size}"
-        )
-    processor = build_image_processor(
-        data_args.image_size, data_args.resize_size, model.config.backbone, model.config.backbone_revision
-    )
-    summary = tuned_summary(model)
     timer, step_seconds = step_timer()
-    trainer = VPTSPTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processor,
-        callbacks=[timer],
-    )
+    set_seed(training_args.seed)
+    try:
+        model = build_model(model_fields, train_dataset.num_classes)
+        trainer = VPTSPTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=parts.get("test", parts),
+            processing_class=build_image_processor(
+                data_args.image_size, data_args.resize_size, model.config.backbone, model.config.backbone_revision
+            ),
+            callbacks=[timer],
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    expected = model.config.backbone_config.image_size
+    if expected != data_args.image_size:
+        raise ConfigError(f"image_size is {data_args.image_size}, but the backbone takes {expected}")
+    return trainer, splits, step_seconds
+
+
+def run(model_fields, training_args, data_args, run_args, command):
+    """Train, evaluate and save; returns the results that `all_results.json` gets."""
+    trainer, splits, step_seconds = prepare(model_fields, training_args, data_args)
+    summary = tuned_summary(trainer.model)
     print_summary(summary, splits, training_args)
 
     frozen = trainer.evaluate_backbone()
@@ -340,7 +362,7 @@ def run(model_fields, training_args, data_args, run_args, command):
         "versions": versions(),
         "dataset": {
             "name": data_args.dataset_name,
-            "train_classes": train_dataset.num_classes,
+            "train_classes": trainer.train_dataset.num_classes,
             **{f"{name}_images": len(part) for name, part in splits.items()},
         },
         **summary,
@@ -354,9 +376,11 @@ def run(model_fields, training_args, data_args, run_args, command):
         "peak_memory_megabytes": peak_memory_megabytes(),
     }
     (output / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    written = "retriever, all_results.json"
     if run_args.picture_queries:
-        save_picture(output / "neighbours.png", trainer, eval_dataset, run_args.picture_queries)
-    print(f"saved             {output}: retriever, all_results.json, neighbours.png", flush=True)
+        written += ", neighbours.png"
+        save_picture(output / "neighbours.png", trainer, trainer.eval_dataset, run_args.picture_queries)
+    print(f"saved             {output}: {written}", flush=True)
     return results
 
 

@@ -1,0 +1,222 @@
+"""train.py: what it parses, refuses, prints and writes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+from vptsp import VPTSPConfig, VPTSPModel, train
+
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Six classes of five noisy colours."""
+    root = tmp_path_factory.mktemp("data") / "images"
+    rng = np.random.default_rng(0)
+    for label in range(6):
+        (root / f"class{label}").mkdir(parents=True)
+        colour = rng.integers(40, 216, 3)
+        for i in range(5):
+            pixels = np.clip(colour + rng.normal(0, 15, (20, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"class{label}" / f"{i}.jpg")
+    return root
+
+
+@pytest.fixture
+def arguments(images, backbone_folder, tmp_path):
+    """A configuration file and the options that make it a run of seconds."""
+    values = {
+        "backbone": str(backbone_folder),
+        "data_dir": str(images),
+        "data_cache_dir": str(tmp_path / "cache"),
+        "image_size": 16,
+        "embedding_dim": 12,
+        "num_prompts": 3,
+        "num_class_prompts": 2,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "learning_rate": "1e-3",
+        "output_dir": str(tmp_path / "run"),
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return [str(path), "--use_cpu", "--disable_tqdm", "true"]
+
+
+def refused(argv, capsys):
+    """The one line that a refused run prints."""
+    with pytest.raises(SystemExit) as exit_info:
+        train.main(argv)
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("train.py: error: ")
+    return error[-1]
+
+
+def test_run_from_configuration_to_reloaded_retriever(arguments, tmp_path, images, capsys, backbone_folder):
+    train.main([*arguments, "--picture_queries", "2"])
+    printed = capsys.readouterr().out
+    output = tmp_path / "run"
+    results = json.loads((output / "all_results.json").read_text())
+
+    retriever = VPTSPModel.from_pretrained(output)
+    assert results["tuned_parameters"] == sum(p.numel() for p in retriever.parameters() if p.requires_grad)
+    assert results["retriever_parameters"] == sum(p.numel() for p in retriever.parameters())
+    assert f"{results['tuned_parameters']:,} of {results['retriever_parameters']:,} parameters" in printed
+    header = (output / "model.safetensors").stat().st_size - round(1e6 * results["shipped_megabytes"])
+    assert 0 < header < 8000
+    assert results["seed"] == 42
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["command"].startswith("train.py ")
+    assert results["steps"] == 2 * 3
+    assert {"train_images": 15, "test_images": 15, "train_classes": 3}.items() <= results["dataset"].items()
+    assert printed.count("frozen backbone") == 2
+    assert (output / "neighbours.png").is_file()
+
+    reloaded = AutoModel.from_pretrained(output, trust_remote_code=True)
+    processor = AutoImageProcessor.from_pretrained(output)
+    picture = Image.open(images / "class5" / "0.jpg")
+    pixel_values = processor(images=picture, return_tensors="pt").pixel_values
+    assert pixel_values.shape == (1, 3, 16, 16)
+    assert torch.equal(reloaded(pixel_values).embeddings, retriever(pixel_values).embeddings)
+
+
+def test_options_win_over_the_file(arguments):
+    model_fields, training_args, data_args, run_args = train.parse_arguments(
+        [*arguments, "--num_prompts", "7", "--proxy_learning_rate", "0.3", "--test_share", "0.4", "--no_bitfit"]
+    )
+    assert (model_fields["num_prompts"], model_fields["bitfit"]) == (7, False)
+    assert model_fields["num_class_prompts"] == 2
+    assert (training_args.proxy_learning_rate, training_args.learning_rate) == (0.3, 1e-3)
+    assert (data_args.test_share, data_args.image_size) == (0.4, 16)
+    assert run_args.overwrite_output is False
+
+
+def test_every_model_field_can_be_given(arguments):
+    model_fields, *_ = train.parse_arguments(arguments)
+    own = set(VPTSPConfig.__annotations__) - {"model_type", "sub_configs", "num_classes", "backbone_fingerprint"}
+    assert set(model_fields) == own
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configurations_parse(path, tmp_path):
+    model_fields, training_args, data_args, _ = train.parse_arguments([str(path)])
+    given = yaml.safe_load(path.read_text())
+    parsed = {**model_fields, **vars(training_args), **vars(data_args)}
+    for name in ("num_prompts", "embedding_dim", "learning_rate", "proxy_learning_rate", "image_size"):
+        assert parsed[name] == given[name]
+    VPTSPConfig(**{**model_fields, "num_classes": 10})
+
+
+def test_random_backbone_from_a_configuration(arguments, tmp_path):
+    config = {"model_type": "vit", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"intermediate_size": 32, "image_size": 16, "patch_size": 8}
+    values = yaml.safe_load(Path(arguments[0]).read_text())
+    del values["backbone"]
+    Path(arguments[0]).write_text(yaml.safe_dump({**values, "num_train_epochs": 1}))
+    options = ["--backbone_config", json.dumps(config), "--picture_queries", "0", "--eval_strategy", "no"]
+    train.main([*arguments, *options])
+    assert VPTSPModel.from_pretrained(tmp_path / "run").config.backbone_config.num_hidden_layers == 2
+
+
+def test_earlier_results_are_not_overwritten(arguments, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "all_results.json").write_text("{}")
+    assert "holds an earlier run" in refused(arguments, capsys)
+    assert (tmp_path / "run" / "all_results.json").read_text() == "{}"
+    train.check_run(*train.parse_arguments([*arguments, "--overwrite_output"]))
+    train.check_run(*train.parse_arguments([*arguments, "--resume_from_checkpoint", "true"]))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--data_dir", "nowhere"], "nowhere"),
+        (["--dataset_name", "cob"], "unknown dataset_name 'cob', did you mean 'cub'"),
+        (["--backbone", "./no-such-folder"], "backbone: there is no folder ./no-such-folder"),
+        (["--backbone", "a b"], "backbone is neither a folder nor a Hub name: 'a b'"),
+        (["--backbone_config", "{", "--backbone", "x/y"], "backbone_config must be JSON with a model_type"),
+        (["--per_device_train_batch_size", "5"], "must be divisible by images_per_class, got 5 and 2"),
+        (["--test_share", "1.5"], "test_share must be between 0 and 1"),
+        (["--image_size", "32"], "image_size is 32, but the backbone takes 16"),
+        (["--num_prompts", "-1"], "num_prompts must be an integer >= 0, got -1"),
+        (
+            ["--prompt_depth", "9"],
+            "prompt_depth must be None or an integer >= 0 and <= the backbone's 4 layers, got 9",
+        ),
+        (["--per_device_train_batch_size", "8"], "asks for 4 different classes in a batch, but there are 3"),
+    ],
+)
+def test_what_can_not_work_is_refused_in_one_line(arguments, capsys, options, message):
+    assert message in refused([*arguments, *options], capsys)
+
+
+def test_bad_files_are_named(arguments, tmp_path, capsys, images):
+    path = Path(arguments[0])
+    assert "there is no field 'num_promts'; did you mean 'num_prompts'?" in refused(
+        [str(_write(tmp_path / "a.yaml", "num_promts: 3"))], capsys
+    )
+    assert "is not YAML" in refused([str(_write(tmp_path / "b.yaml", "a: [1"))], capsys)
+    assert "must hold 'field: value' lines, got str" in refused([str(_write(tmp_path / "c.yaml", "x"))], capsys)
+    assert "can't be read: No such file" in refused([str(tmp_path / "none.yaml")], capsys)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert f"backbone: the folder {empty} holds no config.json" in refused(
+        [str(path), "--backbone", str(empty)], capsys
+    )
+    (tmp_path / "file").write_text("")
+    assert "output_dir must be a folder" in refused([str(path), "--output_dir", str(tmp_path / "file")], capsys)
+
+
+def test_folders_that_can_not_be_used_are_named(arguments, tmp_path, images, capsys):
+    for name, message in {"none": "is empty", "one": "one class only"}.items():
+        root = tmp_path / name
+        root.mkdir()
+        if name == "one":
+            shutil.copytree(images / "class0", root / "class0")
+        assert message in refused([*arguments, "--data_dir", str(root)], capsys)
+
+
+def test_corrupt_image_is_named(arguments, tmp_path, images, capsys):
+    root = tmp_path / "broken"
+    shutil.copytree(images, root)
+    (root / "class4" / "2.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    message = refused([*arguments, "--data_dir", str(root)], capsys)
+    assert str(Path("class4") / "2.jpg") in message
+
+
+def test_a_class_with_one_image_trains_and_is_counted_in_evaluation(arguments, tmp_path, images):
+    root = tmp_path / "lone"
+    shutil.copytree(images, root)
+    for name in ("class0", "class5"):
+        for i in range(1, 5):
+            (root / name / f"{i}.jpg").unlink()
+    train.main([*arguments, "--data_dir", str(root), "--picture_queries", "0"])
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert results["final_num_unanswerable"] == 1
+    assert results["final_num_queries"] == 10
+
+
+@pytest.mark.distributed
+def test_accelerate_launches_it(arguments, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    command += [str(ROOT / "train.py"), *arguments, "--max_steps", "2", "--picture_queries", "0"]
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["steps"] == 2
+
+
+def _write(path, text):
+    path.write_text(text)
+    return path
