@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from transformers.utils import ModelOutput
 
 from .configuration_vptsp import VPTSPConfig
 from .losses_vptsp import proxy_anchor_loss, proxy_nca_loss
 from .modeling_vptsp import EmbeddingHead, VPTSPModel, VPTSPPreTrainedModel
-from .proxies_vptsp import ClassPrompts, SemanticProxies, group_by_class
+from .proxies_vptsp import ClassGroups, ClassPrompts, SemanticProxies, group_by_class
 
 
 @dataclass
@@ -37,6 +38,35 @@ class VPTSPMetricLearningOutput(ModelOutput):
     semantic_vectors: torch.FloatTensor | None = None
     proxy_classes: torch.LongTensor | None = None
     proxy_rows: torch.FloatTensor | None = None
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows of all processes, in order of rank. The gradient of a process's own rows is multiplied by the number of
+    processes, which makes up for the average that DDP takes of gradients that are meant to be summed."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
+
+
+def _gather_batches(embeddings, labels, rows, groups):
+    """The batches of all processes as one: embeddings `(B, E)`, labels `(B,)`, state rows `(M, E)`, groups."""
+    first = dist.get_rank() * len(groups.classes)
+    groups = ClassGroups(
+        classes=_GatherRows.apply(groups.classes),
+        rows=_GatherRows.apply(groups.rows + first),
+        steps=_GatherRows.apply(groups.steps),
+        images_per_class=groups.images_per_class,
+        counts=None if groups.counts is None else _GatherRows.apply(groups.counts),
+    )
+    rows = None if rows is None else _GatherRows.apply(rows)
+    return _GatherRows.apply(embeddings), _GatherRows.apply(labels), rows, groups
 
 
 class VPTSPForMetricLearning(VPTSPPreTrainedModel):
@@ -64,7 +94,7 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
         self.post_init()
         self.freeze_backbone()
 
-    def forward(self, pixel_values, labels=None, images_per_class=None, interpolate_pos_encoding=False):
+    def forward(self, pixel_values, labels=None, images_per_class=None, interpolate_pos_encoding=False, gather=False):
         """Embeddings and, with labels, the loss and the proxy state's new rows.
 
         Args:
@@ -72,6 +102,9 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
             labels: `(B,)` int64 in 0..C-1.
             images_per_class: Images of each class, where the batch is class-major and all classes have as many.
             interpolate_pos_encoding: As for [`VPTSPModel`].
+            gather: Take the loss over the batches of all processes together. Each process must have as many images,
+                of classes that no other has, and gradients must be averaged over processes (as DDP does); they are
+                then those of one process with the whole batch.
 
         Returns:
             [`VPTSPMetricLearningOutput`].
@@ -96,6 +129,8 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
         with torch.autocast(embeddings.device.type, enabled=False):
             if vectors is not None:
                 rows = self.proxies.new_rows(vectors, groups)
+            if gather:
+                embeddings, labels, rows, groups = _gather_batches(embeddings, labels, rows, groups)
             proxies = self.proxies.proxies(groups.classes, rows, self.config.proxy_range)
             similarity = embeddings @ proxies.to(embeddings.dtype).T
             loss = self._loss(similarity, labels if self.config.proxy_range == "all" else groups.rows, groups)

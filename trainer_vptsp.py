@@ -42,8 +42,6 @@ class VPTSPTrainer(Trainer):
     """
 
     def __init__(self, model, args, train_dataset=None, eval_dataset=None, **kwargs):
-        if args.world_size > 1:
-            raise ValueError(f"training on several processes is not supported yet, got {args.world_size}")
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would split classes; several devices need a process each
         kwargs.setdefault("data_collator", collate_images)
         self._extra_metrics = kwargs.pop("compute_metrics", None)
@@ -107,7 +105,7 @@ class VPTSPTrainer(Trainer):
     # ---- Training
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs, images_per_class=self.args.images_per_class)
+        outputs = model(**inputs, images_per_class=self.args.images_per_class, gather=self.args.world_size > 1)
         self._output = outputs
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 

@@ -1,0 +1,61 @@
+"""Several processes must do what one does with the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import distributed_runs
+
+
+HERE = Path(__file__).parent
+
+
+def launch(processes, *arguments, script=HERE / "distributed_runs.py"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, str(script), *map(str, arguments)], capture_output=True, env=environment)
+    assert result.returncode == 0, result.stderr.decode()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Twenty classes of 3 or 4 images, 29 of them in the test split: no number of ranks divides it."""
+    root = tmp_path_factory.mktemp("data") / "images"
+    rng = np.random.default_rng(0)
+    for label in range(20):
+        (root / f"class{label:02d}").mkdir(parents=True)
+        colour = rng.integers(40, 216, 3)
+        for i in range(3 + (label % 2) + (label == 19)):
+            pixels = np.clip(colour + rng.normal(0, 15, (20, 20, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"class{label:02d}" / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def single(images, backbone_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("single")
+    launch(1, images, backbone_folder, output)
+    return output
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [2, 3])
+def test_ranks_equal_one_process_and_each_other(processes, images, backbone_folder, single, tmp_path):
+    launch(processes, images, backbone_folder, tmp_path)
+    for name in distributed_runs.RUNS:
+        expected = load_file(single / f"{name}-0.safetensors")
+        first = load_file(tmp_path / f"{name}-0.safetensors")
+        assert expected["embeddings"].shape == (29, 12)
+        for key, tensor in expected.items():
+            torch.testing.assert_close(first[key], tensor, rtol=1e-5, atol=1e-5, msg=lambda m: f"{name} {key}: {m}")
+        for rank in range(1, processes):
+            other = load_file(tmp_path / f"{name}-{rank}.safetensors")
+            for key, tensor in first.items():
+                assert torch.equal(other[key], tensor), f"{name}: {key} of rank {rank}"
