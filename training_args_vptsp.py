@@ -75,6 +75,8 @@ class VPTSPTrainingArguments(TrainingArguments):
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
         super().__post_init__()
+        if self.device.type == "cpu":  # pinned memory speeds up copies to an accelerator, and warns without one
+            self.dataloader_pin_memory = False
 
 
 __all__ = ["VPTSPTrainingArguments"]
