@@ -4,15 +4,17 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .archives import archive_kind
 from .class_folders import LAYOUTS, detect_layout, existing_folder
 from .class_split import CLASS_SPLITS, class_list_file
 from .errors import DataError
-from .registry import find_dataset, load_splits, refuse_unknown_options
+from .registry import DATASETS, find_dataset, load_splits, refuse_unknown_options
+from .sources import locate
 
 
-__all__ = ["DataArguments", "check_data_arguments"]
+__all__ = ["BUILDER_OPTIONS", "DataArguments", "check_data_arguments"]
 
-_BUILDER_OPTIONS = (
+BUILDER_OPTIONS = (
     "layout",
     "train_classes",
     "test_classes",
@@ -21,6 +23,11 @@ _BUILDER_OPTIONS = (
     "split_seed",
     "digit_size",
     "verify_counts",
+    "dataset_repo",
+    "dataset_config",
+    "dataset_revision",
+    "image_column",
+    "label_column",
 )
 
 
@@ -37,13 +44,16 @@ class DataArguments:
         ValueError: a value is out of range; the message names the field.
     """
 
-    dataset_name: str = field(default="folder", metadata={"help": "Data set: folder, cub or digits."})
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set."})
+    dataset_name: str = field(default="folder", metadata={"help": f"Data set: {', '.join(DATASETS)}."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the data set, or (for the benchmarks) its archive."}
+    )
     data_cache_dir: str | None = field(
         default=None, metadata={"help": "Where prepared tables go; by default where `datasets` keeps them."}
     )
     layout: str = field(
-        default="auto", metadata={"help": f"Layout of a folder of class folders: {', '.join(LAYOUTS)}."}
+        default="auto",
+        metadata={"help": f"Layout of class folders, or splits of a Hub data set: {', '.join(LAYOUTS)}."},
     )
     train_classes: list[str] | None = field(
         default=None, metadata={"help": "Names of the training classes, or a .txt file with one per line."}
@@ -60,6 +70,11 @@ class DataArguments:
     verify_counts: bool = field(
         default=True, metadata={"help": "Whether a benchmark must have the published numbers of images and classes."}
     )
+    dataset_repo: str | None = field(default=None, metadata={"help": "Data set repository on the Hub, as owner/name."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
+    image_column: str = field(default="image", metadata={"help": "Column of images in a Hub data set."})
+    label_column: str = field(default="label", metadata={"help": "Column of labels in a Hub data set."})
     image_size: int = field(default=224, metadata={"help": "Side in pixels of what the model sees."})
     resize_size: int | None = field(
         default=None,
@@ -77,6 +92,10 @@ class DataArguments:
                 setattr(self, name, [value] if value.endswith(".txt") else _refuse_name(name, value))
             elif value is not None:
                 setattr(self, name, [str(item) for item in value])  # YAML reads the names of digits as numbers
+        if not isinstance(self.dataset_revision, (str, type(None))):
+            raise DataError(
+                f"dataset_revision must be text, got the number {self.dataset_revision!r}: put it in quotes"
+            )
         if self.layout not in LAYOUTS:
             raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         if self.class_split not in CLASS_SPLITS:
@@ -100,11 +119,13 @@ class DataArguments:
         An option that the data set does not take is in it too, so that it is refused and not silently ignored.
         """
         defaults = {item.name: item.default for item in fields(self) if item.default is not MISSING}
-        return {name: getattr(self, name) for name in _BUILDER_OPTIONS if getattr(self, name) != defaults[name]}
+        return {name: getattr(self, name) for name in BUILDER_OPTIONS if getattr(self, name) != defaults[name]}
 
-    def load_splits(self):
+    def load_splits(self, streaming: bool = False):
         """`load_splits` with these arguments; see there."""
-        return load_splits(self.dataset_name, self.data_dir, cache_dir=self.data_cache_dir, **self.builder_options())
+        return load_splits(
+            self.dataset_name, self.data_dir, self.data_cache_dir, streaming=streaming, **self.builder_options()
+        )
 
 
 def _refuse_name(name: str, value: str) -> list[str]:
@@ -130,19 +151,25 @@ def check_data_arguments(args: DataArguments) -> None:
         path = class_list_file(getattr(args, name))
         if path is not None and not Path(path).expanduser().is_file():
             raise DataError(f"{name}: expected a text file with one class name per line at {path}, there is none")
-    if not entry.needs_data_dir:
-        if args.data_dir is not None:
-            raise DataError(f"the data set {args.dataset_name!r} has no data_dir, got {args.data_dir!r}")
+    if args.dataset_name == "hub" and (args.data_dir is None) == (args.dataset_repo is None):
+        got = "neither" if args.data_dir is None else "both"
+        raise DataError(f"give either dataset_repo (a repository) or data_dir (a local copy of one), got {got}")
+    if args.data_dir is None and entry.data_dir.endswith("none"):
         return
+    if entry.data_dir == "none":
+        raise DataError(f"the data set {args.dataset_name!r} has no data_dir, got {args.data_dir!r}")
     if args.data_dir is None:
-        raise DataError(
-            f"data_dir is missing: the data set {args.dataset_name!r} needs the folder that holds its images"
-        )
-    root = existing_folder(args.data_dir)
-    if entry.any_of and not any((root / path).exists() for path in entry.any_of):
-        raise DataError(
-            f"{root} is not the folder of the data set {args.dataset_name!r}: expected "
-            f"{' or '.join(entry.any_of)} in it"
+        holds = "that holds its images" + (", or its archive" if "archive" in entry.data_dir else "")
+        raise DataError(f"data_dir is missing: the data set {args.dataset_name!r} needs the folder {holds}")
+    if not entry.any_of:
+        root = existing_folder(args.data_dir)
+    else:
+        shown = [name for name in entry.any_of if not name.endswith((".tar", ".tar.gz"))]
+        locate(
+            args.data_dir,
+            lambda folder: next((name for name in entry.any_of if (folder / name).exists()), None),
+            archive_kind,
+            f"{', '.join(shown[:-1])} or {shown[-1]} (the data set {args.dataset_name!r})",
         )
     if args.dataset_name == "folder":
         detect_layout(root, args.layout)

@@ -10,20 +10,22 @@ Training and test classes are disjoint, and each have their own `ClassLabel` wit
 `datasets` has one set of features. So a builder is made for one *group* of splits: `train`, or `test` (which is the
 split test, or the splits query and gallery). `load_splits` makes both and puts them together.
 
-`datasets` replaces `open`, `os.path` and `Path` in the modules of its builders. Code that walks folders therefore
-lives elsewhere (`images.py`, `class_folders.py`).
+`datasets` replaces `open`, `os.path` and `Path` in the modules of its builders. Code that walks folders or opens
+files therefore lives elsewhere (`images.py`, `class_folders.py`, `archives.py`, `sources.py`).
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import datasets
 
+from .archives import free_bytes, read_members
 from .class_split import split_classes
 from .errors import DataError
-from .listing import GROUP_SPLITS, SplitListing
+from .listing import GROUP_SPLITS, SplitListing, SplitRows
 
 
 __all__ = ["ClassSplitConfig", "ImageDatasetBuilder", "ImageDatasetConfig", "quiet_progress"]
@@ -40,9 +42,11 @@ class ImageDatasetConfig(datasets.BuilderConfig):
 
     Attributes:
         fingerprint: Set by the builder from its listing.
+        index_dir: Where the lists of archives' members are kept; set by the builder.
     """
 
     fingerprint: str = ""
+    index_dir: str | None = None
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
@@ -61,10 +65,16 @@ class ClassSplitConfig(ImageDatasetConfig):
     class_split: str = "first"
     split_seed: int = 0
 
-    def split(self, class_names: list[str]) -> dict[str, list[str]]:
+    def split(self, class_names: list[str], keep_order: bool = False) -> dict[str, list[str]]:
         """Training and test classes, by group."""
         train, test = split_classes(
-            class_names, self.train_classes, self.test_classes, self.test_share, self.class_split, self.split_seed
+            class_names,
+            self.train_classes,
+            self.test_classes,
+            self.test_share,
+            self.class_split,
+            self.split_seed,
+            keep_order,
         )
         return {"train": train, "test": test}
 
@@ -87,10 +97,12 @@ class ImageDatasetBuilder(datasets.GeneratorBasedBuilder):
 
     Rows are `image` (`datasets.Image(decode=False)`: the path, or the bytes where there is no file) and `label`
     (`ClassLabel` of the group's classes). Rows of files on disk hold the absolute path only, so nothing is copied.
+    Rows from an archive hold the image's bytes, and `<name of the archive>/<member>` as the path; those of a zip file
+    are in the listing's order, those of a tar file in the order of the archive.
 
     Args:
         group: `train` or `test`.
-        data_dir: Folder of the data set.
+        data_dir: Folder of the data set, or its archive.
         cache_dir: Where prepared tables go; by default where `datasets` keeps them.
         listing: The result of `list_splits`, if it was called before (both groups come from one listing).
         options: Fields of the subclass's `BUILDER_CONFIG_CLASS`.
@@ -114,7 +126,8 @@ class ImageDatasetBuilder(datasets.GeneratorBasedBuilder):
     ):
         if group not in GROUP_SPLITS:
             raise DataError(f"group must be one of {', '.join(GROUP_SPLITS)}, got {group!r}")
-        self.listing = self.list_splits(data_dir, **options) if listing is None else listing
+        self.listing = self.list_splits(data_dir, cache_dir, **options) if listing is None else listing
+        self._show_progress = False
         super().__init__(
             cache_dir=cache_dir,
             dataset_name=f"vptsp_{type(self).__module__.rpartition('.')[2]}",
@@ -126,11 +139,12 @@ class ImageDatasetBuilder(datasets.GeneratorBasedBuilder):
         )
 
     @classmethod
-    def list_splits(cls, data_dir: str | None, **options: Any) -> SplitListing:
+    def list_splits(cls, data_dir: str | None, cache_dir: str | None = None, **options: Any) -> SplitListing:
         """List every split and check it.
 
         Args:
-            data_dir: Folder of the data set.
+            data_dir: Folder of the data set, or its archive.
+            cache_dir: Where the list of a tar file's members is kept; by default where `datasets` keeps its tables.
             options: Fields of `BUILDER_CONFIG_CLASS`.
 
         Returns:
@@ -139,7 +153,24 @@ class ImageDatasetBuilder(datasets.GeneratorBasedBuilder):
         Raises:
             DataError: see the subclass.
         """
-        return cls._list(cls.BUILDER_CONFIG_CLASS(data_dir=data_dir, **options))
+        index_dir = str(cache_dir or datasets.config.HF_DATASETS_CACHE)
+        return cls._list(cls.BUILDER_CONFIG_CLASS(data_dir=data_dir, index_dir=index_dir, **options))
+
+    @classmethod
+    def load_splits(
+        cls, data_dir: str | None = None, cache_dir: str | None = None, streaming: bool = False, **options: Any
+    ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+        """All splits; see `registry.load_splits`, which calls this."""
+        listing = cls.list_splits(data_dir, cache_dir, **options)
+        splits = datasets.IterableDatasetDict() if streaming else datasets.DatasetDict()
+        for group in GROUP_SPLITS:
+            builder = cls(group, data_dir, cache_dir=cache_dir, listing=listing, **options)
+            if streaming:
+                splits.update(builder.as_streaming_dataset())
+            else:
+                builder.download_and_prepare()
+                splits.update(builder.as_dataset())
+        return splits
 
     @classmethod
     def _list(cls, config: ImageDatasetConfig) -> SplitListing:
@@ -155,27 +186,97 @@ class ImageDatasetBuilder(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
-        generators = []
-        for split, rows in self.listing.group_splits(self.config.name).items():
-            starts = range(0, len(rows.files), SHARD_SIZE)
-            shards = {
-                "files": [rows.files[start : start + SHARD_SIZE] for start in starts],
-                "labels": [rows.labels[start : start + SHARD_SIZE] for start in starts],
-            }
-            generators.append(datasets.SplitGenerator(name=split, gen_kwargs=shards))
-        return generators
+        return [
+            datasets.SplitGenerator(name=split, gen_kwargs=self._shards(rows))
+            for split, rows in self.listing.group_splits(self.config.name).items()
+        ]
 
-    def _generate_examples(self, files: list[list[str]], labels: list[list[int]]):
-        for shard_files, shard_labels in zip(files, labels, strict=True):
-            for file, label in zip(shard_files, shard_labels, strict=True):
-                yield file, {"image": {"path": file, "bytes": self._read_bytes(file)}, "label": label}
+    def _shards(self, rows: SplitRows) -> dict[str, list]:
+        """Lists of equal length: per shard its archive (None: files on disk), its files and its labels.
+
+        Files on disk make shards of `SHARD_SIZE`; an archive is one shard, as it is read in one pass.
+        """
+        shards: dict[str, list] = {"archives": [], "files": [], "labels": []}
+        by_archive: dict[str | None, SplitRows] = {}
+        for file, label in zip(rows.files, rows.labels, strict=True):
+            archive, name = self.listing.archive_member(file)
+            part = by_archive.setdefault(archive, SplitRows([], []))
+            part.files.append(name)
+            part.labels.append(label)
+        for archive, part in by_archive.items():
+            step = SHARD_SIZE if archive is None else len(part.files)
+            for start in range(0, len(part.files), step):
+                shards["archives"].append(archive)
+                shards["files"].append(part.files[start : start + step])
+                shards["labels"].append(part.labels[start : start + step])
+        return shards
+
+    def _generate_examples(self, archives: list[str | None], files: list[list[str]], labels: list[list[int]]):
+        for archive, shard_files, shard_labels in zip(archives, files, labels, strict=True):
+            if archive is None:
+                for file, label in zip(shard_files, shard_labels, strict=True):
+                    yield file, {"image": {"path": file, "bytes": self._read_bytes(file)}, "label": label}
+                continue
+            label_of = dict(zip(shard_files, shard_labels, strict=True))
+            prefix = archive.replace("\\", "/").rpartition("/")[2]
+            for name, content in read_members(archive, label_of, self._show_progress):
+                path = f"{prefix}/{name}"
+                yield path, {"image": {"path": path, "bytes": content}, "label": label_of[name]}
+
+    def read_images(self, split: str, positions: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Read single rows without preparing anything.
+
+        Args:
+            split: One of this group's splits.
+            positions: Rows of the listing.
+
+        Yields:
+            `(position, {"path": ..., "bytes": ...})`, in any order.
+        """
+        files = self.listing.splits[split].files
+        inside: dict[str, dict[str, int]] = {}
+        for position in positions:
+            archive, name = self.listing.archive_member(files[position])
+            if archive is None:
+                yield position, {"path": name, "bytes": self._read_bytes(name)}
+            else:
+                inside.setdefault(archive, {})[name] = position
+        for archive, names in inside.items():
+            for name, content in read_members(archive, names, progress=True):
+                yield names[name], {"path": f"{archive}/{name}", "bytes": content}
 
     def _read_bytes(self, file: str) -> bytes | None:
-        """The contents to store in the row; None (the default) stores the path alone."""
+        """The contents to store in the row of a file that is in no archive; None (the default) stores the path."""
         return None
 
     def download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Write the Arrow tables, unless they are there already; quiet for small data sets."""
-        num_rows = sum(len(rows.files) for rows in self.listing.group_splits(self.config.name).values())
-        with quiet_progress(num_rows < SHOW_PROGRESS_FROM):
-            super().download_and_prepare(*args, **kwargs)
+        """Write the Arrow tables, unless they are there already; quiet for small data sets.
+
+        Raises:
+            DataError: an archive can't be read to its end, or the disk has no room for its images.
+        """
+        splits = self.listing.group_splits(self.config.name)
+        if self.listing.archives:
+            # reading an archive shows a bar of its own, which knows the total
+            self._show_progress = not datasets.are_progress_bars_disabled()
+            self._check_room(sum(self.listing.num_bytes.get(split, 0) for split in splits))
+        num_rows = sum(len(rows.files) for rows in splits.values())
+        try:
+            with quiet_progress(num_rows < SHOW_PROGRESS_FROM or bool(self.listing.archives)):
+                super().download_and_prepare(*args, **kwargs)
+        except datasets.exceptions.DatasetGenerationError as error:
+            if isinstance(error.__cause__, DataError):
+                raise error.__cause__ from None
+            raise
+        finally:
+            self._show_progress = False
+
+    def _check_room(self, needed: int) -> None:
+        if os.path.isdir(self.cache_dir):  # noqa: PTH112 (`Path` is not to be used here, see the module)
+            return
+        free = free_bytes(self._cache_dir_root)
+        if needed > free:
+            raise DataError(
+                f"the prepared images need {needed / 1e9:.1f} GB in {self._cache_dir_root}, where {free / 1e9:.1f} GB "
+                "are free; name another folder (data_cache_dir), or unpack the archive, whose files are not copied"
+            )

@@ -77,6 +77,7 @@ def split_classes(
     test_share: float = 0.5,
     class_split: str = "first",
     split_seed: int = 0,
+    keep_order: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Split class names into training and test classes.
 
@@ -96,14 +97,15 @@ def split_classes(
         test_share: 0 < share < 1.
         class_split: `first`, `alternate` or `random`.
         split_seed: For `random`.
+        keep_order: Take the order of `class_names` instead of the sorted one.
 
     Returns:
-        `(train, test)`, each in sorted order (code points), each with at least one class.
+        `(train, test)`, each in sorted order (code points; or that of `class_names`), each with at least one class.
 
     Raises:
         DataError: an unknown or repeated name, a class in both lists, an option out of range, or a side left empty.
     """
-    names = sorted(class_names)
+    names = list(class_names) if keep_order else sorted(class_names)
     if train_classes is not None or test_classes is not None:
         return _split_by_lists(names, train_classes, test_classes)
     if not 0 < test_share < 1:
@@ -142,7 +144,7 @@ def _split_by_lists(names, train_classes, test_classes):
     for side, chosen, other in (("training", train, "test_classes"), ("test", test, "train_classes")):
         if not chosen:
             raise DataError(f"{other} names all {len(names)} classes, so no {side} class is left")
-    return sorted(train), sorted(test)
+    return [name for name in names if name in train], [name for name in names if name in test]
 
 
 def _find_names(names: list[str], value: str | Sequence[str], option: str) -> set[str]:

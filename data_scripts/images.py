@@ -3,6 +3,7 @@
 Nothing here imports torch or `datasets`.
 """
 
+import contextlib
 import io
 import os
 from collections.abc import Iterator
@@ -15,7 +16,17 @@ from PIL import Image, ImageOps
 from .errors import DataError, ImageError
 
 
-__all__ = ["IMAGE_EXTENSIONS", "ImageFile", "is_hidden", "is_image_name", "list_images", "open_image"]
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "ImageFile",
+    "image_errors",
+    "is_hidden",
+    "is_image_name",
+    "list_images",
+    "open_image",
+    "to_rgb",
+    "upright_rgb",
+]
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"})
 
@@ -116,10 +127,22 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
     else:
         name = str(source) if name is None else name
         stream = os.fspath(source)
+    with image_errors(name), Image.open(stream) as image:
+        return upright_rgb(image)
+
+
+@contextlib.contextmanager
+def image_errors(name: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into an error that names the image.
+
+    Args:
+        name: What to call the image.
+
+    Raises:
+        ImageError: instead of anything but a `MemoryError`.
+    """
     try:
-        with Image.open(stream) as image:
-            image.load()
-            return _to_rgb(_upright(image))
+        yield
     except MemoryError:
         raise
     except FileNotFoundError as error:
@@ -127,6 +150,16 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
     except Exception as error:  # decoders raise nearly anything on bytes that they don't understand
         reason = "not an image in any known format, or an empty file" if _is_unidentified(error) else str(error)
         raise ImageError(f"{name}: can't read this image ({type(error).__name__}: {reason})") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Decode an opened image, turn it upright and convert it to RGB, as `open_image` documents.
+
+    Raises:
+        Exception: whatever the decoder raises.
+    """
+    image.load()
+    return to_rgb(_upright(image))
 
 
 def _is_unidentified(error: Exception) -> bool:
@@ -141,7 +174,8 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a decoded image of any mode, as `open_image` documents."""
     mode = image.mode
     if mode == "RGB":
         return image

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-__all__ = ["ClassBalancedBatchSampler", "SampleKey"]
+__all__ = ["ClassBalancedBatchSampler", "SampleKey", "augmentation_seeds", "check_batch_sizes"]
 
 
 class SampleKey(NamedTuple):
@@ -73,7 +73,7 @@ class ClassBalancedBatchSampler:
         labels = _check_labels(labels)
         class_sizes = np.bincount(labels)
         num_classes = len(class_sizes)
-        _check_sizes(batch_size, images_per_class, num_classes, rank, world_size)
+        check_batch_sizes(batch_size, images_per_class, num_classes, rank, world_size)
         if seed < 0:
             raise ValueError(f"seed must be >= 0, got {seed}")
         if num_batches is not None and num_batches < 1:
@@ -125,7 +125,7 @@ class ClassBalancedBatchSampler:
         shape = (self.num_batches, self.global_batch_size)
         classes = self._draw_classes(rng)
         rows = self._draw_images(classes, rng).reshape(shape)
-        return rows, _augmentation_seeds(self.seed, epoch, rows.size).reshape(shape)
+        return rows, augmentation_seeds(self.seed, epoch, rows.size).reshape(shape)
 
     def _draw_classes(self, rng: np.random.Generator) -> np.ndarray:
         """Classes in the order drawn, `(num_batches * B / k,)`; every run of B/k from a batch's start is distinct."""
@@ -167,11 +167,15 @@ class ClassBalancedBatchSampler:
         return cards[deck_starts[deck][:, None] + place % deck_sizes[deck][:, None]].reshape(-1)
 
 
-def _augmentation_seeds(seed: int, epoch: int, count: int) -> np.ndarray:
-    """`(count,)` int64 >= 0: SplitMix64 (Steele et al., 2014) from a hash of (seed, epoch), 63 bits."""
-    start = np.random.SeedSequence([seed, epoch, 0x617567]).generate_state(1, np.uint64)[0]
+def augmentation_seeds(seed: int, epoch: int, count: int, start: int = 0) -> np.ndarray:
+    """Seeds of places `start`, `start + 1`, ... of an epoch.
+
+    Returns:
+        `(count,)` int64 >= 0: SplitMix64 (Steele et al., 2014) from a hash of (seed, epoch), 63 bits.
+    """
+    origin = np.random.SeedSequence([seed, epoch, 0x617567]).generate_state(1, np.uint64)[0]
     with np.errstate(over="ignore"):
-        state = start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        state = origin + np.arange(start + 1, start + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((state ^ (state >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
@@ -197,7 +201,12 @@ def _check_labels(labels) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _check_sizes(batch_size: int, images_per_class: int, num_classes: int, rank: int, world_size: int) -> None:
+def check_batch_sizes(batch_size: int, images_per_class: int, num_classes: int, rank: int, world_size: int) -> None:
+    """Check that class-balanced batches can be made, and shared out among processes.
+
+    Raises:
+        ValueError: see `ClassBalancedBatchSampler`.
+    """
     if images_per_class < 1:
         raise ValueError(f"images_per_class must be >= 1, got {images_per_class}")
     if batch_size < 1 or batch_size % images_per_class:

@@ -2,15 +2,18 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
-from .errors import DataError
+from .decoding import EncodedImage
+from .errors import DataError, ImageError, some
 from .images import open_image
 from .sampler import SampleKey
+from .skipped import SkippedImages
 
 
 if TYPE_CHECKING:
@@ -18,7 +21,55 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-__all__ = ["ImageDataset", "collate_images"]
+__all__ = [
+    "UNREADABLE_LABEL",
+    "ImageColumns",
+    "ImageDataset",
+    "ImageTransform",
+    "apply_transform",
+    "collate_images",
+    "stored_image",
+]
+
+ImageTransform = Callable[["Image.Image | EncodedImage", random.Random | None], torch.Tensor]
+
+UNREADABLE_LABEL = -1
+"""Label of an image that an evaluation could not read and was told to skip."""
+
+
+class ImageColumns(NamedTuple):
+    """Where a table of `datasets` has its images and labels, and what the labels are called.
+
+    Attributes:
+        image: Column of images.
+        label: Column of labels.
+        class_names: Of the `ClassLabel`; None where labels are plain integers.
+    """
+
+    image: str
+    label: str
+    class_names: list[str] | None
+
+    @classmethod
+    def find(cls, features: "datasets.Features", image_column: str, label_column: str) -> "ImageColumns":
+        """Check that the columns are there and of the right kind.
+
+        Raises:
+            DataError: a column is missing, or its type is not image (or label not integer); the message names both.
+        """
+        import datasets
+
+        for column in (image_column, label_column):
+            if column not in features:
+                raise DataError(f"there is no column {column!r}; the columns are {', '.join(features)}")
+        if not isinstance(features[image_column], datasets.Image):
+            raise DataError(f"column {image_column!r} must hold images (datasets.Image), got {features[image_column]}")
+        label_feature = features[label_column]
+        if isinstance(label_feature, datasets.ClassLabel):
+            return cls(image_column, label_column, list(label_feature.names))
+        if not (isinstance(label_feature, datasets.Value) and "int" in label_feature.dtype):
+            raise DataError(f"column {label_column!r} must hold integers or ClassLabel, got {label_feature}")
+        return cls(image_column, label_column, None)
 
 
 class ImageDataset(Dataset):
@@ -27,11 +78,18 @@ class ImageDataset(Dataset):
     `dataset[row]` is for evaluation: the transform gets no random numbers. `dataset[SampleKey]` is for training: it
     gets a generator seeded with the key's `augmentation_seed`, so what comes out depends on the key alone.
 
+    With `skip_corrupt`, images that can't be read end nothing. In training another image of the same class takes the
+    place, chosen by the key alone, so batches keep their size and classes. In evaluation nothing can take the place:
+    the row comes out black with the label `UNREADABLE_LABEL`, so that rows and batches keep their positions, and must
+    be left out before scores are computed. `skipped` lists them, worker processes included.
+
     Args:
         hf_dataset: Map-style data set of `datasets`. Its images are read here, whether or not it would decode them.
-        transform: Called as `transform(image, rng)` with an RGB image; gives `(3, S, S)` uint8.
+        transform: Called as `transform(image, rng)`; gives `(3, S, S)` uint8. If it has a true attribute
+            `reads_encoded`, it gets an `EncodedImage` and decodes what it needs, otherwise an RGB image of PIL.
         image_column: Column of images.
         label_column: Column of labels, integers.
+        skip_corrupt: Skip images that can't be read, and list them.
 
     Raises:
         DataError: a column is missing, or its type is not image (or label not integer); the message names both.
@@ -40,27 +98,16 @@ class ImageDataset(Dataset):
     def __init__(
         self,
         hf_dataset: "datasets.Dataset",
-        transform: Callable[["Image.Image", random.Random | None], torch.Tensor],
+        transform: ImageTransform,
         image_column: str = "image",
         label_column: str = "label",
+        skip_corrupt: bool = False,
     ):
         import datasets
 
-        features = hf_dataset.features
-        for column in (image_column, label_column):
-            if column not in features:
-                raise DataError(f"there is no column {column!r}; the columns are {', '.join(features)}")
-        if not isinstance(features[image_column], datasets.Image):
-            raise DataError(f"column {image_column!r} must hold images (datasets.Image), got {features[image_column]}")
-        label_feature = features[label_column]
-        self._class_names = None
-        if isinstance(label_feature, datasets.ClassLabel):
-            self._class_names = list(label_feature.names)
-        elif not (isinstance(label_feature, datasets.Value) and "int" in label_feature.dtype):
-            raise DataError(f"column {label_column!r} must hold integers or ClassLabel, got {label_feature}")
-        columns = [image_column, label_column]
-        hf_dataset = hf_dataset.with_format(None).select_columns(columns)
-        if features[image_column].decode:
+        self._columns = ImageColumns.find(hf_dataset.features, image_column, label_column)
+        hf_dataset = hf_dataset.with_format(None).select_columns([image_column, label_column])
+        if hf_dataset.features[image_column].decode:
             hf_dataset = hf_dataset.cast_column(image_column, datasets.Image(decode=False))
         self.hf_dataset = hf_dataset
         self.transform = transform
@@ -69,6 +116,8 @@ class ImageDataset(Dataset):
         table = hf_dataset.with_format("arrow", columns=[label_column])[:]
         self.labels: np.ndarray = table.column(label_column).to_numpy().astype(np.int64)
         """`(n,)` int64; reading it decodes no image."""
+        self._paths = _paths_only(hf_dataset, image_column)
+        self._skipped = SkippedImages() if skip_corrupt else None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,14 +125,21 @@ class ImageDataset(Dataset):
     @property
     def num_classes(self) -> int:
         """C: of the `ClassLabel`, or the highest label + 1."""
-        if self._class_names is not None:
-            return len(self._class_names)
+        if self._columns.class_names is not None:
+            return len(self._columns.class_names)
         return int(self.labels.max()) + 1 if len(self.labels) else 0
 
     @property
     def class_names(self) -> list[str]:
         """C names, position = label; the numbers themselves where the labels have no names."""
-        return self._class_names if self._class_names is not None else [str(i) for i in range(self.num_classes)]
+        names = self._columns.class_names
+        return names if names is not None else [str(i) for i in range(self.num_classes)]
+
+    @property
+    def skipped(self) -> list[str]:
+        """Names of the images skipped so far by this process and its workers, sorted; always empty without
+        `skip_corrupt`."""
+        return [] if self._skipped is None else self._skipped.names()
 
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
         """One example.
@@ -95,14 +151,23 @@ class ImageDataset(Dataset):
             `pixel_values` `(3, S, S)` uint8, `labels` int.
 
         Raises:
-            ImageError: the image can't be read; the message names the file.
+            ImageError: the image can't be read; the message names the file. With `skip_corrupt`, only in training and
+                if the class has no image that can be read.
         """
-        if isinstance(key, SampleKey):
-            index, rng = key.index, random.Random(key.augmentation_seed)
-        else:
-            index, rng = int(key), None
-        image = self.open_image(index)
-        return {"pixel_values": self.transform(image, rng), "labels": int(self.labels[index])}
+        training = isinstance(key, SampleKey)
+        row, seed = key if training else (int(key), None)
+        label = int(self.labels[row])
+        try:
+            pixels = self._read(row, seed)
+        except ImageError:
+            if self._skipped is None:
+                raise
+            self._skipped.add(self._stored(row)[1])
+            if training:
+                pixels = self._replacement(row, seed)
+            else:
+                pixels, label = self._black(), UNREADABLE_LABEL
+        return {"pixel_values": pixels, "labels": label}
 
     def open_image(self, index: int) -> "Image.Image":
         """The whole image of a row, RGB and upright, not transformed (for pictures and inspection).
@@ -110,13 +175,80 @@ class ImageDataset(Dataset):
         Raises:
             ImageError: it can't be read; the message names the file.
         """
-        stored = self.hf_dataset[int(index)][self.image_column]
-        if stored is None:
-            raise DataError(f"row {index} has no image in column {self.image_column!r}")
-        if stored["bytes"] is not None:
-            name = stored["path"] or f"row {index}"
-            return open_image(stored["bytes"], name=name)
-        return open_image(stored["path"])
+        return open_image(*self._stored(int(index)))
+
+    def _read(self, row: int, seed: int | None) -> torch.Tensor:
+        return apply_transform(self.transform, *self._stored(row), seed)
+
+    def _replacement(self, row: int, seed: int) -> torch.Tensor:
+        """Pixels of another image of the row's class: the first that can be read in an order that the key decides."""
+        others = np.flatnonzero(self.labels == self.labels[row])
+        others = others[others != row]
+        np.random.default_rng([row, seed]).shuffle(others)
+        for other in others.tolist():
+            try:
+                return self._read(other, seed)
+            except ImageError:
+                self._skipped.add(self._stored(other)[1])
+        names = [self._stored(index)[1] for index in (row, *others.tolist())]
+        raise ImageError(
+            f"class {self.class_names[self.labels[row]]!r} has no image that can be read: {some(names)}; "
+            "repair the files, or leave the class out"
+        )
+
+    def _black(self) -> torch.Tensor:
+        from PIL import Image
+
+        return self.transform(Image.new("RGB", (64, 64)), None)
+
+    def _stored(self, row: int) -> tuple[str | bytes, str]:
+        """What holds a row's image (path or contents), and its name."""
+        if self._paths is not None:
+            path = self._paths[row].as_py()
+            return path, path
+        return stored_image(self.hf_dataset[row][self.image_column], f"row {row}", self.image_column)
+
+
+def stored_image(stored: Mapping[str, Any] | None, place: str, column: str) -> tuple[str | bytes, str]:
+    """What a row of `datasets.Image(decode=False)` holds: the path or the contents, and a name for it.
+
+    Raises:
+        DataError: neither; the message has `place` and `column`.
+    """
+    if stored is None or (stored["bytes"] is None and stored["path"] is None):
+        raise DataError(f"{place} has no image in column {column!r}")
+    if stored["bytes"] is not None:
+        return stored["bytes"], stored["path"] or place
+    return stored["path"], stored["path"]
+
+
+def apply_transform(transform: ImageTransform, source: str | bytes, name: str, seed: int | None) -> torch.Tensor:
+    """Read an image and transform it.
+
+    Args:
+        transform: See `ImageDataset`.
+        source: Path or contents.
+        name: For errors.
+        seed: Of the random numbers that the transform gets; None for none.
+
+    Raises:
+        ImageError: the image can't be read; the message has the name.
+    """
+    encoded = EncodedImage(source, name)
+    image = encoded if getattr(transform, "reads_encoded", False) else encoded.load()
+    return transform(image, None if seed is None else random.Random(seed))
+
+
+def _paths_only(hf_dataset: "datasets.Dataset", column: str) -> pa.Array | None:
+    """All paths, if every row has a path and no row has contents: reading them one by one takes ten times longer."""
+    if len(hf_dataset) == 0:
+        return None
+    stored = hf_dataset.data.column(column)  # before any selection of rows; no contents are read
+    if any(chunk.null_count or chunk.field("bytes").null_count < len(chunk) for chunk in stored.chunks):
+        return None
+    rows = hf_dataset.with_format("arrow", columns=[column])[:].column(column)
+    paths = pa.concat_arrays([chunk.field("path") for chunk in rows.chunks])
+    return None if paths.null_count else paths
 
 
 def collate_images(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

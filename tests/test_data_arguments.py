@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 import pytest
-from data_fixtures import write_classes, write_image
+from data_fixtures import write_archive, write_classes, write_files, write_image
 from transformers import HfArgumentParser
 
 from vptsp.data_scripts import DATASETS, DataArguments, DataError, check_data_arguments, load_splits
@@ -44,6 +44,7 @@ def test_resize_follows_image_size(size, resize):
         ({"layout": "flat"}, "layout must be one of auto, classes, train_test, query_gallery, got 'flat'"),
         ({"class_split": "even"}, "class_split must be one of first, alternate, random, got 'even'"),
         ({"test_share": 0.0}, "test_share must be between 0 and 1, both excluded, got 0.0"),
+        ({"dataset_revision": 1234567}, "dataset_revision must be text, got the number 1234567: put it in quotes"),
         ({"digit_size": 7}, "digit_size must be >= 8, got 7"),
         ({"image_size": 0}, "image_size must be >= 1, got 0"),
         ({"resize_size": 100}, "resize_size must be >= image_size 224, got 100"),
@@ -64,6 +65,7 @@ def test_arguments_load_what_they_say(tmp_path):
     check_data_arguments(args)
     assert args.load_splits()["train"].features["label"].names == ["a", "c"]
     assert any((tmp_path / "cache").rglob("*.arrow"))
+    assert [row["label"] for row in args.load_splits(streaming=True)["test"]] == [0, 1]
 
 
 def test_registry_agrees_with_the_builders():
@@ -97,13 +99,47 @@ def test_early_check(tmp_path):
         ({"data_dir": str(root / "a")}, "holds 1 images .* but no class folders"),
         ({"data_dir": str(root), "layout": "train_test"}, "layout 'train_test' needs the folders"),
         ({"data_dir": str(root), "train_classes": ["no.txt"]}, "train_classes: expected a text file .* at no.txt"),
-        ({"data_dir": str(root), "dataset_name": "cub"}, "expected images or CUB_200_2011/images in it"),
+        ({"data_dir": str(root), "dataset_name": "cub"}, "expected images, CUB_200_2011/images or CUB_200_2011.tgz"),
         ({"data_dir": str(root), "dataset_name": "cub", "test_share": 0.4}, "'cub' has no option 'test_share'"),
         ({"data_dir": str(root), "digit_size": 16}, "'folder' has no option 'digit_size'"),
         ({"data_dir": str(root), "dataset_name": "digits"}, "'digits' has no data_dir, got"),
+        ({"dataset_name": "cub"}, "the data set 'cub' needs the folder that holds its images, or its archive"),
+        ({"dataset_name": "cub", "data_dir": str(tmp_path / "photo.png")}, "photo.png is neither a zip nor a tar"),
+        ({"dataset_name": "cub", "data_dir": str(tmp_path / "birds/CUB_200_2011/images")}, "too low: did you mean"),
+        ({"dataset_name": "cub", "data_dir": str(tmp_path)}, "is too high: did you mean .*birds"),
+        ({"dataset_name": "sop", "data_dir": str(root)}, "expected Ebay_train.txt, Info_Files, .*Products.zip"),
+        ({"dataset_name": "inshop", "data_dir": str(root)}, "list_eval_partition.txt"),
+        ({"dataset_name": "cars", "data_dir": str(root)}, "expected images, cars196/images, car_ims, .*car_ims.tgz"),
+        ({"dataset_name": "inaturalist", "data_dir": str(root)}, "expected Inaturalist_train_set1.txt"),
+        ({"dataset_name": "inaturalist", "image_column": "img"}, "'inaturalist' has no option 'image_column'"),
+        ({"dataset_name": "hub"}, "give either dataset_repo .* got neither"),
+        (
+            {"dataset_name": "hub", "data_dir": str(root), "dataset_repo": "a/b"},
+            "give either dataset_repo .* got both",
+        ),
+        ({"dataset_name": "hub", "data_dir": str(tmp_path / "absent")}, "absent does not exist"),
+        ({"dataset_repo": "a/b", "data_dir": str(root)}, "the data set 'folder' has no option 'dataset_repo'"),
     ):
         with pytest.raises(DataError, match=message):
             check_data_arguments(DataArguments(**values))
+
+
+def test_early_check_takes_archives_and_repositories(tmp_path):
+    archive = write_archive(tmp_path / "cub/CUB_200_2011.tgz", {"CUB_200_2011/images/001.a/1.jpg": b"x"})
+    check_data_arguments(DataArguments(dataset_name="cub", data_dir=str(archive)))
+    check_data_arguments(DataArguments(dataset_name="cub", data_dir=str(archive.parent)))
+    for name, file in (
+        ("cars", "car_ims.tgz"),
+        ("sop", "Info_Files/Ebay_train.txt"),
+        ("sop", "Stanford_Online_Products.zip"),
+        ("inshop", "Eval/list_eval_partition.txt"),
+        ("inaturalist", "Inaturalist_test_set1.txt"),
+    ):
+        root = write_files(tmp_path / name / file.replace("/", "-"), {file: b""})
+        check_data_arguments(DataArguments(dataset_name=name, data_dir=str(root)))
+    args = DataArguments(dataset_name="hub", dataset_repo="some/flowers", dataset_revision="v1", label_column="kind")
+    check_data_arguments(args)
+    assert args.builder_options() == {"dataset_repo": "some/flowers", "dataset_revision": "v1", "label_column": "kind"}
 
 
 def test_early_check_imports_nothing_heavy(tmp_path):

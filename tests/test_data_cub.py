@@ -1,10 +1,25 @@
-import io
+import logging
+import pickle
 
 import pytest
-from data_fixtures import SHARED_DATA, write_classes
-from PIL import Image
+from data_fixtures import jpeg_bytes, rows_of, split_list, write_archive, write_classes, write_files
 
-from vptsp.data_scripts import DataError, load_splits
+from vptsp.data_scripts import CUB200, DataError, load_splits
+
+
+FOLDERS = {"200.Yellowthroat": 1, "002.Laysan_Albatross": 2, "100.Brown_Pelican": 1, "101.White_Pelican": 3}
+FILES = {
+    f"images/{name}/{name[4:]}_{i}.jpg": jpeg_bytes(10 * row + i)
+    for row, (name, count) in enumerate(FOLDERS.items())
+    for i in range(count)
+}
+MEMBERS = {
+    "attributes.txt": "1 has_bill_shape::curved\n",
+    "CUB_200_2011/images.txt": "1 ...\n",
+    **{f"CUB_200_2011/{name}": content for name, content in FILES.items()},
+    "CUB_200_2011/images/._002.Laysan_Albatross": b"litter",
+    "CUB_200_2011/images/200.Yellowthroat/._Yellowthroat_0.jpg": b"litter",
+}
 
 
 @pytest.fixture
@@ -16,9 +31,7 @@ def load(tmp_path):
 
 
 def test_subset_in_official_order(tmp_path, load):
-    counts = {"200.Yellowthroat": 1, "002.Laysan_Albatross": 2, "100.Brown_Pelican": 1, "101.White_Pelican": 3}
-    root = write_classes(tmp_path / "CUB_200_2011/images", counts, "jpg").parent
-    (root / "images/._002.Laysan_Albatross").write_bytes(b"")
+    root = write_files(tmp_path, {name: MEMBERS[name] for name in MEMBERS if name[0] == "C"}) / "CUB_200_2011"
     for data_dir in (root, tmp_path):
         splits = load(data_dir, verify_counts=False)
         assert list(splits) == ["train", "test"]
@@ -34,49 +47,122 @@ def test_subset_in_official_order(tmp_path, load):
         load(root)
 
 
-def test_errors(tmp_path, load):
+@pytest.mark.parametrize("name", ["CUB_200_2011.tgz", "CUB_200_2011.tar", "CUB_200_2011.zip"])
+def test_archive(tmp_path, load, name):
+    folder = load(write_files(tmp_path / "unpacked", MEMBERS), verify_counts=False)
+    archive = write_archive(tmp_path / "packed" / name, MEMBERS)
+    for data_dir in (archive, archive.parent) if archive.suffix != ".zip" else (archive,):
+        for streaming in (False, True):
+            splits = load(data_dir, verify_counts=False, streaming=streaming)
+            assert list(splits) == ["train", "test"]
+            for split in splits:
+                assert splits[split].features == folder[split].features
+                rows = rows_of(splits[split])
+                members = {name: (path.removeprefix(f"{archive.name}/"), content) for name, path, content in rows}
+                assert all(MEMBERS[path] == content for path, content in members.values())
+                expected = [(name, content) for name, _, content in rows_of(folder[split])]
+                assert sorted((name, content) for name, _, content in rows) == sorted(expected)
+                assert rows == rows_of(load(data_dir, verify_counts=False)[split])
+    assert splits["train"].num_shards == 1
+    assert rows_of(pickle.loads(pickle.dumps(splits["train"]))) == rows_of(splits["train"])  # as workers get it
+    with pytest.raises(DataError, match=rf"{name}/CUB_200_2011/images is not complete.*found 3 images of 2 classes"):
+        load(archive)
+
+
+def test_prepared_archives_are_found_again_and_never_stale(tmp_path, load, monkeypatch):
+    archive = write_archive(tmp_path / "CUB_200_2011.tgz", MEMBERS)
+    load(archive, verify_counts=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("vptsp.data_scripts.archives._walk_tar", None)  # neither listed nor read again
+        assert len(load(archive, verify_counts=False)["train"]) == 3
+        (tmp_path / "moved").mkdir()
+        archive = archive.rename(tmp_path / "moved/CUB_200_2011.tgz")
+        assert len(load(archive, verify_counts=False)["train"]) == 3
+    extra = {"CUB_200_2011/images/002.Laysan_Albatross/new.jpg": jpeg_bytes(99)}
+    write_archive(archive, {**MEMBERS, **extra})
+    assert len(load(archive, verify_counts=False)["train"]) == 4
+
+
+def test_what_preparing_from_an_archive_says(tmp_path, load, monkeypatch, capfd):
+    archive = write_archive(tmp_path / "CUB_200_2011.tgz", MEMBERS)
+    load(archive, verify_counts=False)
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""  # a bar only where it takes more than two seconds
+    monkeypatch.setattr("vptsp.data_scripts.builder.free_bytes", lambda folder: 100)
+    write_archive(archive, {**MEMBERS, "CUB_200_2011/images/002.Laysan_Albatross/new.jpg": jpeg_bytes(99)})
+    with pytest.raises(DataError, match=r"need 0.0 GB in .*cache, where 0.0 GB are free; name another folder"):
+        load(archive, verify_counts=False)
+    monkeypatch.undo()
+    load(archive, verify_counts=False)
+    monkeypatch.setattr("vptsp.data_scripts.builder.free_bytes", lambda folder: 100)
+    load(archive, verify_counts=False)  # nothing more to be written
+
+
+def test_an_archive_that_breaks_while_it_is_read(tmp_path, load, monkeypatch):
+    archive = write_archive(tmp_path / "CUB_200_2011.tar", MEMBERS)
+    listing = CUB200.list_splits(str(archive), str(tmp_path / "cache"), verify_counts=False)
+    archive.write_bytes(archive.read_bytes()[:3000])
+    builder = CUB200("test", str(archive), str(tmp_path / "cache"), listing, verify_counts=False)
+    with pytest.raises(DataError, match=r"CUB_200_2011.tar is truncated.*; the last whole member is 'CUB_200_2011/"):
+        builder.download_and_prepare()
+    with pytest.raises(DataError, match=r"CUB_200_2011.tar is truncated"):
+        list(builder.as_streaming_dataset("test"))
+
+
+def test_errors(tmp_path, load, caplog):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"expected images/ or CUB_200_2011/images/ in .*empty; found no folders"):
+    with pytest.raises(DataError, match=r"expected images/.* or CUB_200_2011.tgz in .*empty; found no folders"):
         load(tmp_path / "empty")
     images = write_classes(tmp_path / "high/birds/CUB_200_2011/images", {"001.a": 1, "002.b": 1})
-    with pytest.raises(DataError, match=r"images holds the class folders themselves.*did you mean .*CUB_200_2011\?"):
-        load(images)
+    for low in (images, images / "001.a"):
+        with pytest.raises(DataError, match=rf"{low} is too low: did you mean {images.parent}\?"):
+            load(low)
     with pytest.raises(DataError, match=r"high is too high: did you mean .*birds\?"):
         load(tmp_path / "high")
-    with pytest.raises(DataError, match=r"holds no test class; ids 1 to 100 train.* found 1 to 2"):
+    with pytest.raises(DataError, match=r"holds no test class of CUB-200-2011"):
         load(images.parent, verify_counts=False)
     write_classes(images, {"002.c": 1})
     with pytest.raises(DataError, match=r"two folders of class 2: '002.b' and '002.c'"):
         load(images.parent)
     (images / "002.c").rename(images / "thumbnails")
-    with pytest.raises(DataError, match="holds the folder 'thumbnails'; expected only class folders named like"):
+    with pytest.raises(DataError, match=r"holds the folder 'thumbnails'; expected only class folders named like"):
         load(images.parent)
-    with pytest.raises(DataError, match="no option 'class_split'; its options are verify_counts"):
+    with pytest.raises(DataError, match=r"no option 'class_split'; its options are verify_counts"):
         load(images.parent, class_split="first")
+    with pytest.raises(DataError, match=r"holds no images in a folder 'images'; found images in 'pictures'"):
+        load(write_archive(tmp_path / "other.tgz", {"pictures/001.a/1.jpg": b"x"}))
+    with pytest.raises(DataError, match=r"holds no images in a folder 'images'; found no images at all"):
+        load(write_archive(tmp_path / "none.tgz", {"pictures/001.a/1.txt": b"x"}))
+    (images / "thumbnails").rename(images / "101.c")
+    write_files(images, {"overview.jpg": b"x"})
+    with caplog.at_level(logging.WARNING):
+        assert len(load(images.parent, verify_counts=False)["train"]) == 2
+    assert "the image 'overview.jpg' lies beside the class folders and is left out" in caplog.text
 
 
-def test_full_size(tmp_path, load):
-    """The published split, with the official file names and images of one pixel."""
-    lists = [SHARED_DATA / "splits" / f"CUB_{split}.csv" for split in ("train", "test")]
-    if not all(path.is_file() for path in lists):
-        pytest.skip("needs the published split lists")
-    stream = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(stream, "JPEG")
-    expected = {}
-    for split, path in zip(("train", "test"), lists, strict=True):
-        lines = [line.rsplit(",", 1) for line in path.read_text().splitlines()]
-        expected[split] = sorted((int(label) - 1, file.removeprefix("/data/")) for file, label in lines)
-        for _, file in expected[split]:
-            target = tmp_path / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(stream.getvalue())
-    splits = load(tmp_path)
+@pytest.mark.parametrize("packed", [False, True])
+def test_full_size(tmp_path, load, packed):
+    """The published split, with the official file names; the images are empty in the folder."""
+    expected, files = {}, {}
+    for split in ("train", "test"):
+        lines = split_list(f"CUB_{split}.csv")
+        expected[split] = sorted((label - 1, file.removeprefix("/data/")) for file, label in lines)
+        files |= {file: b"" for _, file in expected[split]}
+    where = tmp_path / "CUB_200_2011.tgz"
+    if packed:
+        write_archive(where, files)
+    else:
+        write_files(tmp_path, files)
+    listing = CUB200.list_splits(str(tmp_path), str(tmp_path / "cache"))
+    prefix = f"{where}/" if packed else f"{tmp_path}/"
     for split, first in (("train", 0), ("test", 100)):
-        table = splits[split].with_format("arrow")[:]
-        labels = table["label"].to_pylist()
-        files = [image["path"].removeprefix(f"{tmp_path.resolve()}/") for image in table["image"].to_pylist()]
-        assert sorted(zip([label + first for label in labels], files, strict=True)) == expected[split]
-        assert splits[split].features["label"].num_classes == 100
-    target.unlink()
-    with pytest.raises(DataError, match="test: found 5,923 images of 100 classes, expected 5,924 of 100"):
-        load(tmp_path)
+        rows = listing.splits[split]
+        found = [
+            (label + first, file.removeprefix(prefix)) for label, file in zip(rows.labels, rows.files, strict=True)
+        ]
+        assert sorted(found) == expected[split]
+        assert len(listing.class_names[split]) == 100
+    if not packed:
+        (tmp_path / expected["test"][0][1]).unlink()
+        with pytest.raises(DataError, match=r"test: found 5,923 images of 100 classes, expected 5,924 of 100"):
+            load(tmp_path)

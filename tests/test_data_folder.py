@@ -1,11 +1,14 @@
+import io
 import logging
 import os
 from decimal import Decimal
 
+import numpy as np
 import pytest
-from data_fixtures import SHARED_DATA, write_classes, write_image
+from data_fixtures import SHARED_DATA, write_archive, write_classes, write_files, write_image
+from PIL import Image
 
-from vptsp.data_scripts import DataError, ImageFolders, load_splits
+from vptsp.data_scripts import DataError, ImageDataset, ImageError, ImageFolders, load_splits
 from vptsp.data_scripts.class_split import split_classes
 
 
@@ -312,3 +315,72 @@ def test_grocery_photos(load):
     assert len(splits["train"]) + len(splits["test"]) == 2936
     assert names(splits["train"]) == sorted(folder.name for folder in root.iterdir())[::2]
     assert all(path.split("/")[-2] == name for name, path in rows(splits["test"]))
+
+
+# ---- images of every kind, from a folder and from an archive
+
+
+def odd_images():
+    """Contents, and the RGB value that must come out at the top left."""
+
+    def encode(image, kind, **options):
+        stream = io.BytesIO()
+        image.save(stream, kind, **options)
+        return stream.getvalue()
+
+    grey16 = Image.fromarray(np.full((8, 8), 128 * 257, np.uint16))
+    turned = Image.new("RGB", (16, 8), (0, 0, 0))
+    turned.paste((200, 200, 200), (0, 4, 16, 8))  # the lower half, which orientation 3 turns up
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    palette = Image.new("RGB", (8, 8), (250, 10, 20)).convert("P", palette=Image.Palette.ADAPTIVE)
+    return {
+        "grey.jpg": (encode(Image.new("L", (8, 8), 90), "JPEG"), (90, 90, 90)),
+        "cmyk.jpg": (encode(Image.new("CMYK", (8, 8), (0, 0, 0, 155)), "JPEG"), (100, 100, 100)),
+        "palette.png": (encode(palette, "PNG"), (250, 10, 20)),
+        "sixteen.png": (encode(grey16, "PNG"), (128, 128, 128)),
+        "turned.jpg": (encode(turned, "JPEG", exif=exif), (200, 200, 200)),
+        "alpha.png": (encode(Image.new("RGBA", (8, 8), (7, 8, 9, 255)), "PNG"), (7, 8, 9)),
+    }
+
+
+@pytest.mark.parametrize("where", ["folder", "archive"])
+def test_images_of_every_kind(tmp_path, load, where):
+    odd = odd_images()
+    files = {f"images/001.a/{name}": content for name, (content, _) in odd.items()}
+    files["images/001.a/cut.jpg"] = odd["grey.jpg"][0][:-60]
+    files["images/101.b/x.png"] = odd["alpha.png"][0]
+    if where == "folder":
+        splits = load(write_files(tmp_path / "root", files) / "images")
+    else:
+        archive = write_archive(tmp_path / "CUB_200_2011.tgz", files)
+        splits = load_splits("cub", archive, cache_dir=tmp_path / "cache", verify_counts=False)
+    images = ImageDataset(splits["train"], None)
+    names = [row["image"]["path"].rpartition("/")[2] for row in splits["train"]]
+    assert sorted(names) == sorted([*odd, "cut.jpg"])
+    for row, name in enumerate(names):
+        if name == "cut.jpg":
+            with pytest.raises(ImageError, match=r"001.a/cut.jpg: can.t read this image .*[Tt]runcated"):
+                images.open_image(row)
+            continue
+        image = images.open_image(row)
+        assert image.mode == "RGB"
+        assert np.abs(np.array(image.getpixel((0, 0))) - odd[name][1]).max() <= 2, name
+
+
+def test_symbolic_links(tmp_path, load):
+    root = write_classes(tmp_path / "root", {"a": 1, "b": 1})
+    write_classes(tmp_path / "disk2", {"c": 2})
+    (root / "c").symlink_to(tmp_path / "disk2/c")
+    (root / "a/link.png").symlink_to(tmp_path / "disk2/c/001.png")
+    (root / "b/round").symlink_to(root / "b")
+    splits = load(root, train_classes=["a", "b"])
+    assert [path.removeprefix(f"{root}/") for _, path in rows(splits["train"])] == [
+        "a/000.png",
+        "a/link.png",
+        "b/000.png",
+    ]
+    assert len(splits["test"]) == 2
+    (root / "a/broken.png").symlink_to("nowhere.png")
+    with pytest.raises(DataError, match=r"a/broken.png is a broken link to nowhere.png"):
+        load(root)

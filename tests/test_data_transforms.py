@@ -114,7 +114,7 @@ def test_crop_stays_inside_and_is_resized_to_the_square():
     transform = TrainTransform(size=24, horizontal_flip=0)
     for _ in range(20):
         state = rng.getstate()
-        left, top, right, bottom = transform.sample_crop(200, 120, rng)
+        (left, top, right, bottom), _ = transform.choose_crop(200, 120, rng)
         assert 0 <= left < right <= 200 and 0 <= top < bottom <= 120
         rng.setstate(state)
         result = transform(image, rng)
@@ -129,7 +129,7 @@ def test_crop_stays_inside_and_is_resized_to_the_square():
 
 def test_whole_image_crop_against_torch():
     image = noise(61, 47)
-    transform = TrainTransform(size=20, scale=(1, 1), ratio=(61 / 47, 61 / 47), horizontal_flip=0)
+    transform = TrainTransform(20, scale=(1, 1), ratio=(61 / 47, 61 / 47), horizontal_flip=0, decode_margin=math.inf)
     result = transform(image, random.Random(0))
     assert (result.double() - resized(image, 20, 20)).abs().max() <= 1.01
 
@@ -192,9 +192,15 @@ def test_transforms_from_arguments():
         (lambda: TrainTransform(scale=(0, 1)), "scale must be 0 < min <= max <= 1"),
         (lambda: TrainTransform(ratio=(2, 1)), "ratio must be 0 < min <= max"),
         (lambda: TrainTransform(horizontal_flip=1.5), "horizontal_flip must be a probability in .0, 1., got 1.5"),
+        (lambda: TrainTransform(decode_margin=0.9), "decode_margin must be >= 1, got 0.9"),
+        (lambda: TrainTransform(decode_margin=math.nan), "decode_margin must be >= 1, got nan"),
         (lambda: EvalTransform(resize=200, size=224), "resize must be >= size 224, got 200"),
         (lambda: EvalTransform(size=0), "size must be >= 1, got 0"),
         (lambda: EvalTransform(8, 8)(Image.new("L", (9, 9))), "expected an image of mode RGB .* got L"),
+        (
+            lambda: TrainTransform(8)(Image.new("L", (9, 9)), random.Random(0)),
+            "expected an image of mode RGB .* got L",
+        ),
     ],
 )
 def test_errors(make, message):

@@ -1,0 +1,315 @@
+"""Reading images out of zip and tar files, in one pass and without unpacking them.
+
+A tar file is only ever read from front to back (jumping about in a compressed one would start over each time), so its
+list of members is made in a pass of its own, once, and kept beside the prepared tables.
+
+Nothing here imports torch or `datasets`, and nothing is ever written where a member's name says.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from filelock import FileLock
+from tqdm import tqdm
+
+from .errors import DataError, some
+from .images import ImageFile, is_hidden, is_image_name
+
+
+__all__ = ["archive_kind", "free_bytes", "list_members", "read_member", "read_members"]
+
+INDEX_FOLDER = "vptsp_archives"
+_INDEX_VERSION = 1
+_SLOW_SECONDS = 2.0
+_BUFFER = 1 << 20
+_DRIVE = re.compile(r"[A-Za-z]:")
+_PLAIN = re.compile(r"[\w-][\w .,()-]*(?:/[\w-][\w .,()-]*)*", re.ASCII)
+"""Most names; they need no closer look."""
+_ZIP_HEADER = struct.Struct("<4s5H3L2H")
+
+
+def archive_kind(path: Path) -> str:
+    """What a file is, from its first bytes (whatever its name).
+
+    Returns:
+        `zip`, `tar.gz` or `tar`.
+
+    Raises:
+        DataError: it is none of these, or can't be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(512)
+    except OSError as error:
+        raise DataError(f"can't read {path}: {error.strerror or error}") from error
+    if head.startswith((b"PK\3\4", b"PK\5\6")):
+        return "zip"
+    if head.startswith(b"\x1f\x8b"):
+        return "tar.gz"
+    if head[257:262] == b"ustar":
+        return "tar"
+    what = "it is empty" if not head else f"it starts with {head[:16]!r}"
+    raise DataError(f"{path} is neither a zip nor a tar file ({what}); is the download complete, and not a web page?")
+
+
+def list_members(path: Path, index_dir: str | Path) -> list[ImageFile]:
+    """List the files in an archive, in its order.
+
+    Folders, hidden files and the litter of macOS are passed over. The list of a tar file is kept in
+    `index_dir/vptsp_archives`, found again by the archive's name, size and time of change.
+
+    Args:
+        path: Archive.
+        index_dir: Folder for the list.
+
+    Returns:
+        Member names (with `/`, without a leading `./`) and sizes.
+
+    Raises:
+        DataError: the archive is truncated or damaged (the last whole member is named), encrypted, holds a name twice,
+            a name that leads out of it, or an image that is a link.
+    """
+    path = Path(path)
+    if archive_kind(path) == "zip":
+        with _open_zip(path) as archive:
+            return [ImageFile(name, info.file_size, 0) for name, info in _zip_members(path, archive).items()]
+    status = path.stat()
+    key = hashlib.sha256(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()[:32]
+    index = Path(index_dir).expanduser() / INDEX_FOLDER / f"{key}.json"
+    try:
+        index.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"can't keep the list of {path.name} in {index.parent} ({error.strerror}); name a folder that can be "
+            "written to (data_cache_dir)"
+        ) from error
+    with FileLock(f"{index}.lock"):  # of several processes, one reads the archive
+        members = _read_index(index)
+        if members is None:
+            members = [[name, size] for name, size, _ in _walk_tar(path, f"Listing {path.name}")]
+            part = index.with_suffix(".part")
+            part.write_text(json.dumps({"version": _INDEX_VERSION, "archive": path.name, "members": members}))
+            part.replace(index)
+    return [ImageFile(name, size, 0) for name, size in members]
+
+
+def _read_index(index: Path) -> list | None:
+    try:
+        content = json.loads(index.read_text())
+        return content["members"] if content["version"] == _INDEX_VERSION else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_members(path: Path, names: Collection[str], progress: bool = False) -> Iterator[tuple[str, bytes]]:
+    """Read files out of an archive.
+
+    Args:
+        path: Archive.
+        names: Members, as `list_members` names them.
+        progress: Show a bar, if it takes more than two seconds.
+
+    Yields:
+        Name and contents; of a zip file in the order of `names`, of a tar file in the archive's order (in a single
+        pass, which ends when all are found).
+
+    Raises:
+        DataError: as `list_members`, or a name is not in the archive.
+    """
+    path = Path(path)
+    if archive_kind(path) != "zip":
+        wanted = set(names)
+        for name, _, content in _walk_tar(path, f"Reading {path.name}", frozenset(wanted), progress):
+            if content is not None:
+                wanted.remove(name)
+                yield name, content
+                if not wanted:
+                    return
+        if wanted:
+            raise DataError(f"{path} has no member {some(sorted(wanted))}")
+        return
+    with _open_zip(path) as archive:
+        members = _zip_members(path, archive)
+        absent = [name for name in names if name not in members]
+        if absent:
+            raise DataError(f"{path} has no member {some(absent)}")
+        bar = tqdm(names, f"Reading {path.name}", delay=_SLOW_SECONDS, leave=False, disable=not progress)
+        for name in bar:
+            try:
+                content = archive.read(members[name])
+            except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+                raise DataError(f"{path}: the member {name!r} is damaged ({error}); download it again") from error
+            yield name, content
+
+
+def read_member(path: Path, name: str) -> bytes:
+    """The contents of one file in an archive; see `read_members`."""
+    return next(read_members(path, [name]))[1]
+
+
+def free_bytes(folder: str | Path) -> int:
+    """Free room on the disk of a folder, which need not exist yet."""
+    folder = Path(folder).expanduser().resolve()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def _safe_name(name: str, archive: Path) -> str | None:
+    """A member's name, cleaned; None for litter."""
+    if _PLAIN.fullmatch(name) and "__MACOSX" not in name:
+        return name
+    clean = name.replace("\\", "/")
+    parts = [part for part in clean.split("/") if part not in ("", ".")]
+    if clean.startswith("/") or _DRIVE.match(clean) or ".." in parts:
+        raise DataError(
+            f"{archive} holds the member {name!r}, whose path leads out of the archive; expected relative paths "
+            "without '..': this is not the official archive"
+        )
+    if not parts or any(is_hidden(part) for part in parts):
+        return None
+    clean = "/".join(parts)
+    try:
+        clean.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{archive}: the name of the member {name!r} is not valid UTF-8") from error
+    return clean
+
+
+# ---- zip
+
+
+@contextlib.contextmanager
+def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise DataError(
+            f"{path} is truncated: its table of contents, which a zip file has at its end, is missing ({error})"
+            f"{_last_whole_zip_member(path)}. Download it again"
+        ) from error
+    with archive:
+        yield archive
+
+
+def _zip_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = _safe_name(info.filename, path)
+        if name is None or info.is_dir():
+            continue
+        if info.external_attr >> 28 == 0o12 and is_image_name(name):
+            raise DataError(f"{path}: the member {name!r} is a link; expected an image")
+        if info.flag_bits & 1:
+            raise DataError(f"{path}: the member {name!r} is encrypted; unpack the archive and give the folder")
+        if name in members:
+            raise DataError(f"{path} holds the member {name!r} twice")
+        members[name] = info
+    return members
+
+
+def _last_whole_zip_member(path: Path) -> str:
+    """Walk the headers that stand before each member, as far as they go."""
+    last, size = None, path.stat().st_size
+    with path.open("rb") as stream:
+        while True:
+            head = stream.read(_ZIP_HEADER.size)
+            if len(head) < _ZIP_HEADER.size:
+                break
+            signature, _, flags, _, _, _, _, packed, _, name_length, extra_length = _ZIP_HEADER.unpack(head)
+            if signature != b"PK\3\4" or flags & 8:  # with bit 3, sizes stand behind the data
+                break
+            name = stream.read(name_length).decode("utf-8" if flags & 0x800 else "cp437", "replace")
+            end = stream.seek(extra_length + packed, os.SEEK_CUR)
+            if end > size:
+                break
+            last = name
+    return "" if last is None else f"; the last whole member is {last!r}"
+
+
+# ---- tar
+
+
+class _Member(tarfile.TarInfo):
+    """Notes that the archive's end mark was seen: `tarfile` takes a file cut off between two members as complete."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_object):
+        try:
+            return super().fromtarfile(tarfile_object)
+        except tarfile.EOFHeaderError:
+            tarfile_object.end_seen = True
+            raise
+
+
+class _Gzip(gzip.GzipFile):
+    """Gives what could be read before it raises, so that the last whole member is known."""
+
+    def read(self, size: int = -1) -> bytes:
+        return self.read1(size)
+
+
+def _walk_tar(
+    path: Path, title: str, wanted: Collection[str] = (), progress: bool = True
+) -> Iterator[tuple[str, int, bytes | None]]:
+    """Go through a tar file once; gives name, size and, of the wanted members, the contents."""
+    last, seen = None, set()
+    total = path.stat().st_size
+    with (
+        tqdm(
+            total=total,
+            desc=title,
+            unit="B",
+            unit_scale=True,
+            delay=_SLOW_SECONDS,
+            mininterval=0.5,
+            leave=False,
+            disable=not progress,
+        ) as bar,
+        path.open("rb") as raw,
+    ):
+        try:
+            stream = _Gzip(fileobj=raw) if archive_kind(path) == "tar.gz" else raw
+            tar = tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member, bufsize=_BUFFER)  # noqa: SIM115
+            while (info := tar.next()) is not None:
+                tar.members.clear()  # or every member of a huge archive stays in memory
+                name = _check_member(info, path, seen)
+                content = tar.extractfile(info).read() if name in wanted else None
+                tar.fileobj.seek(tar.offset)
+                if tar.fileobj.tell() < tar.offset:
+                    raise EOFError("the file ends within a member")
+                if name is not None:
+                    yield name, info.size, content
+                last = info.name
+                bar.update(raw.tell() - bar.n)
+            if not getattr(tar, "end_seen", False):
+                raise EOFError("the mark at an archive's end is missing, or a member's header is damaged")
+            while stream.read(_BUFFER):  # a compressed file has its checksum at the end
+                pass
+        except (EOFError, zlib.error, tarfile.TarError, OSError) as error:
+            raise DataError(
+                f"{path} is truncated or damaged ({error}); the last whole member is {last!r}. Download it again"
+            ) from error
+
+
+def _check_member(info: tarfile.TarInfo, path: Path, seen: set[str]) -> str | None:
+    name = _safe_name(info.name, path)
+    if name is None:
+        return None
+    if (info.issym() or info.islnk()) and is_image_name(name):
+        raise DataError(f"{path}: the member {name!r} is a link to {info.linkname!r}; expected an image")
+    if not info.isreg():
+        return None
+    if name in seen:
+        raise DataError(f"{path} holds the member {name!r} twice")
+    seen.add(name)
+    return name

@@ -1,0 +1,191 @@
+"""JPEG decoding that does no more than a crop needs.
+
+A crop needs neither the rows below it nor, if it is shrunk a lot, the full resolution. `EncodedImage` reads the
+header, says how large the upright image is, and then decodes a given part:
+
+- at 1/2, 1/4 or 1/8 of the size, which the JPEG library does by leaving out high frequencies of each block;
+- no further down than the part. The header is told a smaller height; the rows that remain come out as they would from
+  the whole file, bit for bit;
+- without turning the whole picture: the part is given as stored, with what is left to turn.
+
+Everything that is not a plain grey or RGB JPEG file is decoded in full. Nothing here imports torch or `datasets`.
+"""
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from .images import image_errors, to_rgb, upright_rgb
+
+
+__all__ = ["DecodedPart", "EncodedImage", "Turn"]
+
+_ORIENTATION = 0x0112
+_START_OF_FRAME = (0xC0, 0xC1, 0xC2)  # sequential and progressive; others (lossless, arithmetic) are decoded in full
+_END_OF_IMAGE = b"\xff\xd9"
+_ROW_MULTIPLE = 32  # rows of a block of blocks: 8, 16 or 32
+_ROWS_BELOW = 8  # colour is interpolated between rows, so the last ones of a shortened image may differ
+_WORTH_SHORTENING = 0.9  # reading the header again costs as much as decoding a tenth of a small photo
+
+
+class Turn(NamedTuple):
+    """What turns a stored picture upright: first mirror, then swap rows and columns.
+
+    Attributes:
+        swap: Whether rows become columns.
+        mirror_x: Whether to mirror left and right.
+        mirror_y: Whether to mirror top and bottom.
+    """
+
+    swap: bool = False
+    mirror_x: bool = False
+    mirror_y: bool = False
+
+    @classmethod
+    def from_exif(cls, orientation: int) -> "Turn":
+        """Of an EXIF orientation 1..8; anything else counts as upright."""
+        if orientation not in range(2, 9):
+            return cls()
+        return cls(orientation >= 5, orientation in (2, 3, 7, 8), orientation in (3, 4, 6, 7))
+
+    def to_stored(self, box: tuple[int, int, int, int], width: int, height: int) -> tuple[int, int, int, int]:
+        """A box of the upright picture (left, top, right, bottom) in the stored one, whose size is given."""
+        left, top, right, bottom = box
+        if self.swap:
+            left, top, right, bottom = top, left, bottom, right
+        if self.mirror_x:
+            left, right = width - right, width - left
+        if self.mirror_y:
+            top, bottom = height - bottom, height - top
+        return left, top, right, bottom
+
+
+class DecodedPart(NamedTuple):
+    """Pixels that hold the part asked for.
+
+    Attributes:
+        image: Mode RGB, as stored (not turned); `shrink` times smaller than the file says, and perhaps cut off below.
+        box: Where in `image` the part is: left, top, right, bottom in whole pixels.
+        shrink: 1, 2, 4 or 8.
+        turn: What is left to do to the part to have it upright.
+    """
+
+    image: Image.Image
+    box: tuple[int, int, int, int]
+    shrink: int = 1
+    turn: Turn = Turn()
+
+
+class EncodedImage:
+    """An image of which only the header has been read (of anything but a plain JPEG: an image read in full).
+
+    Args:
+        source: Path of the file, or its contents.
+        name: What to call the image in errors; by default the path, or "image of N bytes".
+
+    Attributes:
+        size: Width and height, upright.
+        turn: What turns the stored picture upright.
+
+    Raises:
+        ImageError: as `open_image`; from the constructor, or (pixels that can't be decoded) from the methods.
+    """
+
+    def __init__(self, source: str | Path | bytes, name: str | None = None):
+        is_bytes = isinstance(source, (bytes, bytearray, memoryview))
+        if name is None:
+            name = f"image of {len(source)} bytes" if is_bytes else str(source)
+        self.name = name
+        self.turn = Turn()
+        self._pixels = None
+        with image_errors(name):
+            self._data = bytes(source) if is_bytes else Path(source).read_bytes()
+            self._opened = Image.open(io.BytesIO(self._data))
+            self._lazy = self._opened.format == "JPEG" and self._opened.mode in ("RGB", "L")
+            if self._lazy:
+                self.turn = Turn.from_exif(_orientation(self._opened))
+                self._stored_size = self._opened.size
+                self.size = self._stored_size[::-1] if self.turn.swap else self._stored_size
+            else:  # some formats say only after decoding how the picture is to be turned
+                self.size = self.load().size
+
+    def load(self) -> Image.Image:
+        """The whole image, RGB and upright: what `open_image` gives."""
+        if self._pixels is None:
+            with image_errors(self.name):
+                self._pixels = upright_rgb(self._header())
+        return self._pixels
+
+    def decode_part(self, box: tuple[int, int, int, int], shrink: int = 1) -> DecodedPart:
+        """Decode what a part of the upright image needs.
+
+        Args:
+            box: The part: left, top, right, bottom in whole pixels of the upright image.
+            shrink: 1, 2, 4 or 8: how much smaller the part may come; only a plain JPEG makes use of it.
+
+        Returns:
+            The part. If it is smaller, its edges were moved to the nearest whole pixel, by at most `shrink / 2` pixels
+            of the upright image.
+        """
+        if not self._lazy or self._pixels is not None:
+            return DecodedPart(self.load(), box)
+        with image_errors(self.name):
+            left, top, right, bottom = self.turn.to_stored(box, *self._stored_size)
+            image = self._shortened(bottom) or self._header()
+            if shrink > 1:
+                image.draft(None, (image.width // shrink, image.height // shrink))
+            image.load()
+            image = to_rgb(image)
+        left, top = _nearest(left, shrink, image.width - 1), _nearest(top, shrink, image.height - 1)
+        right = max(_nearest(right, shrink, image.width), left + 1)
+        bottom = max(_nearest(bottom, shrink, image.height), top + 1)
+        return DecodedPart(image, (left, top, right, bottom), shrink, self.turn)
+
+    def _header(self) -> Image.Image:
+        """The image with its header read; a new one each time, since decoding uses it up."""
+        image, self._opened = self._opened, None
+        return Image.open(io.BytesIO(self._data)) if image is None else image
+
+    def _shortened(self, bottom: int) -> Image.Image | None:
+        """The header of an image that ends below row `bottom`, or None where that saves nothing or can't be done."""
+        rows = -(-(bottom + _ROWS_BELOW) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        if rows > _WORTH_SHORTENING * self._stored_size[1]:
+            return None
+        data = _with_height(self._data, rows)
+        return None if data is None else Image.open(io.BytesIO(data), formats=("JPEG",))
+
+
+def _nearest(position: int, shrink: int, limit: int) -> int:
+    return min((position + shrink // 2) // shrink, limit)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block says nothing about the pixels
+        return 1
+
+
+def _with_height(data: bytes, height: int) -> bytes | None:
+    """A JPEG file whose header says another height, or None where that can't be done safely.
+
+    A file that doesn't end as it should may be truncated. It isn't touched, so that whether it can be read doesn't
+    depend on the part that is asked for.
+    """
+    if not data.endswith(_END_OF_IMAGE):
+        return None
+    position = 2
+    while position + 9 < len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker in _START_OF_FRAME:
+            components = data[position + 9]
+            sampling = {data[position + 11 + 3 * i] & 0x0F for i in range(components)}
+            if not sampling <= {1, 2, 4}:
+                return None
+            return data[: position + 5] + height.to_bytes(2, "big") + data[position + 7 :]
+        if not 0xC0 <= marker <= 0xFE or 0xD0 <= marker <= 0xDA:  # not a segment with a length before the picture
+            return None
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return None
