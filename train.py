@@ -211,8 +211,9 @@ def tuned_summary(model) -> dict[str, float]:
     }
 
 
-def print_summary(summary, splits, training_args):
-    sizes = ", ".join(f"{name} {len(part):,}" for name, part in splits.items())
+def print_summary(summary, images, training_args):
+    lengths = {name: _length(part) for name, part in images.items()}
+    sizes = ", ".join(f"{name} {'?' if length is None else f'{length:,}'}" for name, length in lengths.items())
     print(f"images            {sizes}")
     print(
         f"tuned             {summary['tuned_parameters']:,} of {summary['retriever_parameters']:,} parameters "
@@ -222,6 +223,14 @@ def print_summary(summary, splits, training_args):
         f"for training only {summary['training_only_parameters']:,} parameters (class prompts, proxies, their update)"
     )
     print(f"results           {training_args.output_dir}", flush=True)
+
+
+def _length(dataset) -> int | None:
+    """Number of images, None for a stream that does not know."""
+    try:
+        return len(dataset)
+    except TypeError:
+        return None
 
 
 def print_scores(title, metrics, prefix):
@@ -280,22 +289,33 @@ def save_picture(path, trainer, dataset, count):
     from vptsp.eval.neighbours import nearest_neighbours
     from vptsp.eval.pictures import choose_queries, save_neighbour_grid
 
-    gallery = dataset["gallery"] if isinstance(dataset, dict) else dataset
     queries = dataset["query"] if isinstance(dataset, dict) else dataset
-    embeddings, labels = trainer.embed(queries, "Embedding for the picture")
-    gallery_embeddings, gallery_labels = trainer.embed(gallery) if gallery is not queries else (None, labels)
-    similarity, index = nearest_neighbours(embeddings, min(8, len(gallery) - 1), gallery_embeddings)
-    chosen = choose_queries(labels, count, seed=trainer.args.seed)
+    gallery = dataset["gallery"] if isinstance(dataset, dict) else dataset
+    query_rows, query_embeddings, query_labels = _readable(*trainer.embed(queries, "Embedding for the picture"))
+    gallery_rows, gallery_embeddings, gallery_labels = query_rows, None, query_labels
+    if gallery is not queries:
+        gallery_rows, gallery_embeddings, gallery_labels = _readable(*trainer.embed(gallery))
+    most = len(gallery_labels) - int(gallery is queries)
+    similarity, index = nearest_neighbours(query_embeddings, min(8, most), gallery_embeddings)
+    chosen = choose_queries(query_labels, count, seed=trainer.args.seed)
+    query_images = queries.open_images(query_rows[chosen].tolist())
+    neighbour_images = gallery.open_images(set(gallery_rows[index[chosen]].flatten().tolist()))
     save_neighbour_grid(
         path,
-        query_images=[queries.open_image(int(i)) for i in chosen],
-        neighbour_images=[[gallery.open_image(int(j)) for j in index[i]] for i in chosen],
-        query_names=[queries.class_names[int(labels[i])] for i in chosen],
+        query_images=[query_images[int(query_rows[i])] for i in chosen],
+        neighbour_images=[[neighbour_images[int(gallery_rows[j])] for j in index[i]] for i in chosen],
+        query_names=[queries.class_names[int(query_labels[i])] for i in chosen],
         neighbour_names=[[gallery.class_names[int(gallery_labels[j])] for j in index[i]] for i in chosen],
         similarity=similarity[chosen],
-        correct=gallery_labels[index[chosen]] == labels[chosen][:, None],
+        correct=gallery_labels[index[chosen]] == query_labels[chosen][:, None],
         title="Nearest neighbours of classes that training has not seen",
     )
+
+
+def _readable(embeddings, labels):
+    """Rows, embeddings and labels without the images that could not be read."""
+    rows = (labels >= 0).nonzero().flatten()
+    return rows, embeddings[rows], labels[rows]
 
 
 def prepare(model_fields, training_args, data_args):
@@ -303,7 +323,7 @@ def prepare(model_fields, training_args, data_args):
 
     Returns:
         trainer: Ready to train; its `eval_dataset` is one data set, or a dict of query and gallery.
-        splits: The tables.
+        images: All data sets, by split.
         step_seconds: A list that training fills.
 
     Raises:
@@ -311,22 +331,19 @@ def prepare(model_fields, training_args, data_args):
     """
     from transformers import set_seed
 
-    from vptsp.data_scripts import ImageDataset, make_transforms
     from vptsp.image_processor_vptsp import build_image_processor
     from vptsp.trainer_vptsp import VPTSPTrainer
 
-    splits = data_args.load_splits()
-    train_transform, eval_transform = make_transforms(data_args)
-    train_dataset = ImageDataset(splits["train"], train_transform)
-    parts = {name: ImageDataset(part, eval_transform) for name, part in splits.items() if name != "train"}
+    images = data_args.image_datasets()
+    parts = {name: part for name, part in images.items() if name != "train"}
     timer, step_seconds = step_timer()
     set_seed(training_args.seed)
     try:
-        model = build_model(model_fields, train_dataset.num_classes)
+        model = build_model(model_fields, images["train"].num_classes)
         trainer = VPTSPTrainer(
             model=model,
             args=training_args,
-            train_dataset=train_dataset,
+            train_dataset=images["train"],
             eval_dataset=parts.get("test", parts),
             processing_class=build_image_processor(
                 data_args.image_size, data_args.resize_size, model.config.backbone, model.config.backbone_revision
@@ -338,14 +355,14 @@ def prepare(model_fields, training_args, data_args):
     expected = model.config.backbone_config.image_size
     if expected != data_args.image_size:
         raise ConfigError(f"image_size is {data_args.image_size}, but the backbone takes {expected}")
-    return trainer, splits, step_seconds
+    return trainer, images, step_seconds
 
 
 def run(model_fields, training_args, data_args, run_args, command):
     """Train, evaluate and save; returns the results that `all_results.json` gets."""
-    trainer, splits, step_seconds = prepare(model_fields, training_args, data_args)
+    trainer, images, step_seconds = prepare(model_fields, training_args, data_args)
     summary = tuned_summary(trainer.model)
-    print_summary(summary, splits, training_args)
+    print_summary(summary, images, training_args)
 
     frozen = trainer.evaluate_backbone()
     print_scores("frozen backbone", frozen, "frozen")
@@ -363,7 +380,8 @@ def run(model_fields, training_args, data_args, run_args, command):
         "dataset": {
             "name": data_args.dataset_name,
             "train_classes": trainer.train_dataset.num_classes,
-            **{f"{name}_images": len(part) for name, part in splits.items()},
+            **{f"{name}_images": _length(part) for name, part in images.items()},
+            "skipped_images": sorted({name for part in images.values() for name in part.skipped}),
         },
         **summary,
         **frozen,

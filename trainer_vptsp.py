@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, speed_metrics
 
 from .data_scripts.sampler import ClassBalancedBatchSampler
-from .data_scripts.torch_dataset import collate_images
+from .data_scripts.streaming import StreamedImages
+from .data_scripts.torch_dataset import UNREADABLE_LABEL, collate_images
 from .eval.metrics import retrieval_metrics
 
 
@@ -31,8 +35,8 @@ class VPTSPTrainer(Trainer):
         model: A `VPTSPForMetricLearning`.
         args: A `VPTSPTrainingArguments`.
         train_dataset: An [`ImageDataset`] (or another map-style dataset with `labels`, a sequence of class indices)
-            whose classes are 0..C-1.
-        eval_dataset: An `ImageDataset` of classes that training does not see, or a dict with `query` and `gallery`.
+            whose classes are 0..C-1, or a [`StreamedImages`].
+        eval_dataset: One of these, of classes that training does not see, or a dict with `query` and `gallery`.
         processing_class: The image processor; its mean and std normalise the images, and it is saved along.
         compute_metrics: Optional; gets embeddings as `predictions` and labels as `label_ids`, and adds to the metrics.
         kwargs: As for `Trainer`.
@@ -55,43 +59,56 @@ class VPTSPTrainer(Trainer):
         self._output = None
 
     def _check_train_dataset(self):
-        if not hasattr(self.train_dataset, "labels"):
+        dataset, num_classes = self.train_dataset, self.model.config.num_classes
+        if isinstance(dataset, StreamedImages):  # looks at every label as it reads it
+            if dataset.num_classes > num_classes:
+                raise ValueError(
+                    f"labels of train_dataset must be in 0..{num_classes - 1} (num_classes of the model), "
+                    f"but it has {dataset.num_classes} classes"
+                )
+        elif not hasattr(dataset, "labels"):
             raise ValueError("train_dataset must have `labels`, the class of every image; see ImageDataset")
-        labels = torch.as_tensor(self.train_dataset.labels)
-        num_classes = self.model.config.num_classes
-        if len(labels) == 0:
-            raise ValueError("train_dataset is empty")
-        if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-            raise ValueError(
-                f"labels of train_dataset must be in 0..{num_classes - 1} (num_classes of the model), "
-                f"got {int(labels.min())}..{int(labels.max())}"
-            )
+        else:
+            labels = torch.as_tensor(dataset.labels)
+            if len(labels) == 0:
+                raise ValueError("train_dataset is empty")
+            if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+                raise ValueError(
+                    f"labels of train_dataset must be in 0..{num_classes - 1} (num_classes of the model), "
+                    f"got {int(labels.min())}..{int(labels.max())}"
+                )
         self._train_batch_sampler()  # says so now if batches can't be drawn
 
     def _train_batch_sampler(self):
-        args = self.args
-        return ClassBalancedBatchSampler(
-            self.train_dataset.labels,
-            batch_size=args.train_batch_size * args.world_size,
-            images_per_class=args.images_per_class,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            rank=args.process_index,
-            world_size=args.world_size,
-        )
+        args, dataset = self.args, self.train_dataset
+        options = {
+            "batch_size": args.train_batch_size * args.world_size,
+            "images_per_class": args.images_per_class,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+            "rank": args.process_index,
+            "world_size": args.world_size,
+        }
+        if isinstance(dataset, StreamedImages):
+            return dataset.batch_sampler(**options, buffer_size=args.stream_buffer_size)
+        return ClassBalancedBatchSampler(dataset.labels, **options)
 
     def get_train_dataloader(self):
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset, got None")
-        args = self.args
         return ClassBalancedDataLoader(
             self.train_dataset,
             batch_sampler=self._train_batch_sampler(),
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            **self._loader_options(),
         )
+
+    def _loader_options(self):
+        return {
+            "collate_fn": self.data_collator,
+            "num_workers": self.args.dataloader_num_workers,
+            "pin_memory": self.args.dataloader_pin_memory,
+            "prefetch_factor": self.args.dataloader_prefetch_factor,
+        }
 
     def _prepare_inputs(self, inputs):
         """Move a batch to the device and normalise uint8 images there."""
@@ -173,20 +190,44 @@ class VPTSPTrainer(Trainer):
     # ---- Evaluation
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Embed a batch: `(None, embeddings (B, E), labels (B,))`. Classes need not be those of training."""
+        """Embed a batch, for `predict`: `(None, embeddings (B, E), labels (B,))`, classes of any number."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.accelerator.autocast():
-            retriever = self.model.retriever
+        return None, self._embed_batch(inputs["pixel_values"]), inputs["labels"]
+
+    @torch.no_grad()
+    def _embed_batch(self, pixel_values):
+        with self.accelerator.autocast():
             if self._backbone_only:
-                embeddings = retriever.embed_with_backbone(inputs["pixel_values"])
-            else:
-                embeddings = retriever(inputs["pixel_values"]).embeddings
-        return None, embeddings, inputs["labels"]
+                return self.model.retriever.embed_with_backbone(pixel_values)
+            return self.model.retriever(pixel_values).embeddings
 
     def embed(self, dataset, description="Embedding"):
-        """Embeddings `(n, E)` and labels `(n,)` of a dataset, as CPU tensors, each image once and in order."""
-        output = self.evaluation_loop(self.get_eval_dataloader(dataset), description, prediction_loss_only=False)
-        return torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids)
+        """Embed a data set, each image once whatever the number of processes.
+
+        Args:
+            dataset: An `ImageDataset`, a `StreamedImages`, or another with `evaluation_batches(batch_size)`.
+            description: For the progress bar.
+
+        Returns:
+            Embeddings `(n, E)` float32 and labels `(n,)` int64 on the CPU, in the data set's order, the same on every
+            process. Images that could not be read and were to be skipped have the label -1.
+        """
+        rank, world_size = self.args.process_index, self.args.world_size
+        batches = islice(dataset.evaluation_batches(self.args.eval_batch_size), rank, None, world_size)
+        loader = DataLoader(dataset, batch_sampler=_OneTime(batches), **self._loader_options())
+        self.model.to(self.args.device).eval()
+        embeddings, labels = [], []
+        for batch in tqdm(loader, description, disable=self.args.disable_tqdm or rank > 0, leave=False):
+            inputs = self._prepare_inputs(batch)
+            embeddings.append(self._embed_batch(inputs["pixel_values"]).float().cpu())
+            labels.append(inputs["labels"].cpu())
+        if world_size > 1:
+            parts = gather_object([list(zip(embeddings, labels, strict=True))])  # one list of batches per rank
+            in_order = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+            embeddings, labels = zip(*in_order, strict=True)
+        if not len(labels):
+            raise ValueError(f"{description}: there is no image in the data set")
+        return torch.cat(tuple(embeddings)), torch.cat(tuple(labels))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Retrieval metrics of a dataset, or of a dict with `query` and `gallery`.
@@ -206,11 +247,14 @@ class VPTSPTrainer(Trainer):
         else:
             embeddings, labels = self.embed(dataset)
             gallery = (None, None)
+        num_images = len(labels)
+        (embeddings, labels), gallery = _readable(embeddings, labels), _readable(*gallery)
         metrics = retrieval_metrics(embeddings, labels, *gallery, recall_at=tuple(self.args.recall_at))
         if self._extra_metrics is not None:
             metrics |= self._extra_metrics(EvalPrediction(predictions=embeddings.numpy(), label_ids=labels.numpy()))
+        metrics["num_unreadable"] = num_images - len(labels)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(labels))
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=num_images)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -241,6 +285,23 @@ class VPTSPTrainer(Trainer):
 
     def _load_best_model(self):
         self.model.load_saved(self.state.best_model_checkpoint)
+
+
+class _OneTime:
+    """A batch sampler that is an iterator."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return self.batches
+
+
+def _readable(embeddings, labels):
+    """Without the images that could not be read and were to be skipped."""
+    if labels is None or (labels != UNREADABLE_LABEL).all():
+        return embeddings, labels
+    return embeddings[labels != UNREADABLE_LABEL], labels[labels != UNREADABLE_LABEL]
 
 
 def _cosine_factor(steps, warmup, floor, base):

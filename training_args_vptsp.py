@@ -22,6 +22,7 @@ class VPTSPTrainingArguments(TrainingArguments):
             run. Only with `lr_scheduler_type="cosine"`.
         min_learning_rate: The minimum, for both learning rates.
         recall_at: The K of Recall@K.
+        stream_buffer_size: Rows that the class-balanced batches of a stream are drawn from; None for enough.
 
     Raises:
         ValueError: a value is out of range, or the batch size is not divisible by `images_per_class`.
@@ -56,6 +57,9 @@ class VPTSPTrainingArguments(TrainingArguments):
     )
     min_learning_rate: float = field(default=0.0, metadata={"help": "Where the cosine decay ends, for both rates."})
     recall_at: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "The K of Recall@K."})
+    stream_buffer_size: int | None = field(
+        default=None, metadata={"help": "Rows that a stream's batches are drawn from; by default enough."}
+    )
 
     def __post_init__(self):
         if self.images_per_class < 1:

@@ -29,6 +29,7 @@ _EXPORTS = {
     "InShop": "inshop",
     "SampleKey": "sampler",
     "StanfordOnlineProducts": "sop",
+    "StreamedImages": "streaming",
     "TrainTransform": "transforms",
     "check_data_arguments": "arguments",
     "collate_images": "torch_dataset",

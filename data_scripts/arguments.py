@@ -2,7 +2,7 @@
 
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .archives import archive_kind
 from .class_folders import LAYOUTS, detect_layout, existing_folder
@@ -11,6 +11,10 @@ from .errors import DataError
 from .registry import DATASETS, find_dataset, load_splits, refuse_unknown_options
 from .sources import locate
 
+
+if TYPE_CHECKING:
+    from .streaming import StreamedImages
+    from .torch_dataset import ImageDataset
 
 __all__ = ["BUILDER_OPTIONS", "DataArguments", "check_data_arguments"]
 
@@ -75,6 +79,12 @@ class DataArguments:
     dataset_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
     image_column: str = field(default="image", metadata={"help": "Column of images in a Hub data set."})
     label_column: str = field(default="label", metadata={"help": "Column of labels in a Hub data set."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data as a stream and write no tables; see docs/streaming.md."}
+    )
+    skip_corrupt: bool = field(
+        default=False, metadata={"help": "Leave out images that can't be read, and list them, instead of stopping."}
+    )
     image_size: int = field(default=224, metadata={"help": "Side in pixels of what the model sees."})
     resize_size: int | None = field(
         default=None,
@@ -121,11 +131,26 @@ class DataArguments:
         defaults = {item.name: item.default for item in fields(self) if item.default is not MISSING}
         return {name: getattr(self, name) for name in BUILDER_OPTIONS if getattr(self, name) != defaults[name]}
 
-    def load_splits(self, streaming: bool = False):
+    def load_splits(self):
         """`load_splits` with these arguments; see there."""
         return load_splits(
-            self.dataset_name, self.data_dir, self.data_cache_dir, streaming=streaming, **self.builder_options()
+            self.dataset_name, self.data_dir, self.data_cache_dir, streaming=self.streaming, **self.builder_options()
         )
+
+    def image_datasets(self) -> "dict[str, ImageDataset | StreamedImages]":
+        """All splits, with the transforms that the arguments ask for: that of training for `train`."""
+        from .streaming import StreamedImages
+        from .torch_dataset import ImageDataset
+        from .transforms import make_transforms
+
+        train_transform, eval_transform = make_transforms(self)
+        dataset_class = StreamedImages if self.streaming else ImageDataset
+        return {
+            name: dataset_class(
+                split, train_transform if name == "train" else eval_transform, skip_corrupt=self.skip_corrupt
+            )
+            for name, split in self.load_splits().items()
+        }
 
 
 def _refuse_name(name: str, value: str) -> list[str]:

@@ -166,7 +166,11 @@ class ImageDatasetBuilder(datasets.GeneratorBasedBuilder):
         for group in GROUP_SPLITS:
             builder = cls(group, data_dir, cache_dir=cache_dir, listing=listing, **options)
             if streaming:
-                splits.update(builder.as_streaming_dataset())
+                streams = builder.as_streaming_dataset()
+                for name, stream in streams.items():  # so that who reads it knows how long it is
+                    count = listing.counts(name).images
+                    stream.info.splits = datasets.SplitDict({name: datasets.SplitInfo(name, num_examples=count)})
+                splits.update(streams)
             else:
                 builder.download_and_prepare()
                 splits.update(builder.as_dataset())

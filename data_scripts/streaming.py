@@ -11,20 +11,29 @@ same global batches and keeps its own part, they don't depend on the number of r
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.utils.data import Dataset
 
 from .class_buffer import ClassBuffer, RowGroup, StoredRow, default_buffer_size
 from .errors import DataError, ImageError, some
+from .images import open_image
 from .sampler import augmentation_seeds, check_batch_sizes
 from .skipped import SkippedImages
-from .torch_dataset import ImageColumns, ImageTransform, apply_transform, stored_image
+from .torch_dataset import (
+    UNREADABLE_LABEL,
+    ImageColumns,
+    ImageTransform,
+    apply_transform,
+    black_image,
+    stored_image,
+)
 
 
 if TYPE_CHECKING:
     import datasets
+    from PIL import Image
 
 
 __all__ = ["StreamBatchSampler", "StreamKey", "StreamedImages"]
@@ -38,12 +47,12 @@ class StreamKey(NamedTuple):
 
     Attributes:
         row: The image.
-        augmentation_seed: Seed of the random crop and flip, as in `SampleKey`.
+        augmentation_seed: Seed of the random crop and flip, as in `SampleKey`; None in evaluation.
         others: Images of the same class, to take its place if it can't be read.
     """
 
     row: StoredRow
-    augmentation_seed: int
+    augmentation_seed: int | None
     others: tuple[StoredRow, ...] = ()
 
 
@@ -55,7 +64,7 @@ class StreamedImages(Dataset):
     Args:
         stream: Of `datasets`, with known features. Its images are read here, whether or not it would decode them.
         transform: As for `ImageDataset`.
-        num_rows: Rows of the stream, if known.
+        num_rows: Rows of the stream; None: as many as the stream says it has, if it says so.
         num_classes: C; only where the labels are integers without names.
         image_column: Column of images.
         label_column: Column of labels, integers 0..C-1.
@@ -90,6 +99,9 @@ class StreamedImages(Dataset):
             raise DataError(
                 f"num_classes is {num_classes}, but column {label_column!r} has {len(columns.class_names)} classes"
             )
+        if num_rows is None:
+            splits = stream.info.splits or {}
+            num_rows = splits[stream.split].num_examples or None if stream.split in splits else None
         if num_rows is not None and num_rows < 1:
             raise ValueError(f"num_rows must be >= 1 or None, got {num_rows}")
         # Without names of classes, which `datasets` would copy again and again for every shard.
@@ -140,8 +152,8 @@ class StreamedImages(Dataset):
             `pixel_values` `(3, S, S)` uint8, `labels` int.
 
         Raises:
-            ImageError: the image can't be read; the message names it. With `skip_corrupt`, only if none of the images
-                in the key can be.
+            ImageError: the image can't be read; the message names it. With `skip_corrupt`, only in training and if
+                none of the images in the key can be.
         """
         rows = [key.row, *key.others] if self._skipped is not None else [key.row]
         for row in rows:
@@ -153,6 +165,8 @@ class StreamedImages(Dataset):
                 self._skipped.add(row.name)
             else:
                 return {"pixel_values": pixels, "labels": key.row.label}
+        if key.augmentation_seed is None:  # nothing can take its place in an evaluation
+            return {"pixel_values": black_image(self.transform), "labels": UNREADABLE_LABEL}
         raise ImageError(
             f"class {self.class_names[key.row.label]!r}: of the {len(rows)} images drawn for a batch none can be "
             f"read: {some(row.name for row in rows)}"
@@ -161,6 +175,35 @@ class StreamedImages(Dataset):
     def batch_sampler(self, batch_size: int, images_per_class: int, seed: int, **options: Any) -> "StreamBatchSampler":
         """The batch sampler that reads this stream; see `StreamBatchSampler` for the arguments."""
         return StreamBatchSampler(self, batch_size, images_per_class, seed, **options)
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[list[StreamKey]]:
+        """Batches of all rows in the stream's order, for a `DataLoader`'s `batch_sampler`; the last may be short."""
+        batch = []
+        for place, example in enumerate(self.stream):
+            batch.append(StreamKey(self._row(example, place), None))
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def open_images(self, indices: Iterable[int]) -> "dict[int, Image.Image]":
+        """Whole images of some rows, RGB and upright, in one pass over the stream.
+
+        Args:
+            indices: Places in the order of `evaluation_batches`.
+
+        Raises:
+            ImageError: one can't be read; the message names it.
+        """
+        wanted = {int(index) for index in indices}
+        found = {}
+        for place, example in enumerate(self.stream):
+            if place in wanted:
+                found[place] = open_image(*_source(self._row(example, place)))
+                if len(found) == len(wanted):
+                    break
+        return found
 
     def read_rows(self, rng: random.Random) -> Iterator[StoredRow]:
         """One pass over the stream, nothing decoded: shards in random order, some of them in turns.

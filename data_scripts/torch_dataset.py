@@ -1,7 +1,7 @@
 """A table of images and labels as a torch data set, and how its examples make a batch."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ __all__ = [
     "ImageDataset",
     "ImageTransform",
     "apply_transform",
+    "black_image",
     "collate_images",
     "stored_image",
 ]
@@ -166,7 +167,7 @@ class ImageDataset(Dataset):
             if training:
                 pixels = self._replacement(row, seed)
             else:
-                pixels, label = self._black(), UNREADABLE_LABEL
+                pixels, label = black_image(self.transform), UNREADABLE_LABEL
         return {"pixel_values": pixels, "labels": label}
 
     def open_image(self, index: int) -> "Image.Image":
@@ -176,6 +177,15 @@ class ImageDataset(Dataset):
             ImageError: it can't be read; the message names the file.
         """
         return open_image(*self._stored(int(index)))
+
+    def open_images(self, indices: Iterable[int]) -> "dict[int, Image.Image]":
+        """`open_image` of several rows, by row."""
+        return {int(index): self.open_image(index) for index in indices}
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[list[int]]:
+        """Batches of all rows in order, for a `DataLoader`'s `batch_sampler`; the last may be short."""
+        for start in range(0, len(self), batch_size):
+            yield list(range(start, min(start + batch_size, len(self))))
 
     def _read(self, row: int, seed: int | None) -> torch.Tensor:
         return apply_transform(self.transform, *self._stored(row), seed)
@@ -195,11 +205,6 @@ class ImageDataset(Dataset):
             f"class {self.class_names[self.labels[row]]!r} has no image that can be read: {some(names)}; "
             "repair the files, or leave the class out"
         )
-
-    def _black(self) -> torch.Tensor:
-        from PIL import Image
-
-        return self.transform(Image.new("RGB", (64, 64)), None)
 
     def _stored(self, row: int) -> tuple[str | bytes, str]:
         """What holds a row's image (path or contents), and its name."""
@@ -237,6 +242,13 @@ def apply_transform(transform: ImageTransform, source: str | bytes, name: str, s
     encoded = EncodedImage(source, name)
     image = encoded if getattr(transform, "reads_encoded", False) else encoded.load()
     return transform(image, None if seed is None else random.Random(seed))
+
+
+def black_image(transform: ImageTransform) -> torch.Tensor:
+    """What stands in an evaluation for an image that can't be read, `(3, S, S)` uint8."""
+    from PIL import Image
+
+    return transform(Image.new("RGB", (64, 64)), None)
 
 
 def _paths_only(hf_dataset: "datasets.Dataset", column: str) -> pa.Array | None:

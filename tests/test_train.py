@@ -197,6 +197,30 @@ def test_corrupt_image_is_named(arguments, tmp_path, images, capsys):
     assert str(Path("class4") / "2.jpg") in message
 
 
+def test_corrupt_images_can_be_skipped_and_are_listed(arguments, tmp_path, images):
+    root = tmp_path / "broken"
+    shutil.copytree(images, root)
+    broken = [root / "class0" / "1.jpg", root / "class4" / "2.jpg"]
+    for path in broken:
+        path.write_bytes(b"\xff\xd8\xff no picture")
+    train.main([*arguments, "--data_dir", str(root), "--skip_corrupt", "--num_train_epochs", "8"])
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert results["dataset"]["skipped_images"] == [str(path) for path in broken]
+    assert (results["final_num_unreadable"], results["final_num_queries"]) == (1, 14)
+
+
+def test_streaming_scores_the_backbone_as_the_tables_do(arguments, tmp_path):
+    results = {}
+    for streaming in (False, True):
+        output = tmp_path / f"run-{streaming}"
+        train.main([*arguments, "--output_dir", str(output), "--streaming", str(streaming), "--picture_queries", "2"])
+        results[streaming] = json.loads((output / "all_results.json").read_text())
+        assert (output / "neighbours.png").is_file()
+    assert results[True]["frozen_map_at_r"] == results[False]["frozen_map_at_r"]
+    assert results[True]["steps"] == results[False]["steps"] == 6
+    assert results[True]["dataset"] == results[False]["dataset"]
+
+
 def test_a_class_with_one_image_trains_and_is_counted_in_evaluation(arguments, tmp_path, images):
     root = tmp_path / "lone"
     shutil.copytree(images, root)

@@ -7,12 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
-from torch.utils.data import Dataset
 
 from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
-from vptsp.data_scripts import ClassBalancedBatchSampler, EvalTransform, ImageDataset, TrainTransform, load_splits
+from vptsp.data_scripts import (
+    ClassBalancedBatchSampler,
+    EvalTransform,
+    ImageDataset,
+    StreamedImages,
+    TrainTransform,
+    load_splits,
+)
 from vptsp.eval import retrieval_metrics
 from vptsp.image_processor_vptsp import build_image_processor
 
@@ -195,7 +202,7 @@ def test_bfloat16_autocast_is_close(backbone_folder, tmp_path, train_dataset):
         assert model.proxies.state.dtype == torch.float32
         assert model.vptsp.prompts.tokens.dtype == torch.float32
     assert losses[True] != losses[False]
-    assert losses[True] == pytest.approx(losses[False], rel=0.05)
+    assert losses[True][:5] == pytest.approx(losses[False][:5], rel=0.03)
 
 
 def test_evaluation_is_retrieval_on_the_given_classes(backbone_folder, tmp_path, eval_dataset):
@@ -228,6 +235,14 @@ def test_query_against_gallery(backbone_folder, tmp_path, eval_dataset):
     assert metrics["eval_recall_at_1"] == 1.0  # every query is in the gallery, and nothing is excluded
     with pytest.raises(ValueError, match=r"must have query and gallery, got \['test'\]"):
         trainer.evaluate({"test": eval_dataset})
+
+
+def test_predict_embeds_too(backbone_folder, tmp_path, eval_dataset):
+    trainer = VPTSPTrainer(model=make_model(backbone_folder), args=make_args(tmp_path), eval_dataset=eval_dataset)
+    output = trainer.predict(eval_dataset)
+    embeddings, labels = trainer.embed(eval_dataset)
+    torch.testing.assert_close(torch.from_numpy(output.predictions), embeddings)
+    assert torch.equal(torch.from_numpy(output.label_ids), labels)
 
 
 def test_own_metrics_are_added(backbone_folder, tmp_path, eval_dataset):
@@ -290,6 +305,62 @@ def test_resume_goes_on_bit_for_bit(backbone_folder, tmp_path, train_dataset):
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
+@pytest.fixture
+def streams(splits, tmp_path):
+    """The same images as streams of three shards."""
+    return {name: split.to_iterable_dataset(num_shards=3) for name, split in splits.items()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_from_a_stream_resumes_bit_for_bit(backbone_folder, tmp_path, streams, workers):
+    images = StreamedImages(streams["train"], TrainTransform(16), num_rows=30)
+    fields = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 9, "dataloader_num_workers": workers}
+    args = make_args(tmp_path, **fields)
+    uninterrupted = make_model(backbone_folder)
+    VPTSPTrainer(model=uninterrupted, args=args, train_dataset=images).train()
+    resumed = make_model(backbone_folder)
+    trainer = VPTSPTrainer(model=resumed, args=args, train_dataset=images)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    assert trainer.state.global_step == 2 * 7
+    for name, tensor in uninterrupted.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_evaluation_of_a_stream_is_that_of_the_table(backbone_folder, tmp_path, eval_dataset, streams):
+    trainer = VPTSPTrainer(model=make_model(backbone_folder), args=make_args(tmp_path, per_device_eval_batch_size=5))
+    stream = StreamedImages(streams["test"], EvalTransform(18, 16))
+    for of_table, of_stream in zip(trainer.embed(eval_dataset), trainer.embed(stream), strict=True):
+        assert torch.equal(of_table, of_stream)
+
+
+def test_streams_that_do_not_fit_are_refused_at_once(backbone_folder, tmp_path, streams):
+    images = StreamedImages(streams["train"], TrainTransform(16))
+    with pytest.raises(ValueError, match="max_steps has to be specified"):
+        VPTSPTrainer(model=make_model(backbone_folder), args=make_args(tmp_path), train_dataset=images)
+    VPTSPTrainer(model=make_model(backbone_folder), args=make_args(tmp_path, max_steps=3), train_dataset=images)
+    model = make_model(backbone_folder, num_classes=3)
+    with pytest.raises(ValueError, match=r"must be in 0\.\.2 .* but it has 5 classes"):
+        VPTSPTrainer(model=model, args=make_args(tmp_path, max_steps=3), train_dataset=images)
+
+
+def test_unreadable_images_are_left_out_of_the_scores(backbone_folder, tmp_path, splits):
+    rows = splits["test"].select(range(12))
+    names = [row["image"]["path"] for row in rows]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    table = {"image": [str(broken) if i == 4 else name for i, name in enumerate(names)], "label": rows["label"]}
+    with_broken = ImageDataset(
+        Dataset.from_dict(table, features=rows.features), EvalTransform(18, 16), skip_corrupt=True
+    )
+    without = ImageDataset(rows.select([i for i in range(12) if i != 4]), EvalTransform(18, 16))
+    trainer = VPTSPTrainer(model=make_model(backbone_folder), args=make_args(tmp_path))
+    metrics, expected = trainer.evaluate(with_broken), trainer.evaluate(without)
+    assert metrics["eval_num_unreadable"] == 1
+    assert with_broken.skipped == [str(broken)]
+    assert metrics["eval_map_at_r"] == expected["eval_map_at_r"]
+    assert metrics["eval_num_queries"] == expected["eval_num_queries"] == 11
+
+
 def test_workers_do_not_change_the_batches(backbone_folder, tmp_path, train_dataset):
     batches = {}
     for workers in (0, 2):
@@ -333,7 +404,7 @@ def test_what_is_saved(backbone_folder, tmp_path, train_dataset, eval_dataset):
     assert torch.equal(loaded(pixel_values).embeddings, expected)
 
 
-class FloatImages(Dataset):
+class FloatImages(torch.utils.data.Dataset):
     """Ready float images, of which one has a NaN."""
 
     labels = np.array([0, 0, 1, 1])
