@@ -53,9 +53,8 @@ class VPTSPTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         if train_dataset is not None:
             self._check_train_dataset()
-        mean = torch.tensor(getattr(self.processing_class, "image_mean", None) or [0.5] * 3).view(3, 1, 1)
-        std = torch.tensor(getattr(self.processing_class, "image_std", None) or [0.5] * 3).view(3, 1, 1)
-        self._pixel_scale, self._pixel_shift = 1 / (255 * std), -mean / std
+        self._mean = torch.tensor(getattr(self.processing_class, "image_mean", None) or [0.5] * 3).view(3, 1, 1)
+        self._std = torch.tensor(getattr(self.processing_class, "image_std", None) or [0.5] * 3).view(3, 1, 1)
         self._output = None
 
     def _check_train_dataset(self):
@@ -111,12 +110,12 @@ class VPTSPTrainer(Trainer):
         }
 
     def _prepare_inputs(self, inputs):
-        """Move a batch to the device and normalise uint8 images there."""
+        """Move a batch to the device and normalise uint8 images there, as the image processor does, bit for bit."""
         inputs = super()._prepare_inputs(inputs)
-        if inputs["pixel_values"].dtype == torch.uint8:
-            pixels = inputs["pixel_values"]
-            scale, shift = (t.to(pixels.device, non_blocking=True) for t in (self._pixel_scale, self._pixel_shift))
-            inputs["pixel_values"] = torch.addcmul(shift, pixels.float(), scale)
+        pixels = inputs["pixel_values"]
+        if pixels.dtype == torch.uint8:
+            self._mean, self._std = self._mean.to(pixels.device), self._std.to(pixels.device)
+            inputs["pixel_values"] = pixels.float().div_(255).sub_(self._mean).div_(self._std)
         return inputs
 
     # ---- Training

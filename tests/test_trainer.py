@@ -237,6 +237,17 @@ def test_query_against_gallery(backbone_folder, tmp_path, eval_dataset):
         trainer.evaluate({"test": eval_dataset})
 
 
+def test_images_are_normalised_as_the_image_processor_does(backbone_folder, tmp_path, eval_dataset):
+    processor = build_image_processor(16, 18)
+    processor.image_mean, processor.image_std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    trainer = VPTSPTrainer(
+        model=make_model(backbone_folder), args=make_args(tmp_path), processing_class=processor, train_dataset=None
+    )
+    batch = trainer._prepare_inputs(trainer.data_collator([eval_dataset[i] for i in range(5)]))
+    images = [eval_dataset.open_image(i) for i in range(5)]
+    assert torch.equal(batch["pixel_values"], processor(images, return_tensors="pt").pixel_values)
+
+
 def test_predict_embeds_too(backbone_folder, tmp_path, eval_dataset):
     trainer = VPTSPTrainer(model=make_model(backbone_folder), args=make_args(tmp_path), eval_dataset=eval_dataset)
     output = trainer.predict(eval_dataset)
