@@ -89,7 +89,17 @@ def family_of(config):
     return FAMILIES[config.model_type]
 
 
-def prompted_forward(family, backbone, hidden, prompts, prompt_rows=None, prefix_only=False):
+def project_tokens(family, layer, hidden, num_queries=None):
+    """Queries of the first `num_queries` tokens (None: of all), keys and values of all tokens of one layer.
+
+    None of them depends on prompts, so for the first layer, all passes over an image can share them.
+    """
+    normed = family.attention_norm(layer, hidden)
+    query = family.query(layer, normed if num_queries is None else normed[:, :num_queries])
+    return query, *family.key_value(layer, normed)
+
+
+def prompted_forward(family, backbone, hidden, prompts, prompt_rows=None, prefix_only=False, first_layer=None):
     """Run the layers of a backbone with prompts in front of its tokens (VPT-deep).
 
     Args:
@@ -100,6 +110,7 @@ def prompted_forward(family, backbone, hidden, prompts, prompt_rows=None, prefix
             with a set for each group of images. P_i may be 0, and layers past the end of the sequence have none.
         prompt_rows: `(B,)` int64, the set of each image; needed with `(M, P_i, D)`.
         prefix_only: Only the prefix tokens (CLS) of the last layer are wanted, so only they are computed.
+        first_layer: `project_tokens` of the first layer, where it is known already.
 
     Returns:
         `(B, N, D)`, or `(B, family.num_prefix_tokens, D)` with `prefix_only`; after the final norm.
@@ -108,7 +119,8 @@ def prompted_forward(family, backbone, hidden, prompts, prompt_rows=None, prefix
     for index, layer in enumerate(layers):
         layer_prompts = prompts[index] if index < len(prompts) and prompts[index].shape[-2] else None
         num_queries = family.num_prefix_tokens if prefix_only and index == len(layers) - 1 else None
-        arguments = (family, layer, hidden, layer_prompts, prompt_rows, num_queries)
+        projected = first_layer if index == 0 and num_queries is None else None
+        arguments = (family, layer, hidden, layer_prompts, prompt_rows, num_queries, projected)
         if getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled():
             hidden = layer._gradient_checkpointing_func(_prompted_layer, *arguments)
         else:
@@ -116,18 +128,13 @@ def prompted_forward(family, backbone, hidden, prompts, prompt_rows=None, prefix
     return family.final_norm(backbone, hidden)
 
 
-def _prompted_layer(family, layer, hidden, prompts, prompt_rows, num_queries):
-    normed = family.attention_norm(layer, hidden)
-    if num_queries is None:
-        query = family.query(layer, normed)
-    else:
-        query = family.query(layer, normed[:, :num_queries])
-        hidden = hidden[:, :num_queries]
-    key, value = family.key_value(layer, normed)
+def _prompted_layer(family, layer, hidden, prompts, prompt_rows, num_queries, projected):
+    query, key, value = project_tokens(family, layer, hidden, num_queries) if projected is None else projected
     if prompts is not None:
         prompt_key, prompt_value = family.key_value(layer, family.attention_norm(layer, prompts.to(hidden.dtype)))
-        key = torch.cat([_per_image(prompt_key, prompt_rows, len(normed)), key], dim=2)
-        value = torch.cat([_per_image(prompt_value, prompt_rows, len(normed)), value], dim=2)
+        key = torch.cat([_per_image(prompt_key, prompt_rows, len(hidden)), key], dim=2)
+        value = torch.cat([_per_image(prompt_value, prompt_rows, len(hidden)), value], dim=2)
+    hidden = hidden if num_queries is None else hidden[:, :num_queries]
     hidden = hidden + family.attend(layer, query, key, value)
     return hidden + family.feed_forward(layer, hidden)
 

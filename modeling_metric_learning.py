@@ -114,7 +114,9 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
                 `images_per_class`, their range is left to the caller, since looking would stall the device.
         """
         tokens = self.vptsp.embed_patches(pixel_values, interpolate_pos_encoding)
-        embeddings = self.vptsp.head(self.vptsp.encode(tokens, self.vptsp.prompts()))
+        semantic_pass = labels is not None and self.config.proxy_update != "none"
+        first_layer = self.vptsp.project_first_layer(tokens) if semantic_pass else None
+        embeddings = self.vptsp.head(self.vptsp.encode(tokens, self.vptsp.prompts(), first_layer=first_layer))
         embeddings = self.vptsp.embedding_dropout(embeddings)
         if labels is None:
             return VPTSPMetricLearningOutput(embeddings=embeddings, pooler_output=embeddings)
@@ -122,8 +124,8 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
         groups = group_by_class(labels, images_per_class)
 
         vectors, rows = None, None
-        if self.config.proxy_update != "none":
-            pooled = self.vptsp.encode(tokens, self.class_prompts(groups.classes), groups.rows)
+        if semantic_pass:
+            pooled = self.vptsp.encode(tokens, self.class_prompts(groups.classes), groups.rows, first_layer)
             vectors = (self.vptsp.head if self.config.proxy_head == "shared" else self.proxy_head)(pooled)
         # The state and the loss live on small differences: no half precision here, whatever the pass ran in.
         with torch.autocast(embeddings.device.type, enabled=False):

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
 
-from .backbones_vptsp import family_of, prompted_forward
+from .backbones_vptsp import family_of, project_tokens, prompted_forward
 from .configuration_vptsp import VPTSPConfig
 
 
@@ -404,10 +404,20 @@ class VPTSPModel(VPTSPPreTrainedModel):
             raise ValueError(f"pixel_values must be normalised floats, got {pixel_values.dtype}")
         return self.family.embed(self.backbone, pixel_values, interpolate_pos_encoding)
 
-    def encode(self, tokens, prompts=(), prompt_rows=None):
+    def project_first_layer(self, tokens):
+        """What every pass over the same tokens computes in the first layer, to be given to `encode`.
+
+        None where it is not worth keeping: with gradient checkpointing, or only one layer.
+        """
+        first, *others = self.family.layers(self.backbone)
+        if not others or getattr(first, "gradient_checkpointing", False):
+            return None
+        return project_tokens(self.family, first, tokens)
+
+    def encode(self, tokens, prompts=(), prompt_rows=None, first_layer=None):
         """Tokens `(B, N, D)` through the prompted layers, pooled: `(B, pooled_dim)`. See `prompted_forward`."""
         prefix_only = self.config.pooling == "cls"
-        hidden = prompted_forward(self.family, self.backbone, tokens, prompts, prompt_rows, prefix_only)
+        hidden = prompted_forward(self.family, self.backbone, tokens, prompts, prompt_rows, prefix_only, first_layer)
         cls_token = hidden[:, 0]
         if prefix_only:
             return cls_token
