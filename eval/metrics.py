@@ -1,4 +1,4 @@
-"""Retrieval metrics of metric learning: Recall@K, MAP@R in both definitions, R-precision.
+"""Retrieval metrics of metric learning: Recall@K, MAP@R in both definitions, R-precision, mAP@K.
 
 Shapes: Q queries, G gallery items, E embedding width, K neighbours. R is the number of *other* items of a query's
 class in the gallery. Queries with R = 0 can't be answered: they are left out of every mean, and counted.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from .checks import check_labels
 from .neighbours import BlockedSimilarity, check_block_size
 from .ties import rank_with_ties
 
@@ -136,6 +137,44 @@ def r_precision(neighbour_labels, query_labels, num_relevant):
     return (_sum_of_first(hits.double(), num_relevant) / num_relevant).mean().item()
 
 
+def map_at_k(neighbour_labels, query_labels, num_relevant, k=1000):
+    """Mean average precision of the first k neighbours.
+
+    As in retrieval of landmarks (Weyand et al., "Google Landmarks Dataset v2", CVPR 2020, section 5.1):
+
+        mAP@k = mean over queries of  1/min(R, k) * sum_{i=1..k} [neighbour i is a hit] * (hits among the first i) / i
+
+    1 exactly if the first min(R, k) neighbours of every query are hits. Some divide by R even where R > k, by the hits
+    found, or (as the code of Roth et al., ICML 2020, does for mAP@1000) by the size of the class with the query
+    counted in: compare only numbers of the same definition. [`map_at_r`] looks at R neighbours instead, so a hit
+    beyond rank R counts here and not there: never below `map_at_r` where k is at least the largest R.
+
+    Args:
+        neighbour_labels: `(Q, K)` integer, nearest first, the query itself excluded.
+        query_labels: `(Q,)` integer.
+        num_relevant: `(Q,)` integer, R of each query ([`count_relevant`]); queries with 0 are left out.
+        k: >= 1. K may be less than k only if the neighbours given are the whole gallery.
+
+    Returns:
+        Float in [0, 1].
+
+    Raises:
+        TypeError: labels or num_relevant aren't integer tensors.
+        ValueError: shapes disagree, k < 1, or no query can be answered.
+
+    Example:
+        >>> neighbour_labels = torch.tensor([[3, 5, 3, 5]])
+        >>> map_at_k(neighbour_labels, torch.tensor([3]), torch.tensor([2]))  # (1/1 + 2/3) / 2
+        0.8333333333333333
+        >>> map_at_k(neighbour_labels, torch.tensor([3]), torch.tensor([2]), k=1)  # (1/1) / 1
+        1.0
+    """
+    hits, num_relevant = _hits(neighbour_labels, query_labels, num_relevant, extra_columns=None)
+    if k < 1:
+        raise ValueError(f"k must be >= 1, got {k}")
+    return (_precision_terms(hits)[:, :k].sum(1) / num_relevant.clamp(max=k)).mean().item()
+
+
 def count_relevant(query_labels, gallery_labels=None):
     """R of each query: how many items of its class it could find.
 
@@ -156,11 +195,11 @@ def count_relevant(query_labels, gallery_labels=None):
         >>> count_relevant(torch.tensor([4, 9]), torch.tensor([9, 9, 1]))
         tensor([0, 2])
     """
-    query_labels = _check_labels(query_labels, "query_labels")
+    query_labels = check_labels(query_labels, "query_labels")
     if gallery_labels is None:
         _, position, counts = torch.unique(query_labels, return_inverse=True, return_counts=True)
         return counts[position] - 1
-    gallery_labels = _check_labels(gallery_labels, "gallery_labels").to(query_labels.device)
+    gallery_labels = check_labels(gallery_labels, "gallery_labels").to(query_labels.device)
     classes, counts = torch.unique(gallery_labels, return_counts=True)
     position = torch.searchsorted(classes, query_labels).clamp(max=len(classes) - 1)
     return torch.where(classes[position] == query_labels, counts[position], 0)
@@ -175,12 +214,14 @@ def retrieval_scores(
     recall_at=(1, 2, 4, 8),
     block_size=None,
     device=None,
+    map_at=(),
 ):
     """The scores of every single query, whose means are [`retrieval_metrics`]; same arguments.
 
     Returns:
         Dict of `(Q,)` float64 tensors in [0, 1] on the queries' device, NaN for queries that can't be answered:
-        `recall_at_K` for each K, `map_at_r`, `map_at_r_published` (without a gallery of its own), `r_precision`.
+        `recall_at_K` for each K, `map_at_r`, `map_at_r_published` (without a gallery of its own), `r_precision`,
+        and `map_at_K` for each K of map_at.
 
     Raises:
         TypeError, ValueError: as for [`retrieval_metrics`], but queries that can't be answered are no error.
@@ -188,10 +229,11 @@ def retrieval_scores(
     blocks, query_labels, gallery_labels = _check_sets(
         query_embeddings, query_labels, gallery_embeddings, gallery_labels, device
     )
-    recall_at = _check_recall_at(recall_at)
+    recall_at, map_at = _check_ranks(recall_at, "recall_at"), _check_ranks(map_at, "map_at")
     num_relevant = count_relevant(query_labels, None if blocks.excludes_self else gallery_labels)
     check_block_size(block_size)
     names = [*(f"recall_at_{k}" for k in recall_at), "map_at_r", "map_at_r_published", "r_precision"]
+    names += [f"map_at_{k}" for k in map_at]
     if not blocks.excludes_self:
         names.remove("map_at_r_published")
     scores = {name: torch.full((blocks.num_queries,), torch.nan, dtype=torch.float64) for name in names}
@@ -201,11 +243,11 @@ def retrieval_scores(
     order = by_relevant.indices[by_relevant.values > 0]
     if not len(order):
         return {name: values.to(query_embeddings.device) for name, values in scores.items()}
-    deepest = min(max([int(by_relevant.values[-1]) + 1, *recall_at]), blocks.num_retrievable)
+    deepest = min(max([int(by_relevant.values[-1]) + 1, *recall_at, *map_at]), blocks.num_retrievable)
     for rows in order.split(block_size or blocks.block_size(deepest)):
         here = rows.to(blocks.device)
         block = _block_scores(
-            blocks.rows(rows), query_labels[here], gallery_labels, num_relevant[here], recall_at, blocks
+            blocks.rows(rows), query_labels[here], gallery_labels, num_relevant[here], recall_at, map_at, blocks
         )
         for name, values in scores.items():
             values[rows] = block[name].cpu()
@@ -220,6 +262,7 @@ def retrieval_metrics(
     recall_at=(1, 2, 4, 8),
     block_size=None,
     device=None,
+    map_at=(),
 ):
     """Recall@K, MAP@R and R-precision of embeddings, exactly, by cosine similarity.
 
@@ -238,17 +281,19 @@ def retrieval_metrics(
         recall_at: The K of Recall@K, each >= 1. A K beyond the gallery's size means all of it (Recall@K is then 1).
         block_size: Queries at a time; None: as many as fit into 256 MiB.
         device: Where to compute; None: where the queries are.
+        map_at: The K of [`map_at_k`], each >= 1 (1000 is customary), from the same similarities; none by default.
 
     Returns:
-        Dict with `recall_at_K` for each K, `map_at_r`, `map_at_r_published`, `r_precision`, all floats in [0, 1], and
-        the counts `num_queries` (answered) and `num_unanswerable`. With a gallery of its own there is no
-        `map_at_r_published`: it comes of counting the query with its class, which is in another set there.
+        Dict with `recall_at_K` for each K, `map_at_r`, `map_at_r_published`, `r_precision` and `map_at_K` for each K
+        of map_at, all floats in [0, 1], and the counts `num_queries` (answered) and `num_unanswerable`. With a gallery
+        of its own there is no `map_at_r_published`: it comes of counting the query with its class, which is in another
+        set there.
 
     Raises:
         TypeError: embeddings aren't floating-point tensors, or labels aren't integer tensors.
         ValueError: shapes disagree, a set is empty, embeddings are not finite or not L2-normalised, only one of
-            gallery_embeddings and gallery_labels is given, recall_at or block_size is out of range, or no query can
-            be answered.
+            gallery_embeddings and gallery_labels is given, recall_at, map_at or block_size is out of range, or no
+            query can be answered.
 
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]])
@@ -259,30 +304,55 @@ def retrieval_metrics(
         (0.5, 0.375)
     """
     scores = retrieval_scores(
-        query_embeddings, query_labels, gallery_embeddings, gallery_labels, recall_at, block_size, device
+        query_embeddings, query_labels, gallery_embeddings, gallery_labels, recall_at, block_size, device, map_at
     )
-    answered = ~scores["map_at_r"].isnan()
+    return mean_scores(scores)
+
+
+def mean_scores(scores):
+    """The means of [`retrieval_scores`] over the queries that can be answered, as [`retrieval_metrics`] returns them.
+
+    For who needs both the means and the scores (of every query, for confidence intervals), in one pass.
+
+    Args:
+        scores: Dict of `(Q,)` floats, NaN for queries that can't be answered.
+
+    Returns:
+        Dict of the means, and the counts `num_queries` (answered) and `num_unanswerable`.
+
+    Raises:
+        ValueError: no query can be answered.
+
+    Example:
+        >>> mean_scores({"map_at_r": torch.tensor([1.0, torch.nan, 0.5])})
+        {'map_at_r': 0.75, 'num_queries': 2, 'num_unanswerable': 1}
+    """
+    answered = ~next(iter(scores.values())).isnan()
     num_queries = int(answered.sum())
     if not num_queries:
         raise ValueError(
             f"none of the {len(answered)} queries can be answered: expected some class with "
-            + ("two items" if gallery_labels is None else "an item in the gallery as well")
+            + ("two items" if "map_at_r_published" in scores else "an item in the gallery as well")
             + ", got none"
         )
     metrics = {name: values[answered].mean().item() for name, values in scores.items()}
     return {**metrics, "num_queries": num_queries, "num_unanswerable": len(answered) - num_queries}
 
 
-def _block_scores(similarity, query_labels, gallery_labels, num_relevant, recall_at, blocks):
+def _block_scores(similarity, query_labels, gallery_labels, num_relevant, recall_at, map_at, blocks):
     """Scores of one block of queries, all with R > 0: dict of `(b,)` float64."""
     can_find = blocks.num_retrievable
     deepest = min(int(num_relevant.max()) + 1, can_find)
-    ranking = rank_with_ties(similarity, query_labels, gallery_labels, depth=min(max([deepest, *recall_at]), can_find))
+    depth = min(max([deepest, *recall_at, *map_at]), can_find)
+    ranking = rank_with_ties(similarity, query_labels, gallery_labels, depth)
     scores = {f"recall_at_{k}": ranking.chance_of_hit(min(k, can_find)) for k in recall_at}
-    terms = ranking.expected_precision_terms()[:, :deepest]
+    all_terms = ranking.expected_precision_terms()
+    terms = all_terms[:, :deepest]
     scores["map_at_r"] = _sum_of_first(terms, num_relevant) / num_relevant
     scores["map_at_r_published"] = _sum_of_first(terms, (num_relevant + 1).clamp(max=can_find)) / (num_relevant + 1)
     scores["r_precision"] = _sum_of_first(ranking.expected_hits()[:, :deepest], num_relevant) / num_relevant
+    for k in map_at:
+        scores[f"map_at_{k}"] = all_terms[:, :k].sum(1) / num_relevant.clamp(max=k)
     return scores
 
 
@@ -299,8 +369,8 @@ def _sum_of_first(terms, count):
 
 def _hits(neighbour_labels, query_labels, num_relevant, extra_columns=None):
     """Which neighbours are hits, `(Q, K)` bool, and R, for the queries that can be answered."""
-    neighbour_labels = _check_labels(neighbour_labels, "neighbour_labels", ndim=2)
-    query_labels = _check_labels(query_labels, "query_labels")
+    neighbour_labels = check_labels(neighbour_labels, "neighbour_labels", ndim=2)
+    query_labels = check_labels(query_labels, "query_labels")
     if len(neighbour_labels) != len(query_labels):
         raise ValueError(
             "neighbour_labels must have one row per query, got shape "
@@ -309,7 +379,7 @@ def _hits(neighbour_labels, query_labels, num_relevant, extra_columns=None):
     hits = neighbour_labels == query_labels[:, None]
     if num_relevant is None:
         return hits, None
-    num_relevant = _check_labels(num_relevant, "num_relevant")
+    num_relevant = check_labels(num_relevant, "num_relevant")
     if num_relevant.shape != query_labels.shape:
         raise ValueError(f"num_relevant must have length {len(query_labels)}, got {len(num_relevant)}")
     answerable = num_relevant > 0
@@ -330,36 +400,26 @@ def _check_sets(query_embeddings, query_labels, gallery_embeddings, gallery_labe
         missing = "gallery_embeddings" if gallery_embeddings is None else "gallery_labels"
         raise ValueError(f"gallery_embeddings and gallery_labels must be given together, got no {missing}")
     blocks = BlockedSimilarity(query_embeddings, gallery_embeddings, device=device)
-    query_labels = _check_labels(query_labels, "query_labels", length=blocks.num_queries).to(blocks.device)
+    query_labels = check_labels(query_labels, "query_labels", length=blocks.num_queries).to(blocks.device)
     if gallery_labels is None:
         return blocks, query_labels, query_labels
-    gallery_labels = _check_labels(gallery_labels, "gallery_labels", length=blocks.num_gallery).to(blocks.device)
+    gallery_labels = check_labels(gallery_labels, "gallery_labels", length=blocks.num_gallery).to(blocks.device)
     return blocks, query_labels, gallery_labels
 
 
-def _check_labels(labels, name, ndim=1, length=None):
-    """The labels as int64."""
-    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        got = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
-        raise TypeError(f"{name} must be an integer tensor, got {got}")
-    if labels.ndim != ndim or 0 in labels.shape:
-        raise ValueError(f"{name} must be a {ndim}-D tensor that is not empty, got shape {tuple(labels.shape)}")
-    if length is not None and len(labels) != length:
-        raise ValueError(f"{name} must have one label per embedding, {length}, got {len(labels)}")
-    return labels.long()
-
-
-def _check_recall_at(recall_at):
-    recall_at = tuple(recall_at)
-    if any(int(k) != k or k < 1 for k in recall_at):
-        raise ValueError(f"recall_at must hold whole numbers >= 1, got {recall_at}")
-    return tuple(int(k) for k in recall_at)
+def _check_ranks(ranks, name):
+    ranks = tuple(ranks)
+    if any(int(k) != k or k < 1 for k in ranks):
+        raise ValueError(f"{name} must hold whole numbers >= 1, got {ranks}")
+    return tuple(int(k) for k in ranks)
 
 
 __all__ = [
     "count_relevant",
+    "map_at_k",
     "map_at_r",
     "map_at_r_published",
+    "mean_scores",
     "r_precision",
     "recall_at_k",
     "retrieval_metrics",

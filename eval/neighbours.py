@@ -13,9 +13,8 @@ from contextlib import contextmanager
 
 import torch
 
+from .checks import NORM_TOLERANCE, check_embeddings
 
-# How far the norm of an embedding may be from 1; bfloat16 can't hold a vector of norm 1 as exactly as that.
-NORM_TOLERANCE = 1e-3
 
 _BLOCK_BYTES = 256 * 2**20
 
@@ -44,12 +43,12 @@ class BlockedSimilarity:
     """
 
     def __init__(self, query_embeddings, gallery_embeddings=None, *, device=None):
-        _check_embeddings(query_embeddings, "query_embeddings")
+        check_embeddings(query_embeddings, "query_embeddings")
         self.excludes_self = gallery_embeddings is None
         if self.excludes_self:
             gallery_embeddings = query_embeddings
         else:
-            _check_embeddings(gallery_embeddings, "gallery_embeddings")
+            check_embeddings(gallery_embeddings, "gallery_embeddings")
             if gallery_embeddings.shape[1] != query_embeddings.shape[1]:
                 raise ValueError(
                     "query_embeddings and gallery_embeddings must have the same width, got "
@@ -165,30 +164,6 @@ def _find_copies(gallery):
     first = first.scatter_reduce(0, group, rows, "amin")[group]
     copies = (first != rows).nonzero().squeeze(1)
     return copies, first[copies]
-
-
-def _check_embeddings(embeddings, name):
-    if not isinstance(embeddings, torch.Tensor) or not embeddings.is_floating_point():
-        got = embeddings.dtype if isinstance(embeddings, torch.Tensor) else type(embeddings).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if embeddings.ndim != 2 or 0 in embeddings.shape:
-        raise ValueError(f"{name} must have shape (items, width), neither of them 0, got {tuple(embeddings.shape)}")
-    broken = (~embeddings.isfinite().all(1)).nonzero().flatten()
-    if len(broken):
-        raise ValueError(
-            f"{name} must be finite: {len(broken)} of {len(embeddings)} rows have NaN or infinite values, "
-            f"the first at {broken[:5].tolist()}"
-        )
-    norms = torch.linalg.vector_norm(
-        embeddings.detach(), dim=1, dtype=torch.promote_types(embeddings.dtype, torch.float32)
-    )
-    off = ((norms - 1).abs() > max(NORM_TOLERANCE, torch.finfo(embeddings.dtype).eps)).nonzero().flatten()
-    if len(off):
-        raise ValueError(
-            f"{name} must be L2-normalised: {len(off)} of {len(embeddings)} rows are not, the first at "
-            f"{off[:5].tolist()} with norms {[round(norm, 4) for norm in norms[off[:5]].tolist()]}; "
-            "torch.nn.functional.normalize(embeddings, dim=1) does it"
-        )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from vptsp.eval import metrics
 from vptsp.eval.metrics import (
     count_relevant,
+    map_at_k,
     map_at_r,
     map_at_r_published,
     r_precision,
@@ -22,6 +23,7 @@ from vptsp.eval.neighbours import nearest_neighbours
 
 
 RECALL_AT = (1, 2, 4, 8)
+MAP_AT = (1, 3, 5, 1000)
 
 
 def ranked_groups(query, items, hits):
@@ -43,7 +45,9 @@ def mean_over_orders(groups, score_of_rank):
     return total
 
 
-def slow_scores(query_embeddings, query_labels, gallery_embeddings=None, gallery_labels=None, recall_at=RECALL_AT):
+def slow_scores(
+    query_embeddings, query_labels, gallery_embeddings=None, gallery_labels=None, recall_at=RECALL_AT, map_at=()
+):
     """Scores of every query in Python floats; None where it can't be answered."""
     own = gallery_embeddings is None
     items = (query_embeddings if own else gallery_embeddings).double().tolist()
@@ -66,6 +70,9 @@ def slow_scores(query_embeddings, query_labels, gallery_embeddings=None, gallery
         }
         score["r_precision"] = mean_over_orders(groups, lambda rank, _, r=relevant: (rank <= r) / r)
         score["map_at_r"] = mean_over_orders(groups, lambda rank, found, r=relevant: (rank <= r) * found / rank / r)
+        for k in map_at:
+            total = mean_over_orders(groups, lambda rank, found, k=k: (rank <= k) * found / rank)
+            score[f"map_at_{k}"] = total / min(relevant, k)
         if own:
             size = relevant + 1
             score["map_at_r_published"] = mean_over_orders(
@@ -110,9 +117,10 @@ def test_equals_the_mean_over_all_orders_of_ties(kind, own_gallery):
         sets = [queries, labels]
         if own_gallery:
             sets += [draw(generator, size, kind), torch.randint(-2, num_classes - 1, (size,), generator=generator)]
-        scores = slow_scores(*sets)
+        map_at = MAP_AT if case % 4 else ()
+        scores = slow_scores(*sets, map_at=map_at)
         given = [values.to(dtypes[case % len(dtypes)]) if values.is_floating_point() else values for values in sets]
-        fast = retrieval_scores(*given, block_size=None if case % 3 == 0 else 1 + case % 5)
+        fast = retrieval_scores(*given, block_size=None if case % 3 == 0 else 1 + case % 5, map_at=map_at)
 
         for number, score in enumerate(scores):
             if score is None:
@@ -120,7 +128,7 @@ def test_equals_the_mean_over_all_orders_of_ties(kind, own_gallery):
             else:
                 assert {name: values[number].item() for name, values in fast.items()} == pytest.approx(score, abs=1e-9)
         if any(score is not None for score in scores):
-            assert retrieval_metrics(*given) == pytest.approx(mean_scores(scores), abs=1e-9)
+            assert retrieval_metrics(*given, map_at=map_at) == pytest.approx(mean_scores(scores), abs=1e-9)
         answered += sum(score is not None for score in scores)
         unanswerable += sum(score is None for score in scores)
     assert answered > 150
@@ -134,9 +142,9 @@ def test_equals_the_oracle_on_larger_sets_with_classes_of_very_different_sizes(o
     labels = labels[torch.randperm(len(labels), generator=generator)]
     embeddings = normalize(torch.randn(len(labels), 12, generator=generator, dtype=torch.float64), dim=1)
     sets = [embeddings[:50], labels[:50], embeddings[50:], labels[50:]] if own_gallery else [embeddings, labels]
-    expected = mean_scores(slow_scores(*sets, recall_at=(1, 10, 30)))
+    expected = mean_scores(slow_scores(*sets, recall_at=(1, 10, 30), map_at=MAP_AT))
     for block_size in (None, 1, 13):
-        got = retrieval_metrics(*sets, recall_at=(1, 10, 30), block_size=block_size)
+        got = retrieval_metrics(*sets, recall_at=(1, 10, 30), block_size=block_size, map_at=MAP_AT)
         assert got == pytest.approx(expected, abs=1e-12)
     assert list(got)[:4] == ["recall_at_1", "recall_at_10", "recall_at_30", "map_at_r"]
     assert expected["num_unanswerable"] >= 7
@@ -148,11 +156,14 @@ def test_functions_of_labels_equal_the_whole_where_nothing_is_tied():
         labels = torch.randint(0, 6, (30,), generator=generator)
         labels[0] = 99
         embeddings = normalize(torch.randn(30, 8, generator=generator, dtype=torch.float64), dim=1)
-        expected = retrieval_metrics(embeddings, labels)
+        expected = retrieval_metrics(embeddings, labels, map_at=MAP_AT)
         neighbour_labels = labels[nearest_neighbours(embeddings, 29)[1]]
         relevant = count_relevant(labels)
         for k in RECALL_AT:
             assert recall_at_k(neighbour_labels, labels, k, relevant) == pytest.approx(expected[f"recall_at_{k}"])
+        for k in MAP_AT:
+            assert map_at_k(neighbour_labels, labels, relevant, k) == pytest.approx(expected[f"map_at_{k}"])
+        assert map_at_k(neighbour_labels, labels, relevant) >= expected["map_at_r"]
         assert map_at_r(neighbour_labels, labels, relevant) == pytest.approx(expected["map_at_r"])
         assert map_at_r_published(neighbour_labels, labels, relevant) == pytest.approx(expected["map_at_r_published"])
         assert r_precision(neighbour_labels, labels, relevant) == pytest.approx(expected["r_precision"])
@@ -225,6 +236,11 @@ def test_equal_embeddings_score_chance(by_class):
     terms = [chance * (1 + (i - 1) * (relevant - 1) / (others - 1)) / i for i in range(1, relevant + 2)]
     assert got["map_at_r"] == pytest.approx(sum(terms[:-1]) / relevant, abs=1e-12)
     assert got["map_at_r_published"] == pytest.approx(sum(terms) / (relevant + 1), abs=1e-12)
+    for k in MAP_AT:
+        got = retrieval_metrics(embeddings, labels, map_at=[k])[f"map_at_{k}"]
+        ranks = range(1, min(k, others) + 1)
+        terms = [chance * (1 + (i - 1) * (relevant - 1) / (others - 1)) / i for i in ranks]
+        assert got == pytest.approx(sum(terms) / min(k, relevant), abs=1e-12)
 
 
 def test_chance_of_equal_embeddings_is_what_random_orders_give():
@@ -299,7 +315,7 @@ def test_no_query_that_can_be_answered():
     with pytest.raises(ValueError, match=r"none of the 2 queries can be answered: .* in the gallery"):
         retrieval_metrics(torch.eye(2), torch.tensor([0, 5]), torch.eye(2), torch.tensor([1, 2]))
     assert retrieval_scores(torch.eye(3), torch.arange(3))["map_at_r"].isnan().all()
-    for function in (map_at_r, map_at_r_published, r_precision):
+    for function in (map_at_r, map_at_r_published, r_precision, map_at_k):
         with pytest.raises(ValueError, match="num_relevant is 0 for all"):
             function(torch.tensor([[1, 2, 3]]), torch.tensor([0]), torch.tensor([0]))
 
@@ -326,6 +342,7 @@ def test_no_query_that_can_be_answered():
         ),
         ({"recall_at": (1, 0)}, ValueError, r"whole numbers >= 1, got \(1, 0\)"),
         ({"recall_at": (1.5,)}, ValueError, r"whole numbers >= 1, got \(1.5,\)"),
+        ({"map_at": (1000, -1)}, ValueError, r"map_at must hold whole numbers >= 1, got \(1000, -1\)"),
         ({"block_size": -1}, ValueError, "block_size must be >= 1 or None, got -1"),
         ({"query_embeddings": torch.full((3, 3), torch.nan)}, ValueError, "finite: 3 of 3 rows"),
         ({"query_embeddings": 2 * torch.eye(3)}, ValueError, "must be L2-normalised: 3 of 3"),
@@ -345,6 +362,8 @@ def test_functions_of_labels_refuse():
         recall_at_k(found, labels, 3)
     with pytest.raises(ValueError, match="got 0"):
         recall_at_k(found, labels, 0)
+    with pytest.raises(ValueError, match="k must be >= 1, got 0"):
+        map_at_k(found, labels, relevant, k=0)
     with pytest.raises(ValueError, match=r"one row per query, got shape \(2, 2\) for 1"):
         recall_at_k(found, labels[:1], 1)
     with pytest.raises(ValueError, match=r"2-D tensor .* got shape \(2,\)"):

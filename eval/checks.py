@@ -1,0 +1,66 @@
+"""Checks of embeddings and labels, shared by all measures: what isn't usable is refused by name."""
+
+from __future__ import annotations
+
+import torch
+
+
+# How far the norm of an embedding may be from 1; bfloat16 can't hold a vector of norm 1 as exactly as that.
+NORM_TOLERANCE = 1e-3
+
+
+def check_embeddings(embeddings, name):
+    """The embeddings themselves, if they are a finite, L2-normalised `(items, width)` float tensor; else an error.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: another shape, empty, NaN or infinite values, or not L2-normalised.
+    """
+    if not isinstance(embeddings, torch.Tensor) or not embeddings.is_floating_point():
+        got = embeddings.dtype if isinstance(embeddings, torch.Tensor) else type(embeddings).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if embeddings.ndim != 2 or 0 in embeddings.shape:
+        raise ValueError(f"{name} must have shape (items, width), neither of them 0, got {tuple(embeddings.shape)}")
+    broken = (~embeddings.isfinite().all(1)).nonzero().flatten()
+    if len(broken):
+        raise ValueError(
+            f"{name} must be finite: {len(broken)} of {len(embeddings)} rows have NaN or infinite values, "
+            f"the first at {broken[:5].tolist()}"
+        )
+    norms = torch.linalg.vector_norm(
+        embeddings.detach(), dim=1, dtype=torch.promote_types(embeddings.dtype, torch.float32)
+    )
+    off = ((norms - 1).abs() > max(NORM_TOLERANCE, torch.finfo(embeddings.dtype).eps)).nonzero().flatten()
+    if len(off):
+        raise ValueError(
+            f"{name} must be L2-normalised: {len(off)} of {len(embeddings)} rows are not, the first at "
+            f"{off[:5].tolist()} with norms {[round(norm, 4) for norm in norms[off[:5]].tolist()]}; "
+            "torch.nn.functional.normalize(embeddings, dim=1) does it"
+        )
+    return embeddings
+
+
+def check_labels(labels, name, ndim=1, length=None):
+    """The labels as int64.
+
+    Raises:
+        TypeError: not an integer tensor.
+        ValueError: wrong number of dimensions or length, or empty.
+    """
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        got = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise TypeError(f"{name} must be an integer tensor, got {got}")
+    if labels.ndim != ndim or 0 in labels.shape:
+        raise ValueError(f"{name} must be a {ndim}-D tensor that is not empty, got shape {tuple(labels.shape)}")
+    if length is not None and len(labels) != length:
+        raise ValueError(f"{name} must have one label per embedding, {length}, got {len(labels)}")
+    return labels.long()
+
+
+def check_labelled(embeddings, labels):
+    """Embeddings and their labels (as int64, on the embeddings' device), if they fit together; else an error."""
+    check_embeddings(embeddings, "embeddings")
+    return embeddings.detach(), check_labels(labels, "labels", length=len(embeddings)).to(embeddings.device)
+
+
+__all__ = ["NORM_TOLERANCE", "check_embeddings", "check_labelled", "check_labels"]

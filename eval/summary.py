@@ -1,0 +1,98 @@
+"""All measures of one set of embeddings in one call, and where the same lies as a module of the library `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .clustering import clustering_metrics
+from .geometry import geometry_metrics
+from .intervals import bootstrap_interval
+from .metrics import mean_scores, retrieval_scores
+
+
+def embedding_metrics(
+    query_embeddings,
+    query_labels,
+    gallery_embeddings=None,
+    gallery_labels=None,
+    recall_at=(1, 2, 4, 8),
+    map_at=(1000,),
+    clustering=True,
+    geometry=True,
+    confidence=None,
+    resample="classes",
+    num_resamples=2000,
+    seed=0,
+    device=None,
+):
+    """Retrieval, clustering and geometry of embeddings, with confidence intervals on demand.
+
+    Similarities are computed once. Clustering and geometry look at all items: those of the gallery too, where there
+    is one.
+
+    Args:
+        query_embeddings, query_labels, gallery_embeddings, gallery_labels, recall_at, map_at, device: As of
+            [`retrieval_metrics`].
+        clustering: Whether to add [`clustering_metrics`]; k-means takes longest where there are many classes.
+        geometry: Whether to add [`geometry_metrics`].
+        confidence: In (0, 1), such as 0.95: adds a percentile bootstrap interval to each retrieval metric. None: none.
+        resample: What the bootstrap draws: `"classes"` of queries or single `"queries"`; see [`bootstrap_interval`].
+        num_resamples: Of the bootstrap.
+        seed: Of k-means and of the bootstrap.
+
+    Returns:
+        Flat dict of floats and counts, as those functions return them; with confidence, `NAME_low` and `NAME_high` for
+        each retrieval metric.
+
+    Raises:
+        TypeError, ValueError: as for those functions (geometry needs two classes, and a class with two items), or
+            resample is neither of the two.
+
+    Example:
+        >>> embeddings = torch.eye(3).repeat_interleave(4, dim=0)
+        >>> metrics = embedding_metrics(embeddings, torch.arange(3).repeat_interleave(4), confidence=0.95)
+        >>> metrics["map_at_r"], metrics["map_at_r_low"], metrics["map_at_1000"], metrics["nmi"]
+        (1.0, 1.0, 1.0, 1.0)
+        >>> metrics["intra_class_distance"], metrics["spectral_decay"]
+        (0.0, 0.0)
+    """
+    if resample not in ("classes", "queries"):
+        raise ValueError(f"resample must be 'classes' or 'queries', got {resample!r}")
+    scores = retrieval_scores(
+        query_embeddings, query_labels, gallery_embeddings, gallery_labels, recall_at, device=device, map_at=map_at
+    )
+    metrics = mean_scores(scores)
+    if confidence is not None:
+        clusters = query_labels if resample == "classes" else None
+        for name, values in scores.items():
+            interval = bootstrap_interval(values, clusters, confidence, num_resamples, seed)
+            metrics[f"{name}_low"], metrics[f"{name}_high"] = interval.low, interval.high
+    if not clustering and not geometry:
+        return metrics
+    embeddings, labels = query_embeddings, query_labels
+    if gallery_embeddings is not None:
+        embeddings = torch.cat([embeddings, gallery_embeddings.to(embeddings.device)])
+        labels = torch.cat([labels, gallery_labels.to(labels.device)])
+    if clustering:
+        metrics |= clustering_metrics(embeddings, labels, seed)
+    if geometry:
+        metrics |= geometry_metrics(embeddings, labels)
+    return metrics
+
+
+def metric_folder():
+    """Folder of the module for the library `evaluate`: `evaluate.load(metric_folder())`, offline too.
+
+    Returns:
+        The path as a string.
+
+    Example:
+        >>> metric_folder().endswith("retrieval_metric")
+        True
+    """
+    return str(Path(__file__).resolve().parent / "retrieval_metric")
+
+
+__all__ = ["embedding_metrics", "metric_folder"]
