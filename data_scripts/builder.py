@@ -28,7 +28,7 @@ from .errors import DataError
 from .listing import GROUP_SPLITS, SplitListing, SplitRows
 
 
-__all__ = ["ClassSplitConfig", "ImageDatasetBuilder", "ImageDatasetConfig", "quiet_progress"]
+__all__ = ["BenchmarkConfig", "ClassSplitConfig", "ImageDatasetBuilder", "ImageDatasetConfig", "quiet_progress"]
 
 SHARD_SIZE = 1024
 """Rows per shard: what workers and ranks share out between them."""
@@ -53,6 +53,17 @@ class ImageDatasetConfig(datasets.BuilderConfig):
         """The options that a user gives, in the order of the fields."""
         internal = {field.name for field in fields(ImageDatasetConfig)}
         return tuple(field.name for field in fields(cls) if field.name not in internal)
+
+
+@dataclass
+class BenchmarkConfig(ImageDatasetConfig):
+    """Options of the data sets that have a published split.
+
+    Attributes:
+        verify_counts: Whether the images and classes of each split must be those of the published split.
+    """
+
+    verify_counts: bool = True
 
 
 @dataclass

@@ -11,11 +11,10 @@ The kit's own `cars_test_annos.mat` has no classes: the third form needs `cars_t
 of its own. The official split into training and test images is another one (it has all classes on both sides).
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from .archives import list_members, read_members
-from .builder import ImageDatasetBuilder, ImageDatasetConfig
+from .builder import BenchmarkConfig, ImageDatasetBuilder
 from .cars_labels import read_annotations
 from .cars_names import CAR_NAMES, car_number
 from .class_folders import visible_folders
@@ -34,7 +33,7 @@ from .sources import (
 )
 
 
-__all__ = ["CARS_COUNTS", "Cars196", "Cars196Config"]
+__all__ = ["CARS_COUNTS", "Cars196"]
 
 CARS_COUNTS = {"train": SplitCounts(8054, 98), "test": SplitCounts(8131, 98)}
 NUM_TRAIN_CLASSES = 98
@@ -45,17 +44,6 @@ _EXPECTED = (
     "images/<class name>/, or car_ims/ (or car_ims.tgz) and cars_annos.mat, or cars_train/, cars_test/ (or their "
     ".tgz) and devkit/ (or car_devkit.tgz)"
 )
-
-
-@dataclass
-class Cars196Config(ImageDatasetConfig):
-    """Options of `Cars196`.
-
-    Attributes:
-        verify_counts: Whether the images and classes of each split must be those of the published split.
-    """
-
-    verify_counts: bool = True
 
 
 class _Place(NamedTuple):
@@ -78,11 +66,11 @@ class Cars196(ImageDatasetBuilder):
             the published ones.
     """
 
-    BUILDER_CONFIG_CLASS = Cars196Config
+    BUILDER_CONFIG_CLASS = BenchmarkConfig
     DESCRIPTION = "Cars-196: 16,185 images of 196 models; the first 98 train, the last 98 test."
 
     @classmethod
-    def _list(cls, config: Cars196Config) -> SplitListing:
+    def _list(cls, config: BenchmarkConfig) -> SplitListing:
         place = locate(config.data_dir, _find, _of_archive, _EXPECTED)
         sources = [_open_source(images, config.index_dir) for images in place.images]
         if place.form == "classes":

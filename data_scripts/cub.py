@@ -8,17 +8,16 @@ Layouts:
 
 import logging
 import re
-from dataclasses import dataclass
 
 from .archives import list_members
-from .builder import ImageDatasetBuilder, ImageDatasetConfig
+from .builder import BenchmarkConfig, ImageDatasetBuilder
 from .class_folders import visible_folders
 from .errors import DataError
 from .listing import SplitCounts, SplitListing
 from .sources import Entry, archive_images, find_file, folder_images, list_benchmark, locate
 
 
-__all__ = ["CUB200", "CUB_COUNTS", "CUB200Config"]
+__all__ = ["CUB200", "CUB_COUNTS"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +25,6 @@ CUB_COUNTS = {"train": SplitCounts(5864, 100), "test": SplitCounts(5924, 100)}
 LAST_TRAIN_CLASS = 100
 _CLASS_FOLDER = re.compile(r"(\d{3})\..+")
 _ARCHIVES = ("CUB_200_2011.tgz", "CUB_200_2011.tar.gz", "CUB_200_2011.tar")
-
-
-@dataclass
-class CUB200Config(ImageDatasetConfig):
-    """Options of `CUB200`.
-
-    Attributes:
-        verify_counts: Whether the images and classes of each split must be those of the published split.
-    """
-
-    verify_counts: bool = True
 
 
 class CUB200(ImageDatasetBuilder):
@@ -52,11 +40,11 @@ class CUB200(ImageDatasetBuilder):
             published ones.
     """
 
-    BUILDER_CONFIG_CLASS = CUB200Config
+    BUILDER_CONFIG_CLASS = BenchmarkConfig
     DESCRIPTION = "CUB-200-2011: 200 kinds of birds; the first 100 train, the last 100 test."
 
     @classmethod
-    def _list(cls, config: CUB200Config) -> SplitListing:
+    def _list(cls, config: BenchmarkConfig) -> SplitListing:
         place = locate(
             config.data_dir,
             _find,

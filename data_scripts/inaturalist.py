@@ -6,11 +6,10 @@ Layouts (the lists are those of Brown et al., "Smooth-AP", ECCV 2020, and may li
     Inaturalist_train_set1.txt, Inaturalist_test_set1.txt, train_val2018.tar.gz       the official archive itself
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from .archives import list_members
-from .builder import ImageDatasetBuilder, ImageDatasetConfig
+from .builder import BenchmarkConfig, ImageDatasetBuilder
 from .errors import DataError
 from .listing import SplitCounts, SplitListing
 from .sources import (
@@ -26,24 +25,13 @@ from .sources import (
 )
 
 
-__all__ = ["INATURALIST_COUNTS", "INaturalist2018", "INaturalist2018Config"]
+__all__ = ["INATURALIST_COUNTS", "INaturalist2018"]
 
 INATURALIST_COUNTS = {"train": SplitCounts(325846, 5690), "test": SplitCounts(136093, 2452)}
 LISTS = {"train": "Inaturalist_train_set1.txt", "test": "Inaturalist_test_set1.txt"}
 _SPLITS = "Inat_dataset_splits"
 _TOP = "train_val2018"
 _ARCHIVES = (f"{_TOP}.tar.gz", f"{_TOP}.tgz", f"{_TOP}.tar", f"{_TOP}.zip")
-
-
-@dataclass
-class INaturalist2018Config(ImageDatasetConfig):
-    """Options of `INaturalist2018`.
-
-    Attributes:
-        verify_counts: Whether the images and classes of each split must be those of the published split.
-    """
-
-    verify_counts: bool = True
 
 
 class _Place(NamedTuple):
@@ -63,11 +51,11 @@ class INaturalist2018(ImageDatasetBuilder):
             are not the published ones.
     """
 
-    BUILDER_CONFIG_CLASS = INaturalist2018Config
+    BUILDER_CONFIG_CLASS = BenchmarkConfig
     DESCRIPTION = "iNaturalist 2018: 461,939 images of 8,142 species; 5,690 train, 2,452 test."
 
     @classmethod
-    def _list(cls, config: INaturalist2018Config) -> SplitListing:
+    def _list(cls, config: BenchmarkConfig) -> SplitListing:
         place = locate(
             config.data_dir, _find, _beside, f"{' and '.join(LISTS.values())}, and {_TOP}/ or {_TOP}.tar.gz"
         )

@@ -6,11 +6,10 @@ Layouts (`list_eval_partition.txt` may also lie in `Eval/` or `Anno/`, as in the
     list_eval_partition.txt, img.zip             or Img/img.zip: the official archive itself
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from .archives import list_members
-from .builder import ImageDatasetBuilder, ImageDatasetConfig
+from .builder import BenchmarkConfig, ImageDatasetBuilder
 from .errors import DataError
 from .listing import SplitCounts, SplitListing
 from .sources import (
@@ -26,7 +25,7 @@ from .sources import (
 )
 
 
-__all__ = ["INSHOP_COUNTS", "InShop", "InShopConfig"]
+__all__ = ["INSHOP_COUNTS", "InShop"]
 
 INSHOP_COUNTS = {
     "train": SplitCounts(25882, 3997),
@@ -36,17 +35,6 @@ INSHOP_COUNTS = {
 LIST = "list_eval_partition.txt"
 _HEADER = ["image_name", "item_id", "evaluation_status"]
 _ARCHIVES = ("img.zip", "img.tar.gz", "img.tgz", "img.tar")
-
-
-@dataclass
-class InShopConfig(ImageDatasetConfig):
-    """Options of `InShop`.
-
-    Attributes:
-        verify_counts: Whether the images and classes of each split must be those of the published split.
-    """
-
-    verify_counts: bool = True
 
 
 class _Place(NamedTuple):
@@ -66,11 +54,11 @@ class InShop(ImageDatasetBuilder):
             counts that are not the published ones.
     """
 
-    BUILDER_CONFIG_CLASS = InShopConfig
+    BUILDER_CONFIG_CLASS = BenchmarkConfig
     DESCRIPTION = "In-Shop Clothes Retrieval: 52,712 images of 7,982 garments; train, query and gallery."
 
     @classmethod
-    def _list(cls, config: InShopConfig) -> SplitListing:
+    def _list(cls, config: BenchmarkConfig) -> SplitListing:
         place = locate(config.data_dir, _find, _beside, f"{LIST} and img/ or img.zip")
         if place.images.is_dir():
             source = folder_images(place.images)

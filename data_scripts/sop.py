@@ -8,11 +8,10 @@ Layouts:
     Stanford_Online_Products.zip                                          the official archive itself
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from .archives import archive_kind, list_members, read_members
-from .builder import ImageDatasetBuilder, ImageDatasetConfig
+from .builder import BenchmarkConfig, ImageDatasetBuilder
 from .class_folders import visible_folders
 from .errors import DataError
 from .listing import SplitCounts, SplitListing
@@ -29,24 +28,13 @@ from .sources import (
 )
 
 
-__all__ = ["SOP_COUNTS", "StanfordOnlineProducts", "StanfordOnlineProductsConfig"]
+__all__ = ["SOP_COUNTS", "StanfordOnlineProducts"]
 
 SOP_COUNTS = {"train": SplitCounts(59551, 11318), "test": SplitCounts(60502, 11316)}
 LISTS = {"train": "Ebay_train.txt", "test": "Ebay_test.txt"}
 _HEADER = ["image_id", "class_id", "super_class_id", "path"]
 _TOP = "Stanford_Online_Products"
 _ARCHIVES = (f"{_TOP}.zip", f"{_TOP}.tar.gz", f"{_TOP}.tgz", f"{_TOP}.tar")
-
-
-@dataclass
-class StanfordOnlineProductsConfig(ImageDatasetConfig):
-    """Options of `StanfordOnlineProducts`.
-
-    Attributes:
-        verify_counts: Whether the images and classes of each split must be those of the published split.
-    """
-
-    verify_counts: bool = True
 
 
 class _Place(NamedTuple):
@@ -68,11 +56,11 @@ class StanfordOnlineProducts(ImageDatasetBuilder):
             are not the published ones.
     """
 
-    BUILDER_CONFIG_CLASS = StanfordOnlineProductsConfig
+    BUILDER_CONFIG_CLASS = BenchmarkConfig
     DESCRIPTION = "Stanford Online Products: 120,053 images of 22,634 products; split by the official lists."
 
     @classmethod
-    def _list(cls, config: StanfordOnlineProductsConfig) -> SplitListing:
+    def _list(cls, config: BenchmarkConfig) -> SplitListing:
         place = locate(
             config.data_dir,
             _find,
