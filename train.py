@@ -285,16 +285,16 @@ def step_timer():
 
 
 def save_picture(path, trainer, dataset, count):
-    """Grid of queries with their nearest neighbours among the evaluated images."""
+    """Grid of queries with their nearest neighbours, of the data set that `trainer` evaluated last."""
     from vptsp.eval.neighbours import nearest_neighbours
     from vptsp.eval.pictures import choose_queries, save_neighbour_grid
 
     queries = dataset["query"] if isinstance(dataset, dict) else dataset
     gallery = dataset["gallery"] if isinstance(dataset, dict) else dataset
-    query_rows, query_embeddings, query_labels = _readable(*trainer.embed(queries, "Embedding for the picture"))
+    query_rows, query_embeddings, query_labels = _readable(*trainer.last_evaluated["query"])
     gallery_rows, gallery_embeddings, gallery_labels = query_rows, None, query_labels
     if gallery is not queries:
-        gallery_rows, gallery_embeddings, gallery_labels = _readable(*trainer.embed(gallery))
+        gallery_rows, gallery_embeddings, gallery_labels = _readable(*trainer.last_evaluated["gallery"])
     most = len(gallery_labels) - int(gallery is queries)
     similarity, index = nearest_neighbours(query_embeddings, min(8, most), gallery_embeddings)
     chosen = choose_queries(query_labels, count, seed=trainer.args.seed)

@@ -50,6 +50,7 @@ class VPTSPTrainer(Trainer):
         kwargs.setdefault("data_collator", collate_images)
         self._extra_metrics = kwargs.pop("compute_metrics", None)
         self._backbone_only = False
+        self.last_evaluated = None
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         if train_dataset is not None:
             self._check_train_dataset()
@@ -231,6 +232,9 @@ class VPTSPTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Retrieval metrics of a dataset, or of a dict with `query` and `gallery`.
 
+        The embeddings and labels are kept in `last_evaluated`, a dict of `query` and `gallery` (None twice where the
+        queries are the gallery), as `embed` gave them, so that whoever draws them need not embed again.
+
         Returns:
             Dict of `{metric_key_prefix}_recall_at_1`, ..., `_map_at_r` and so on, all in 0..1, with times.
         """
@@ -246,6 +250,7 @@ class VPTSPTrainer(Trainer):
         else:
             embeddings, labels = self.embed(dataset)
             gallery = (None, None)
+        self.last_evaluated = {"query": (embeddings, labels), "gallery": gallery}
         num_images = len(labels)
         (embeddings, labels), gallery = _readable(embeddings, labels), _readable(*gallery)
         metrics = retrieval_metrics(embeddings, labels, *gallery, recall_at=tuple(self.args.recall_at))

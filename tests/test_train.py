@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-from vptsp import VPTSPConfig, VPTSPModel, train
+from vptsp import VPTSPConfig, VPTSPModel, VPTSPTrainer, train
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,3 +244,16 @@ def test_accelerate_launches_it(arguments, tmp_path):
 def _write(path, text):
     path.write_text(text)
     return path
+
+
+def test_picture_needs_no_second_pass_and_takes_query_and_gallery(arguments, tmp_path, images, monkeypatch):
+    root = tmp_path / "split"
+    for part, names in {"train": "012", "query": "345", "gallery": "345"}.items():
+        for name in names:
+            shutil.copytree(images / f"class{name}", root / part / f"class{name}")
+    passes = []
+    embed = VPTSPTrainer.embed
+    monkeypatch.setattr(VPTSPTrainer, "embed", lambda self, *args: passes.append(args) or embed(self, *args))
+    train.main([*arguments, "--data_dir", str(root), "--eval_strategy", "no", "--picture_queries", "2"])
+    assert len(passes) == 4  # queries and gallery, before and after
+    assert (tmp_path / "run" / "neighbours.png").is_file()
