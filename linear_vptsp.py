@@ -1,14 +1,13 @@
 """Linear layers of the backbone, by the fastest exact product that PyTorch has for them on this processor.
 
-On CPUs `torch.nn.functional.linear` multiplies float32 matrices with the BLAS library that PyTorch was built with. That
-of the usual builds (MKL) leaves AVX-512 unused on processors of other makers, where oneDNN, which is part of the same
-builds, is about twice as fast (`benchmarks/step.py` prints both). Same float32 arithmetic, another order of sums.
+On CPUs `torch.nn.functional.linear` multiplies float32 matrices with the BLAS library that PyTorch was built with.
+That of the usual builds (MKL) leaves AVX-512 unused on processors of other makers, where oneDNN, which is part of the
+same builds, is about twice as fast (`benchmarks/step.py` prints both). Same arithmetic, another order of sums.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
