@@ -12,8 +12,9 @@ from torch import nn
 def frozen_weights_in(dtype, model):
     """Hold a model's frozen matrices in `dtype`; afterwards they are the original ones again, to the last bit.
 
-    Autocast would cast a float32 matrix anew in every forward pass and keep the copy for the backward pass. What is not
-    tuned needs no float32 master, so it can be cast once; the products are the same. The originals wait in host memory.
+    Autocast would cast a float32 matrix anew in every forward pass and keep the copy for the backward pass. What is
+    not tuned needs no float32 master, so it can be cast once; the products are the same. The originals wait in host
+    memory.
 
     Args:
         dtype: torch.bfloat16 or torch.float16; None changes nothing.
