@@ -111,8 +111,8 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
             [`VPTSPMetricLearningOutput`].
 
         Raises:
-            ValueError: labels are outside 0..C-1 or not as many as images. On an accelerator, with
-                `images_per_class`, their range is left to the caller, since looking would stall the device.
+            ValueError: labels are outside 0..C-1 or not as many as images. On an accelerator or compiled,
+                with `images_per_class`, their range is left to the caller, since looking would stall the device.
         """
         tokens = self.vptsp.embed_patches(pixel_values, interpolate_pos_encoding)
         semantic_pass = labels is not None and self.config.proxy_update != "none"
@@ -169,7 +169,7 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
     def _check_labels(self, labels, batch_size, trusted):
         if labels.shape != (batch_size,):
             raise ValueError(f"labels must have shape ({batch_size},), got {tuple(labels.shape)}")
-        if trusted and labels.device.type != "cpu":
+        if trusted and (labels.device.type != "cpu" or torch.compiler.is_compiling()):
             return
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= self.config.num_classes:

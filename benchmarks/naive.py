@@ -43,3 +43,14 @@ def forward(model, pixel_values, labels, images_per_class):
         proxies = model.proxies.proxies(groups.classes, rows)
         loss = proxy_anchor_loss(embeddings @ proxies.T, labels, model.config.loss_alpha, model.config.loss_delta)
     return VPTSPMetricLearningOutput(loss=loss, embeddings=embeddings, proxy_classes=groups.classes, proxy_rows=rows)
+
+
+def forward_without_prompts(model, pixel_values, labels, loss_function):
+    """Full fine-tuning with Proxy-Anchor: transformers' own forward pass, all weights trained."""
+    from vptsp.modeling_metric_learning import VPTSPMetricLearningOutput
+
+    backbone = model.vptsp.backbone
+    embeddings = model.vptsp.head(backbone(pixel_values).last_hidden_state[:, 0])
+    with torch.autocast(embeddings.device.type, enabled=False):
+        loss = loss_function(embeddings @ model.proxies.proxies().T, labels)
+    return VPTSPMetricLearningOutput(loss=loss, embeddings=embeddings)
