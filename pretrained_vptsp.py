@@ -6,7 +6,10 @@ Part of what a shared retriever needs, like `modeling_vptsp.py`.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
+import re
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils.hub import extract_commit_hash, hf_api
 
 from .backbones_vptsp import family_of
 from .configuration_vptsp import VPTSPConfig
@@ -36,11 +40,26 @@ def backbone_fingerprint(state_dict) -> str:
     return digest.hexdigest()
 
 
-def load_backbone(config, folder=None, **hub_kwargs):
-    """The backbone named in `config.backbone`, in the dtype of its checkpoint.
+def pinned_revision(name, revision=None, **hub_kwargs):
+    """Commit that a branch or tag of a Hub repository stands for now; for a local folder, `revision` as it is.
 
     Args:
-        config: A `VPTSPConfig` with `backbone` set; it gets the place where a local backbone was found.
+        name: Hub name or local folder.
+        revision: Commit, tag or branch; None for the default branch.
+        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
+    """
+    if Path(name).is_dir():
+        return revision
+    config_file = cached_file(name, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
+    return extract_commit_hash(config_file, None) or revision
+
+
+def load_backbone(config, folder=None, **hub_kwargs):
+    """The backbone named in `config.backbone`, in the dtype of its checkpoint, which must be safetensors.
+
+    Args:
+        config: A `VPTSPConfig` with `backbone` set; it gets the place where a local backbone was found, or the commit
+            of one on the Hub.
         folder: Local folder of the retriever that names the backbone. A local backbone is looked for relative to it,
             then relative to the working directory.
         **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
@@ -50,14 +69,19 @@ def load_backbone(config, folder=None, **hub_kwargs):
         ValueError: a weight is missing, or the weights are not those that `config.backbone_fingerprint` was taken of.
     """
     source = config.backbone
+    if source is None:
+        raise ValueError("the configuration names no backbone: give its place with backbone=...")
     if folder is not None and (Path(folder) / source).is_dir():
         source = str(Path(folder) / source)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the weights of a pooler or a classifier are not missed; others are reported below
     try:
+        config.backbone_revision = pinned_revision(source, config.backbone_revision, **hub_kwargs)
         backbone, info = AutoModel.from_pretrained(
             source,
             revision=config.backbone_revision or "main",
+            use_safetensors=True,  # never a pickle
+            trust_remote_code=False,
             output_loading_info=True,
             add_pooling_layer=False,
             **hub_kwargs,
@@ -65,7 +89,7 @@ def load_backbone(config, folder=None, **hub_kwargs):
     except OSError as error:
         raise OSError(
             f"the backbone {config.backbone!r} could not be loaded: it is neither a folder here nor to be had from "
-            f"the Hub. Give its place with backbone=... ({error})"
+            f"the Hub, or holds no {SAFE_WEIGHTS_NAME}. Give its place with backbone=... ({error})"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -88,6 +112,31 @@ def _relative_to(backbone, folder):
         return Path(os.path.relpath(backbone, folder)).as_posix()
     except ValueError:  # another drive
         return str(Path(backbone).resolve())
+
+
+def _refuse_local_backbone(backbone, retriever):
+    """Raise if a retriever from the Hub names a backbone that is not to be had from the Hub.
+
+    A downloaded configuration must not choose which folders of this machine are read.
+    """
+    name = str(backbone)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name or name.startswith(".") or Path(name).exists():
+        raise ValueError(
+            f"backbone must be a Hub name in a retriever from the Hub, got {name!r} in {str(retriever)!r}, which is a "
+            "path or shadowed by one on this machine. If that is what you want, give it yourself with backbone=..."
+        )
+
+
+def _safetensors_file(name, revision, **hub_kwargs):
+    file = cached_file(
+        name, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False, **hub_kwargs
+    )
+    if file is None:
+        raise OSError(
+            f"{str(name)!r} holds no {SAFE_WEIGHTS_NAME}: retrievers are read from safetensors alone, never from "
+            "pickled files such as pytorch_model.bin"
+        )
+    return file
 
 
 def _listed(names, at_most=8):
@@ -168,7 +217,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
 
         Args:
             backbone: Hub name or local folder of a vision transformer.
-            revision: Commit, tag or branch on the Hub.
+            revision: Commit, tag or branch on the Hub; the configuration gets the commit.
             dtype: Of the weights; None for float32.
             **kwargs: Fields of `VPTSPConfig`, and `cache_dir`, `token`, `local_files_only` and the like for the Hub.
 
@@ -179,6 +228,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         known = {field.name for field in fields(VPTSPConfig)}
         if unknown := set(kwargs) - known:
             raise ValueError(f"VPTSPConfig has no field {_listed(unknown)}")
+        revision = pinned_revision(backbone, revision, **hub_kwargs)
         backbone_config = AutoConfig.from_pretrained(backbone, revision=revision or "main", **hub_kwargs)
         family_of(backbone_config)
         config = VPTSPConfig(
@@ -203,8 +253,13 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             state_dict: Weights to save instead of the model's own.
             save_backbone: Save the backbone too; None for what the configuration says. A backbone that has no name is
                 always saved.
-            **kwargs: As for `PreTrainedModel.save_pretrained`, `push_to_hub` among them.
+            **kwargs: As for `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: `push_to_hub` was asked for; use the method of that name.
         """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("save_pretrained does not push: use model.push_to_hub(repo_id)")
         if save_backbone is not None:
             self.config.save_backbone = save_backbone
         if self.config.backbone is None:
@@ -217,9 +272,79 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         backbone = self.config.backbone
         try:
             self.config.backbone = _relative_to(backbone, save_directory)
+            if self.config.save_backbone and backbone is not None and Path(backbone).is_dir():
+                self.config.backbone = None  # saved along: where it came from says nothing elsewhere
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
             self.config.backbone = backbone
+
+    def push_to_hub(
+        self,
+        repo_id,
+        *,
+        commit_message="Upload retriever",
+        commit_description=None,
+        private=None,
+        token=None,
+        revision=None,
+        create_pr=False,
+        save_backbone=None,
+    ):
+        """Upload what `save_pretrained` saves, with a model card if the repository has none yet.
+
+        `VPTSPTrainer.push_to_hub` uploads more: the image processor, scores, the picture.
+
+        Args:
+            repo_id: Repository on the Hub, `owner/name`; made if there is none.
+            commit_message: Of the commit.
+            commit_description: Of the commit.
+            private: Whether a new repository is private; None for the owner's default.
+            token: Token of the Hub; None for the one that `hf auth login` keeps.
+            revision: Branch; made if there is none.
+            create_pr: Open a pull request instead.
+            save_backbone: As for `save_pretrained`.
+
+        Returns:
+            `huggingface_hub.CommitInfo`.
+
+        Raises:
+            ValueError: the backbone is a folder of this machine, which nobody else has.
+        """
+        self.require_shareable(save_backbone)
+        api = hf_api()
+        repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.retriever.save_pretrained(folder, save_backbone=save_backbone)
+            # Code that came along with a shared retriever has no writer of cards.
+            has_writer = importlib.util.find_spec(".model_card_vptsp", __package__) is not None
+            if has_writer and not api.file_exists(repo_id, "README.md", revision=revision, token=token):
+                writer = importlib.import_module(".model_card_vptsp", __package__)
+                writer.retriever_card(self, repo_id).save(Path(folder) / "README.md")
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def require_shareable(self, save_backbone=None):
+        """Raise a `ValueError` if others could not load the retriever, since its backbone is a folder of this machine.
+
+        Args:
+            save_backbone: As for `save_pretrained`.
+        """
+        backbone = self.config.backbone
+        saved_along = self.config.save_backbone if save_backbone is None else save_backbone
+        if backbone is not None and not saved_along and Path(backbone).is_dir():
+            raise ValueError(
+                f"the backbone is the local folder {backbone!r}, which others don't have: push with "
+                "save_backbone=True, or name the same weights on the Hub with model.config.backbone = 'owner/name'"
+            )
 
     def load_saved(self, folder):
         """Load what `save_pretrained` wrote for this very configuration, in place and strictly.
@@ -252,8 +377,9 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             **kwargs: As for `PreTrainedModel.from_pretrained`.
 
         Raises:
-            OSError: a file is not to be had.
-            ValueError: the checkpoint has missing or unknown tensors, or the backbone is another than that tuned with.
+            OSError: a file is not to be had, or the weights are not in safetensors.
+            ValueError: the checkpoint has missing or unknown tensors, or the backbone is another than that tuned with;
+                or a retriever from the Hub names a backbone that is not on the Hub.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
@@ -267,19 +393,23 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         for key in [key for key in kwargs if key in known and key != "dtype"]:
             setattr(config, key, kwargs.pop(key))
         config.validate_fields()
-        weights = cached_file(pretrained_model_name_or_path, SAFE_WEIGHTS_NAME, revision=revision, **hub_kwargs)
-        state_dict = load_file(weights)
+        state_dict = load_file(_safetensors_file(pretrained_model_name_or_path, revision, **hub_kwargs))
         from_retriever = not any(name.startswith("vptsp.") for name in state_dict)
         state_dict = cls._named_as_here(state_dict, from_retriever)
         if not config.save_backbone:
             if backbone is not None:
                 config.backbone, config.backbone_revision = str(backbone), None
-            folder = pretrained_model_name_or_path if Path(pretrained_model_name_or_path).is_dir() else None
+            folder = None
+            if Path(pretrained_model_name_or_path).is_dir():
+                folder = Path(pretrained_model_name_or_path, hub_kwargs.get("subfolder") or "")
+            elif backbone is None:
+                _refuse_local_backbone(config.backbone, pretrained_model_name_or_path)
             backbone_kwargs = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
             frozen = load_backbone(config, folder=folder, **backbone_kwargs).state_dict()
-            state_dict = {
-                f"{cls.retriever_prefix}backbone.{name}": tensor for name, tensor in frozen.items()
-            } | state_dict
+            prefix = f"{cls.retriever_prefix}backbone."
+            state_dict = {prefix + name: tensor for name, tensor in frozen.items()} | state_dict
+        # Tensors read from a file lie at odd addresses, from which some kernels round otherwise; copies are aligned.
+        state_dict = {name: tensor.clone() for name, tensor in state_dict.items()}
         model, info = super().from_pretrained(
             None, *model_args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
         )
@@ -300,4 +430,4 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         return state_dict
 
 
-__all__ = ["VPTSPPreTrainedModel", "backbone_fingerprint", "load_backbone"]
+__all__ = ["VPTSPPreTrainedModel", "backbone_fingerprint", "load_backbone", "pinned_revision"]

@@ -28,7 +28,7 @@ from vptsp.data_scripts import DataArguments, DataError, check_data_arguments
 
 
 # Fields of VPTSPConfig that follow from the data or the backbone and so are nobody's to set.
-_DERIVED = ("num_classes", "backbone_fingerprint")
+_DERIVED = ("num_classes", "backbone_fingerprint", "format_version")
 
 
 @dataclass
