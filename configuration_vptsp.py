@@ -111,6 +111,7 @@ class VPTSPConfig(PreTrainedConfig):
         if isinstance(self.backbone_config, dict):
             self.backbone_config = _backbone_config_from_dict(self.backbone_config)
         if self.backbone_config is not None:
+            self.backbone_config._name_or_path = ""  # a path of this machine; `backbone` says what others need to know
             layers = self.backbone_config.num_hidden_layers
             self.prompt_depth = layers if self.prompt_depth is None else self.prompt_depth
             self.class_prompt_depth = layers if self.class_prompt_depth is None else self.class_prompt_depth
