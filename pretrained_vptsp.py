@@ -389,6 +389,9 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "adapter_kwargs")}
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub_kwargs)
+        elif backbone is None:  # `AutoModel` has put a backbone=... into the configuration
+            saved, _ = config.get_config_dict(pretrained_model_name_or_path, revision=revision, **hub_kwargs)
+            backbone = config.backbone if config.backbone != saved.get("backbone") else None
         known = {field.name for field in fields(config)}
         for key in [key for key in kwargs if key in known and key != "dtype"]:
             setattr(config, key, kwargs.pop(key))

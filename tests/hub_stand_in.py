@@ -41,9 +41,10 @@ ROUTES = [
 class HubError(Exception):
     """An answer with an error code of the Hub's."""
 
-    def __init__(self, status, code, message):
+    def __init__(self, status, code, message, **details):
         super().__init__(message)
         self.status, self.code = status, code
+        self.content = json.dumps({"error": message, **details}).encode()
 
 
 @dataclass
@@ -146,7 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
                 else:
                     raise HubError(501, "NotImplemented", f"the stand-in has no {self.command} {path}")
             except HubError as error:
-                self._answer(error.status, b"", {"X-Error-Code": error.code, "X-Error-Message": str(error)})
+                headers = {"X-Error-Code": error.code, "X-Error-Message": str(error)}
+                self._answer(error.status, error.content, {**headers, "Content-Type": "application/json"})
                 return
             if answer is not None:
                 self._answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
@@ -205,14 +207,15 @@ class _Handler(BaseHTTPRequestHandler):
         if self.user is None:
             raise HubError(401, "InvalidToken", "Invalid username or password.")
         name = f"{values.get('organization') or self.user}/{values['name']}"
+        url = f"{self.hub.endpoint}/{name}"
         if not name.startswith(f"{self.user}/"):
             raise HubError(403, "Forbidden", f"no permission to create {name}")
         if name in self.hub.repositories:
-            raise HubError(409, "Conflict", "You already created this model repo")
+            raise HubError(409, "Conflict", "You already created this model repo", url=url)
         private = values.get("visibility") == "private" or values.get("private") is True
         self.hub.repositories[name] = repository = Repository(private=private)
         repository.add_commit("main", {".gitattributes": self.hub.keep(b"*.safetensors filter=lfs\n")})
-        return {"url": f"{self.hub.endpoint}/{name}", "name": name, "id": name}
+        return {"url": url, "name": name, "id": name}
 
     def information(self, repository, revision="main"):
         found = self._repository(repository)
