@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import fields
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -36,7 +35,10 @@ METRICS = {
         "the same over the first R + 1 and divided by R + 1, as in the tables of the VPTSP paper; compare only these",
     ),
     r"r_precision": ("R-precision", "share of the first R that are of the query's class"),
-    r"map_at_(\d+)": ("mAP@{}", "average precision among the first {}, divided by the most hits that these can hold"),
+    r"map_at_(\d+)": (
+        "mAP@{}",
+        "precision at the ranks of the hits among the first {}, summed and divided by R or, if that is less, by {}",
+    ),
 }
 
 TRAINING_FIELDS = (
@@ -58,7 +60,15 @@ TRAINING_FIELDS = (
 )
 
 # What a card says elsewhere, or what says nothing about how the model was made.
-_NOT_LISTED = {"backbone", "backbone_config", "backbone_revision", "save_backbone", "format_version", "model_type"}
+_NOT_LISTED = {
+    "backbone",
+    "backbone_config",
+    "backbone_revision",
+    "save_backbone",
+    "format_version",
+    "model_type",
+    "sub_configs",
+}
 
 
 def without_tokens(words, *secrets) -> str:
@@ -69,22 +79,22 @@ def without_tokens(words, *secrets) -> str:
         *secrets: Values that must not appear, whatever option they belong to; None is passed over.
 
     Returns:
-        The command, quoted for a shell, with `***` for the values of options whose name holds `token`, for words that
-        look like tokens of the Hub, and for `secrets`.
+        The command, quoted for a shell, with `HIDDEN` for the values of options whose name holds `token`, for what
+        looks like a token of the Hub, and for `secrets`.
     """
     clean, after_option = [], False
     for word in words:
         name, equals, _ = word.partition("=")
         is_option = word.startswith("-") and "token" in name.lower()
         if after_option and not word.startswith("--"):
-            word = "***"
+            word = "HIDDEN"
         elif is_option and equals:
-            word = f"{name}=***"
+            word = f"{name}=HIDDEN"
         for secret in filter(None, secrets):
-            word = word.replace(secret, "***")
-        clean.append(re.sub(r"hf_\w{8,}", "***", word))
+            word = word.replace(secret, "HIDDEN")
+        clean.append(re.sub(r"hf_\w{8,}", "HIDDEN", word))
         after_option = is_option and not equals
-    return shlex.join(clean).replace("'***'", "***")
+    return shlex.join(clean)
 
 
 def retriever_card(model, repo_id=None, results=None, training_args=None, **metadata) -> ModelCard:
@@ -158,7 +168,7 @@ def _metrics_of(results, prefix) -> dict[str, tuple[str, str, float]]:
         metric = key.removeprefix(f"{prefix}_")
         for pattern, texts in METRICS.items():
             if metric != key and (match := re.fullmatch(pattern, metric)):
-                found[metric] = (*(text.format(*match.groups()) for text in texts), value)
+                found[metric] = (*(text.replace("{}", "".join(match.groups())) for text in texts), value)
     return found
 
 
@@ -225,7 +235,10 @@ def _scores(results, training_args) -> str | None:
         for metric, (called, meaning, value) in tuned.items()
     ]
     count = results.get("final_num_queries")
-    text = "Cosine similarity; a query never retrieves itself. All in percent"
+    has_gallery = "gallery_images" in results.get("dataset", {})
+    text = "Cosine similarity; "
+    text += "queries against a gallery of other images" if has_gallery else "a query never retrieves itself"
+    text += ". All in percent"
     text += f", over {count:,} queries." if count else "."
     if lone := results.get("final_num_unanswerable"):
         text += f" {lone:,} queries whose class has no other item are left out."
@@ -264,9 +277,7 @@ def _training(model, results, training_args) -> str:
         lines += [f"Data: `{source}`" + (f" ({', '.join(shown)})." if shown else "."), ""]
     if command := results.get("command"):
         lines += ["```", without_tokens(shlex.split(command)), "```", ""]
-    # What remote code calls the configuration's class, this package calls by another name: ask by field.
-    names = [item.name for item in fields(VPTSPConfig) if item.name in VPTSPConfig.__annotations__]
-    values = {name: getattr(model.config, name) for name in names if name not in _NOT_LISTED}
+    values = {name: getattr(model.config, name) for name in VPTSPConfig.__annotations__ if name not in _NOT_LISTED}
     values |= {name: getattr(training_args, name) for name in TRAINING_FIELDS if training_args is not None}
     values |= {f"version of {name}": version for name, version in results.get("versions", {}).items()}
     lines += ["| | |", "|---|---|"]

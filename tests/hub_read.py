@@ -91,6 +91,10 @@ def online(folder, token):
     embeddings["private"] = embed(load("ann/private", token=token, cache_dir=folder / "elsewhere"))
     found["elsewhere"] = [path.name for path in (folder / "elsewhere").iterdir()]
 
+    # Code that came along can push again.
+    found["again"] = model.push_to_hub("ann/again", token=token).oid
+    embeddings["again"] = embed(load("ann/again", found["again"]))
+
     # What must not be read.
     for name in ("pickled", "absolute", "relative", "shadowed", "nameless"):
         found[f"{name}_error"] = error_of(load, f"eve/{name}")

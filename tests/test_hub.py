@@ -229,8 +229,7 @@ def test_card_of_a_run(story):
         assert f"| {100 * results[f'frozen_{metric}']:.2f} | {100 * scores[metric]:.2f} |" in card.text
     assert f"{results['tuned_parameters']:,} of {results['retriever_parameters']:,} parameters" in card.text
     assert "](neighbours.png)" in card.text
-    assert "--hub_token '***'" not in card.text
-    assert "--hub_token ***" in card.text
+    assert "--hub_token HIDDEN" in card.text
     assert str(story.folder / "images") in card.text  # the command as it was typed
     assert "| learning_rate | 0.0005 |" in card.text
 
@@ -240,6 +239,13 @@ def test_snippets_of_the_card_run(story):
     assert snippet.shape == (2, 10)
     torch.testing.assert_close(snippet.norm(dim=-1), torch.ones(2))
     torch.testing.assert_close(story.embeddings["online"]["snippet_pipeline"], snippet[0], atol=1e-6, rtol=0)
+
+
+def test_remote_code_can_push_what_it_loaded(story):
+    again, first = story.hub.files("ann/again"), story.hub.files("ann/retriever")
+    assert set(again) == set(first) - {"README.md", "preprocessor_config.json"}
+    assert all(again[name] == first[name] for name in again if name.endswith(".py"))
+    assert torch.equal(story.embeddings["online"]["again"], story.expected["second"])
 
 
 def test_tokens_are_nowhere(story):
