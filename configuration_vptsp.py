@@ -7,6 +7,9 @@ from typing import ClassVar
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
+# Version of what `save_pretrained` writes. A configuration without one is of version 1.
+FORMAT_VERSION = 1
+
 POOLING = ("cls", "mean", "cls+mean")
 PROXY_HEADS = ("own", "shared")
 PROXY_UPDATES = ("gru_relu", "gru", "mean", "none")
@@ -62,9 +65,10 @@ class VPTSPConfig(PreTrainedConfig):
         loss_delta: Margin (delta) of the loss.
         proxy_anchor_reduction: Average the positive term over `all_classes` compared with (the released runs), or
             over the classes that are present (`batch_positives`, the Proxy-Anchor paper).
+        format_version: Version of the saved format; older ones are read, newer ones refused.
 
     Raises:
-        ValueError: a field is out of its range, or the backbone is not supported.
+        ValueError: a field is out of its range, the backbone is not supported, or the format is newer than this code.
     """
 
     model_type = "vptsp"
@@ -101,10 +105,13 @@ class VPTSPConfig(PreTrainedConfig):
     loss_delta: float = 0.1
     proxy_anchor_reduction: str = "all_classes"
 
+    format_version: int = 1
+
     def __post_init__(self, **kwargs):
         if isinstance(self.backbone_config, dict):
             self.backbone_config = _backbone_config_from_dict(self.backbone_config)
         if self.backbone_config is not None:
+            self.backbone_config._name_or_path = ""  # a path of this machine; `backbone` says what others need to know
             layers = self.backbone_config.num_hidden_layers
             self.prompt_depth = layers if self.prompt_depth is None else self.prompt_depth
             self.class_prompt_depth = layers if self.class_prompt_depth is None else self.class_prompt_depth
@@ -117,6 +124,12 @@ class VPTSPConfig(PreTrainedConfig):
         Raises:
             ValueError: a field is out of its range; the message names it.
         """
+        _require(self, "format_version", lambda value: _is_int(value) and value >= 1, "an integer >= 1")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"saved by a newer version of vptsp: format_version is {self.format_version}, this code reads up to "
+                f"{FORMAT_VERSION}. Upgrade vptsp"
+            )
         for field in ("num_prompts", "prompt_step", "num_class_prompts", "class_prompt_step"):
             _require(self, field, lambda value: _is_int(value) and value >= 0, "an integer >= 0")
         _require(self, "embedding_dim", lambda value: _is_int(value) and value >= 1, "an integer >= 1")

@@ -1,33 +1,25 @@
 """VPTSP retriever: a frozen vision transformer with tuned prompts and an embedding head.
 
-This file, `backbones_vptsp.py` and `configuration_vptsp.py` are all that a shared retriever needs. The proxies and
-losses of training are in `modeling_metric_learning.py`.
+This file, `pretrained_vptsp.py`, `backbones_vptsp.py` and `configuration_vptsp.py` are all that a shared retriever
+needs. The proxies and losses of training are in `modeling_metric_learning.py`.
 
 Shapes: B images, N tokens (CLS + patches), P prompts, D backbone width, E embedding width.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
+from transformers.utils import ModelOutput
 
 from .backbones_vptsp import family_of, project_prompts, project_tokens, prompted_forward
 from .configuration_vptsp import VPTSPConfig
-
-
-# Arguments of `from_pretrained` that say where files are, and so go to every look-up on the Hub.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "subfolder")
+from .pretrained_vptsp import VPTSPPreTrainedModel, backbone_fingerprint, load_backbone
 
 
 @dataclass
@@ -83,285 +75,13 @@ def at_least_float32(tensor):
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def backbone_fingerprint(state_dict) -> str:
-    """Digest of a backbone's weights, from names, shapes and up to 64 values of each tensor, evenly spaced."""
-    digest = hashlib.sha256()
-    for name in sorted(state_dict):
-        tensor = state_dict[name].detach().flatten()
-        sample = tensor[:: max(tensor.numel() // 64, 1)][:64].to(device="cpu", dtype=torch.float32)
-        digest.update(f"{name} {tuple(state_dict[name].shape)} ".encode())
-        digest.update(sample.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def load_backbone(config, folder=None, **hub_kwargs):
-    """The backbone named in `config.backbone`, in the dtype of its checkpoint.
-
-    Args:
-        config: A `VPTSPConfig` with `backbone` set; it gets the place where a local backbone was found.
-        folder: Local folder of the retriever that names the backbone. A local backbone is looked for relative to it,
-            then relative to the working directory.
-        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
-
-    Raises:
-        OSError: there is no such folder here and no such repository on the Hub.
-        ValueError: a weight is missing, or the weights are not those that `config.backbone_fingerprint` was taken of.
-    """
-    source = config.backbone
-    if folder is not None and (Path(folder) / source).is_dir():
-        source = str(Path(folder) / source)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the weights of a pooler or a classifier are not missed; others are reported below
-    try:
-        backbone, info = AutoModel.from_pretrained(
-            source,
-            revision=config.backbone_revision or "main",
-            output_loading_info=True,
-            add_pooling_layer=False,
-            **hub_kwargs,
-        )
-    except OSError as error:
-        raise OSError(
-            f"the backbone {config.backbone!r} could not be loaded: it is neither a folder here nor to be had from "
-            f"the Hub. Give its place with backbone=... ({error})"
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-    if info["missing_keys"]:
-        raise ValueError(f"the backbone {source!r} lacks {_listed(info['missing_keys'])}")
-    config.backbone = source
-    if config.backbone_fingerprint not in (None, backbone_fingerprint(backbone.state_dict())):
-        raise ValueError(
-            f"the weights of the backbone {source!r} are not those that the prompts were tuned with "
-            f"(backbone_fingerprint {config.backbone_fingerprint[:12]} expected)"
-        )
-    return backbone
-
-
-def _relative_to(backbone, folder):
-    """A local backbone's path as seen from `folder`, so that both can be moved together; other names as they are."""
-    if backbone is None or not Path(backbone).is_dir():
-        return backbone
-    try:
-        return Path(os.path.relpath(backbone, folder)).as_posix()
-    except ValueError:  # another drive
-        return str(Path(backbone).resolve())
-
-
-def _listed(names, at_most=8):
-    names = sorted(names)
-    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
-
-
-def _refuse_differences(missing, unknown, source, shapes=()):
-    """Raise if a checkpoint holds other tensors than the model."""
-    problems = (("lacks", missing), ("has unknown", unknown), ("has", shapes))
-    found = [f"{verb} {_listed(names)}" for verb, names in problems if names]
-    if found:
-        raise ValueError(f"the checkpoint {str(source)!r} {' and '.join(found)}")
-
-
-class VPTSPPreTrainedModel(PreTrainedModel):
-    """What retriever and training model share: building on a backbone, freezing, saving only what is tuned."""
-
-    config_class = VPTSPConfig
-    base_model_prefix = "vptsp"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _no_split_modules = ("ViTEmbeddings", "ViTLayer")
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    # The loss is a mean over the batch: the Trainer has to scale it for gradient accumulation.
-    accepts_loss_kwargs = False
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        if hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
-            module.init_weights()
-        elif isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-
-    def freeze_backbone(self):
-        """Let gradients reach only what the configuration says is tuned."""
-        tuned = self.tuned_names()
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in tuned)
-
-    def tuned_names(self) -> set[str]:
-        """Names in `state_dict()` of everything but the frozen backbone."""
-        bitfit = self.config.bitfit
-        return {
-            name
-            for name in self.state_dict()
-            if "backbone" not in name.split(".") or (bitfit and name.endswith(".bias"))
-        }
-
-    def train(self, mode: bool = True):
-        """Set the training mode of everything but the backbone, which always computes as in evaluation."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, VPTSPModel):
-                module.backbone.eval()
-        return self
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
-        """Recompute layers in the backward pass; non-reentrant, since a frozen backbone's input needs no gradient.
-
-        Raises:
-            ValueError: `use_reentrant=True` was asked for; no gradient would reach the prompts.
-        """
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
-            raise ValueError("gradient checkpointing of prompts needs use_reentrant=False, got True")
-        self._activation_checkpointing_enable(options, **kwargs)
-
-    @classmethod
-    def from_backbone(cls, backbone, revision=None, dtype=None, **kwargs):
-        """A new model on a pretrained backbone, with untrained prompts and heads.
-
-        Args:
-            backbone: Hub name or local folder of a vision transformer.
-            revision: Commit, tag or branch on the Hub.
-            dtype: Of the weights; None for float32.
-            **kwargs: Fields of `VPTSPConfig`, and `cache_dir`, `token`, `local_files_only` and the like for the Hub.
-
-        Raises:
-            ValueError: an argument is no field of `VPTSPConfig`, or the backbone is not supported.
-        """
-        hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        known = {field.name for field in fields(VPTSPConfig)}
-        if unknown := set(kwargs) - known:
-            raise ValueError(f"VPTSPConfig has no field {_listed(unknown)}")
-        backbone_config = AutoConfig.from_pretrained(backbone, revision=revision or "main", **hub_kwargs)
-        family_of(backbone_config)
-        config = VPTSPConfig(
-            backbone_config=backbone_config, backbone=str(backbone), backbone_revision=revision, **kwargs
-        )
-        weights = load_backbone(config, **hub_kwargs).state_dict()
-        config.backbone_fingerprint = backbone_fingerprint(weights)
-        model = cls(config)
-        model.retriever.backbone.load_state_dict(weights, strict=True)
-        return model.to(dtype or torch.float32)
-
-    @property
-    def retriever(self) -> VPTSPModel:
-        """The part that embeds images and is shared."""
-        return self if isinstance(self, VPTSPModel) else self.vptsp
-
-    def save_pretrained(self, save_directory, state_dict=None, save_backbone=None, **kwargs):
-        """Save what is tuned; the frozen backbone is only named, unless `save_backbone`.
-
-        Args:
-            save_directory: Folder to write to.
-            state_dict: Weights to save instead of the model's own.
-            save_backbone: Save the backbone too; None for what the configuration says. A backbone that has no name is
-                always saved.
-            **kwargs: As for `PreTrainedModel.save_pretrained`, `push_to_hub` among them.
-        """
-        if save_backbone is not None:
-            self.config.save_backbone = save_backbone
-        if self.config.backbone is None:
-            self.config.save_backbone = True
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        if not self.config.save_backbone:
-            tuned = self.tuned_names()
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name in tuned}
-        kwargs["save_original_format"] = False
-        backbone = self.config.backbone
-        try:
-            self.config.backbone = _relative_to(backbone, save_directory)
-            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
-        finally:
-            self.config.backbone = backbone
-
-    def load_saved(self, folder):
-        """Load what `save_pretrained` wrote for this very configuration, in place and strictly.
-
-        Args:
-            folder: Local folder with `model.safetensors`.
-
-        Raises:
-            ValueError: tensors are missing, unknown or of another shape.
-        """
-        saved = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
-        own = self.state_dict()
-        expected = set(own) if self.config.save_backbone else self.tuned_names()
-        shapes = [
-            f"{name} {tuple(saved[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in set(saved) & set(own)
-            if saved[name].shape != own[name].shape
-        ]
-        _refuse_differences(expected - set(saved), set(saved) - set(own), folder, shapes)
-        self.load_state_dict(saved, strict=False)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, backbone=None, **kwargs):
-        """Load tuned weights and put them on the backbone that they name.
-
-        Args:
-            pretrained_model_name_or_path: Hub name or local folder of a saved model.
-            config: Configuration to use instead of the saved one.
-            backbone: Hub name or folder of the backbone's weights, where they are not where the configuration says.
-            **kwargs: As for `PreTrainedModel.from_pretrained`.
-
-        Raises:
-            OSError: a file is not to be had.
-            ValueError: the checkpoint has missing or unknown tensors, or the backbone is another than that tuned with.
-        """
-        if pretrained_model_name_or_path is None:
-            return super().from_pretrained(None, *model_args, config=config, **kwargs)
-        hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        revision = kwargs.pop("revision", None) or "main"
-        return_info = kwargs.pop("output_loading_info", False)
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "adapter_kwargs")}
-        if config is None:
-            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub_kwargs)
-        known = {field.name for field in fields(config)}
-        for key in [key for key in kwargs if key in known and key != "dtype"]:
-            setattr(config, key, kwargs.pop(key))
-        config.validate_fields()
-        weights = cached_file(pretrained_model_name_or_path, SAFE_WEIGHTS_NAME, revision=revision, **hub_kwargs)
-        state_dict = load_file(weights)
-        from_retriever = not any(name.startswith("vptsp.") for name in state_dict)
-        state_dict = cls._named_as_here(state_dict, from_retriever)
-        if not config.save_backbone:
-            if backbone is not None:
-                config.backbone, config.backbone_revision = str(backbone), None
-            folder = pretrained_model_name_or_path if Path(pretrained_model_name_or_path).is_dir() else None
-            backbone_kwargs = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
-            frozen = load_backbone(config, folder=folder, **backbone_kwargs).state_dict()
-            prefix = "backbone." if issubclass(cls, VPTSPModel) else "vptsp.backbone."
-            state_dict = {prefix + name: tensor for name, tensor in frozen.items()} | state_dict
-        model, info = super().from_pretrained(
-            None, *model_args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
-        )
-        missing, unknown = set(info["missing_keys"]), set(info["unexpected_keys"])
-        if from_retriever:  # proxies and the like start anew
-            missing = {name for name in missing if model is model.retriever or name.startswith("vptsp.")}
-        _refuse_differences(missing, unknown, pretrained_model_name_or_path)
-        model.freeze_backbone()
-        return (model, info) if return_info else model
-
-    @classmethod
-    def _named_as_here(cls, state_dict, from_retriever):
-        """Tensors of a retriever or of a training model, under the names that they have in this class."""
-        if issubclass(cls, VPTSPModel) and not from_retriever:
-            return {name[6:]: tensor for name, tensor in state_dict.items() if name.startswith("vptsp.")}
-        if not issubclass(cls, VPTSPModel) and from_retriever:
-            return {f"vptsp.{name}": tensor for name, tensor in state_dict.items()}
-        return state_dict
-
-
 class VPTSPModel(VPTSPPreTrainedModel):
     """Retriever: images to L2-normalised embeddings, by a frozen vision transformer with tuned prompts.
 
     Method of Ren et al., ICLR 2024, section 3.1; the prompts run as in VPT-deep (Jia et al., ECCV 2022).
     """
+
+    retriever_prefix = ""
 
     def __init__(self, config: VPTSPConfig):
         super().__init__(config)
@@ -464,4 +184,4 @@ class VPTSPModel(VPTSPPreTrainedModel):
 
 VPTSPModel.register_for_auto_class("AutoModel")
 
-__all__ = ["VPTSPModel", "VPTSPModelOutput", "VPTSPPreTrainedModel"]
+__all__ = ["VPTSPModel", "VPTSPModelOutput", "VPTSPPreTrainedModel", "backbone_fingerprint", "load_backbone"]

@@ -13,7 +13,6 @@ import difflib
 import json
 import os
 import platform
-import shlex
 import statistics
 import sys
 import time
@@ -31,7 +30,7 @@ USAGE = "%(prog)s [CONFIG.yaml] [--FIELD VALUE ...]"
 
 
 # Fields of VPTSPConfig that follow from the data or the backbone and so are nobody's to set.
-_DERIVED = ("num_classes", "backbone_fingerprint")
+_DERIVED = ("num_classes", "backbone_fingerprint", "format_version")
 
 
 @dataclass
@@ -143,6 +142,11 @@ def check_run(model_fields, training_args, data_args, run_args):
         VPTSPConfig(**model_fields)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if training_args.push_to_hub and not model_fields["save_backbone"] and backbone and Path(backbone).is_dir():
+        raise ConfigError(
+            f"push_to_hub: the backbone is the local folder {backbone}, which others don't have. Give --backbone its "
+            "name on the Hub, or --save_backbone true to push it along"
+        )
     _check_output(Path(training_args.output_dir), training_args.resume_from_checkpoint, run_args.overwrite_output)
 
 
@@ -365,7 +369,7 @@ def run(model_fields, training_args, data_args, run_args, command):
     final = trainer.evaluate(metric_key_prefix="final")
     print_scores("frozen backbone", frozen, "frozen")
     print_scores("tuned", final, "final")
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # nothing is uploaded before the scores are there
 
     output = Path(training_args.output_dir)
     results = {
@@ -374,7 +378,9 @@ def run(model_fields, training_args, data_args, run_args, command):
         "versions": versions(),
         "dataset": {
             "name": data_args.dataset_name,
-            "train_classes": trainer.train_dataset.num_classes,
+            "repo": data_args.dataset_repo,
+            "revision": data_args.dataset_revision,
+            **{f"{name}_classes": part.num_classes for name, part in images.items()},
             **{f"{name}_images": _length(part) for name, part in images.items()},
             "skipped_images": sorted({name for part in images.values() for name in part.skipped}),
         },
@@ -387,13 +393,18 @@ def run(model_fields, training_args, data_args, run_args, command):
         "median_step_seconds": statistics.median(step_seconds) if step_seconds else None,
         "train_loss": outcome.training_loss,
         "peak_memory_megabytes": peak_memory_megabytes(),
+        "picture": "neighbours.png" if run_args.picture_queries else None,
     }
     (output / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    written = "retriever, all_results.json"
-    if run_args.picture_queries:
-        written += ", neighbours.png"
-        save_picture(output / "neighbours.png", trainer, trainer.eval_dataset, run_args.picture_queries)
+    trainer.results = results
+    written = "retriever, README.md, all_results.json"
+    if results["picture"]:
+        written += f", {results['picture']}"
+        save_picture(output / results["picture"], trainer, trainer.eval_dataset, run_args.picture_queries)
+    trainer.create_model_card()
     print(f"saved             {output}: {written}", flush=True)
+    if training_args.push_to_hub and (commit := trainer.push_to_hub()):  # None on all processes but the first
+        print(f"pushed            {commit.commit_url}", flush=True)
     return results
 
 
@@ -403,10 +414,12 @@ def main(argv=None):
     if {"-h", "--help"} & set(argv):
         print(help_text("train.py", USAGE, __doc__, option_groups(_DERIVED, RunArguments)))
         return
+    from vptsp.model_card_vptsp import without_tokens
+
     try:
         arguments = parse_arguments(argv)
         check_run(*arguments)
-        run(*arguments, command=shlex.join(["train.py", *argv]))
+        run(*arguments, command=without_tokens(["train.py", *argv], arguments[1].hub_token))
     except (ConfigError, DataError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

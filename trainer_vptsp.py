@@ -20,6 +20,7 @@ from .data_scripts.streaming import StreamedImages
 from .data_scripts.torch_dataset import UNREADABLE_LABEL, collate_images
 from .eval.metrics import retrieval_metrics
 from .half_precision_vptsp import frozen_weights_in
+from .sharing_vptsp import SharesRetriever
 
 
 class ClassBalancedDataLoader(DataLoader):
@@ -29,7 +30,7 @@ class ClassBalancedDataLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-class VPTSPTrainer(Trainer):
+class VPTSPTrainer(SharesRetriever, Trainer):
     """`transformers.Trainer` for [`VPTSPForMetricLearning`].
 
     Args:
@@ -52,6 +53,8 @@ class VPTSPTrainer(Trainer):
         self._extra_metrics = kwargs.pop("compute_metrics", None)
         self._backbone_only = False
         self.last_evaluated = None
+        if args.push_to_hub:
+            model.require_shareable()
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         if train_dataset is not None:
             self._check_train_dataset()
@@ -298,6 +301,8 @@ class VPTSPTrainer(Trainer):
         model.save_pretrained(folder, is_main_process=self.args.should_save)
         if self.processing_class is not None and self.args.should_save:
             self.processing_class.save_pretrained(folder)
+        if not is_checkpoint and self.args.should_save:
+            self.write_card(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.model.load_saved(resume_from_checkpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 
 @dataclass
@@ -23,6 +24,8 @@ class VPTSPTrainingArguments(TrainingArguments):
         min_learning_rate: The minimum, for both learning rates.
         recall_at: The K of Recall@K.
         stream_buffer_size: Rows that the class-balanced batches of a stream are drawn from; None for enough.
+        hub_strategy: With `push_to_hub`, upload the retriever at the `end`, or at `every_save` too. Checkpoints are
+            never uploaded.
 
     Raises:
         ValueError: a value is out of range, or the batch size is not divisible by `images_per_class`.
@@ -61,7 +64,14 @@ class VPTSPTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Rows that a stream's batches are drawn from; by default enough."}
     )
 
+    hub_strategy: HubStrategy | str = field(default="end", metadata={"help": "When to upload: end or every_save."})
+
     def __post_init__(self):
+        if HubStrategy(self.hub_strategy) not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ValueError(
+                f"hub_strategy must be end or every_save, got {HubStrategy(self.hub_strategy).value}: checkpoints are "
+                "not for sharing"
+            )
         if self.images_per_class < 1:
             raise ValueError(f"images_per_class must be >= 1, got {self.images_per_class}")
         if self.per_device_train_batch_size % self.images_per_class:

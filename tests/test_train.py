@@ -106,7 +106,8 @@ def test_options_win_over_the_file(arguments):
 
 def test_every_model_field_can_be_given(arguments):
     model_fields, *_ = train.parse_arguments(arguments)
-    own = set(VPTSPConfig.__annotations__) - {"model_type", "sub_configs", "num_classes", "backbone_fingerprint"}
+    derived = {"num_classes", "backbone_fingerprint", "format_version"}
+    own = set(VPTSPConfig.__annotations__) - {"model_type", "sub_configs"} - derived
     assert set(model_fields) == own
 
 
@@ -257,3 +258,8 @@ def test_picture_needs_no_second_pass_and_takes_query_and_gallery(arguments, tmp
     train.main([*arguments, "--data_dir", str(root), "--eval_strategy", "no", "--picture_queries", "2"])
     assert len(passes) == 4  # queries and gallery, before and after
     assert (tmp_path / "run" / "neighbours.png").is_file()
+
+
+def test_pushing_a_retriever_on_a_local_backbone_is_refused(arguments, capsys, backbone_folder):
+    error = refused([*arguments, "--push_to_hub", "true", "--hub_model_id", "ann/birds"], capsys)
+    assert f"push_to_hub: the backbone is the local folder {backbone_folder}, which others don't have" in error

@@ -1,0 +1,436 @@
+"""What retriever and training model share: building on a backbone, freezing it, saving and loading only what is tuned.
+
+Part of what a shared retriever needs, like `modeling_vptsp.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils.hub import extract_commit_hash, hf_api
+
+from .backbones_vptsp import family_of
+from .configuration_vptsp import VPTSPConfig
+
+
+# Arguments of `from_pretrained` that say where files are, and so go to every look-up on the Hub.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "subfolder")
+
+
+def backbone_fingerprint(state_dict) -> str:
+    """Digest of a backbone's weights, from names, shapes and up to 64 values of each tensor, evenly spaced."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().flatten()
+        sample = tensor[:: max(tensor.numel() // 64, 1)][:64].to(device="cpu", dtype=torch.float32)
+        digest.update(f"{name} {tuple(state_dict[name].shape)} ".encode())
+        digest.update(sample.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pinned_revision(name, revision=None, **hub_kwargs):
+    """Commit that a branch or tag of a Hub repository stands for now; for a local folder, `revision` as it is.
+
+    Args:
+        name: Hub name or local folder.
+        revision: Commit, tag or branch; None for the default branch.
+        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
+    """
+    if Path(name).is_dir():
+        return revision
+    config_file = cached_file(name, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
+    return extract_commit_hash(config_file, None) or revision
+
+
+def load_backbone(config, folder=None, **hub_kwargs):
+    """The backbone named in `config.backbone`, in the dtype of its checkpoint, which must be safetensors.
+
+    Args:
+        config: A `VPTSPConfig` with `backbone` set; it gets the place where a local backbone was found, or the commit
+            of one on the Hub.
+        folder: Local folder of the retriever that names the backbone. A local backbone is looked for relative to it,
+            then relative to the working directory.
+        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
+
+    Raises:
+        OSError: there is no such folder here and no such repository on the Hub.
+        ValueError: a weight is missing, or the weights are not those that `config.backbone_fingerprint` was taken of.
+    """
+    source = config.backbone
+    if source is None:
+        raise ValueError("the configuration names no backbone: give its place with backbone=...")
+    if folder is not None and (Path(folder) / source).is_dir():
+        source = str(Path(folder) / source)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the weights of a pooler or a classifier are not missed; others are reported below
+    try:
+        config.backbone_revision = pinned_revision(source, config.backbone_revision, **hub_kwargs)
+        backbone, info = AutoModel.from_pretrained(
+            source,
+            revision=config.backbone_revision or "main",
+            use_safetensors=True,  # never a pickle
+            trust_remote_code=False,
+            output_loading_info=True,
+            add_pooling_layer=False,
+            **hub_kwargs,
+        )
+    except OSError as error:
+        raise OSError(
+            f"the backbone {config.backbone!r} could not be loaded: it is neither a folder here nor to be had from "
+            f"the Hub, or holds no {SAFE_WEIGHTS_NAME}. Give its place with backbone=... ({error})"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise ValueError(f"the backbone {source!r} lacks {_listed(info['missing_keys'])}")
+    config.backbone = source
+    if config.backbone_fingerprint not in (None, backbone_fingerprint(backbone.state_dict())):
+        raise ValueError(
+            f"the weights of the backbone {source!r} are not those that the prompts were tuned with "
+            f"(backbone_fingerprint {config.backbone_fingerprint[:12]} expected)"
+        )
+    return backbone
+
+
+def _relative_to(backbone, folder):
+    """A local backbone's path as seen from `folder`, so that both can be moved together; other names as they are."""
+    if backbone is None or not Path(backbone).is_dir():
+        return backbone
+    try:
+        return Path(os.path.relpath(backbone, folder)).as_posix()
+    except ValueError:  # another drive
+        return str(Path(backbone).resolve())
+
+
+def _refuse_local_backbone(backbone, retriever):
+    """Raise if a retriever from the Hub names a backbone that is not to be had from the Hub.
+
+    A downloaded configuration must not choose which folders of this machine are read.
+    """
+    name = str(backbone)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name or name.startswith(".") or Path(name).exists():
+        raise ValueError(
+            f"backbone must be a Hub name in a retriever from the Hub, got {name!r} in {str(retriever)!r}, which is a "
+            "path or shadowed by one on this machine. If that is what you want, give it yourself with backbone=..."
+        )
+
+
+def _safetensors_file(name, revision, **hub_kwargs):
+    file = cached_file(
+        name, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False, **hub_kwargs
+    )
+    if file is None:
+        raise OSError(
+            f"{str(name)!r} holds no {SAFE_WEIGHTS_NAME}: retrievers are read from safetensors alone, never from "
+            "pickled files such as pytorch_model.bin"
+        )
+    return file
+
+
+def _listed(names, at_most=8):
+    names = sorted(names)
+    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
+
+
+def _refuse_differences(missing, unknown, source, shapes=()):
+    """Raise if a checkpoint holds other tensors than the model."""
+    problems = (("lacks", missing), ("has unknown", unknown), ("has", shapes))
+    found = [f"{verb} {_listed(names)}" for verb, names in problems if names]
+    if found:
+        raise ValueError(f"the checkpoint {str(source)!r} {' and '.join(found)}")
+
+
+class VPTSPPreTrainedModel(PreTrainedModel):
+    """What retriever and training model share: building on a backbone, freezing, saving only what is tuned."""
+
+    config_class = VPTSPConfig
+    base_model_prefix = "vptsp"
+    # Where the retriever's tensors lie in `state_dict()`; empty for the retriever itself.
+    retriever_prefix = "vptsp."
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("ViTEmbeddings", "ViTLayer")
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    # The loss is a mean over the batch: the Trainer has to scale it for gradient accumulation.
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
+            module.init_weights()
+        elif isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def freeze_backbone(self):
+        """Let gradients reach only what the configuration says is tuned."""
+        tuned = self.tuned_names()
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in tuned)
+
+    def tuned_names(self) -> set[str]:
+        """Names in `state_dict()` of everything but the frozen backbone."""
+        bitfit = self.config.bitfit
+        return {
+            name
+            for name in self.state_dict()
+            if "backbone" not in name.split(".") or (bitfit and name.endswith(".bias"))
+        }
+
+    def train(self, mode: bool = True):
+        """Set the training mode of everything but the backbone, which always computes as in evaluation."""
+        super().train(mode)
+        self.retriever.backbone.eval()
+        return self
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
+        """Recompute layers in the backward pass; non-reentrant, since a frozen backbone's input needs no gradient.
+
+        Raises:
+            ValueError: `use_reentrant=True` was asked for; no gradient would reach the prompts.
+        """
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise ValueError("gradient checkpointing of prompts needs use_reentrant=False, got True")
+        self._activation_checkpointing_enable(options, **kwargs)
+
+    @classmethod
+    def from_backbone(cls, backbone, revision=None, dtype=None, **kwargs):
+        """A new model on a pretrained backbone, with untrained prompts and heads.
+
+        Args:
+            backbone: Hub name or local folder of a vision transformer.
+            revision: Commit, tag or branch on the Hub; the configuration gets the commit.
+            dtype: Of the weights; None for float32.
+            **kwargs: Fields of `VPTSPConfig`, and `cache_dir`, `token`, `local_files_only` and the like for the Hub.
+
+        Raises:
+            ValueError: an argument is no field of `VPTSPConfig`, or the backbone is not supported.
+        """
+        hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        known = {field.name for field in fields(VPTSPConfig)}
+        if unknown := set(kwargs) - known:
+            raise ValueError(f"VPTSPConfig has no field {_listed(unknown)}")
+        revision = pinned_revision(backbone, revision, **hub_kwargs)
+        backbone_config = AutoConfig.from_pretrained(backbone, revision=revision or "main", **hub_kwargs)
+        family_of(backbone_config)
+        config = VPTSPConfig(
+            backbone_config=backbone_config, backbone=str(backbone), backbone_revision=revision, **kwargs
+        )
+        weights = load_backbone(config, **hub_kwargs).state_dict()
+        config.backbone_fingerprint = backbone_fingerprint(weights)
+        model = cls(config)
+        model.retriever.backbone.load_state_dict(weights, strict=True)
+        return model.to(dtype or torch.float32)
+
+    @property
+    def retriever(self):
+        """The [`VPTSPModel`]: the part that embeds images and is shared."""
+        return self.vptsp if self.retriever_prefix else self
+
+    def save_pretrained(self, save_directory, state_dict=None, save_backbone=None, **kwargs):
+        """Save what is tuned; the frozen backbone is only named, unless `save_backbone`.
+
+        Args:
+            save_directory: Folder to write to.
+            state_dict: Weights to save instead of the model's own.
+            save_backbone: Save the backbone too; None for what the configuration says. A backbone that has no name is
+                always saved.
+            **kwargs: As for `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: `push_to_hub` was asked for; use the method of that name.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("save_pretrained does not push: use model.push_to_hub(repo_id)")
+        if save_backbone is not None:
+            self.config.save_backbone = save_backbone
+        if self.config.backbone is None:
+            self.config.save_backbone = True
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        if not self.config.save_backbone:
+            tuned = self.tuned_names()
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name in tuned}
+        kwargs["save_original_format"] = False
+        backbone = self.config.backbone
+        try:
+            self.config.backbone = _relative_to(backbone, save_directory)
+            if self.config.save_backbone and backbone is not None and Path(backbone).is_dir():
+                self.config.backbone = None  # saved along: where it came from says nothing elsewhere
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        finally:
+            self.config.backbone = backbone
+
+    def push_to_hub(
+        self,
+        repo_id,
+        *,
+        commit_message="Upload retriever",
+        commit_description=None,
+        private=None,
+        token=None,
+        revision=None,
+        create_pr=False,
+        save_backbone=None,
+    ):
+        """Upload what `save_pretrained` saves, with a model card if the repository has none yet.
+
+        `VPTSPTrainer.push_to_hub` uploads more: the image processor, scores, the picture.
+
+        Args:
+            repo_id: Repository on the Hub, `owner/name`; made if there is none.
+            commit_message: Of the commit.
+            commit_description: Of the commit.
+            private: Whether a new repository is private; None for the owner's default.
+            token: Token of the Hub; None for the one that `hf auth login` keeps.
+            revision: Branch; made if there is none.
+            create_pr: Open a pull request instead.
+            save_backbone: As for `save_pretrained`.
+
+        Returns:
+            `huggingface_hub.CommitInfo`.
+
+        Raises:
+            ValueError: the backbone is a folder of this machine, which nobody else has.
+        """
+        self.require_shareable(save_backbone)
+        api = hf_api()
+        repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.retriever.save_pretrained(folder, save_backbone=save_backbone)
+            # Code that came along with a shared retriever has no writer of cards.
+            has_writer = importlib.util.find_spec(".model_card_vptsp", __package__) is not None
+            if has_writer and not api.file_exists(repo_id, "README.md", revision=revision, token=token):
+                writer = importlib.import_module(".model_card_vptsp", __package__)
+                writer.retriever_card(self, repo_id).save(Path(folder) / "README.md")
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def require_shareable(self, save_backbone=None):
+        """Raise a `ValueError` if others could not load the retriever, since its backbone is a folder of this machine.
+
+        Args:
+            save_backbone: As for `save_pretrained`.
+        """
+        backbone = self.config.backbone
+        saved_along = self.config.save_backbone if save_backbone is None else save_backbone
+        if backbone is not None and not saved_along and Path(backbone).is_dir():
+            raise ValueError(
+                f"the backbone is the local folder {backbone!r}, which others don't have: push with "
+                "save_backbone=True, or name the same weights on the Hub with model.config.backbone = 'owner/name'"
+            )
+
+    def load_saved(self, folder):
+        """Load what `save_pretrained` wrote for this very configuration, in place and strictly.
+
+        Args:
+            folder: Local folder with `model.safetensors`.
+
+        Raises:
+            ValueError: tensors are missing, unknown or of another shape.
+        """
+        saved = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+        own = self.state_dict()
+        expected = set(own) if self.config.save_backbone else self.tuned_names()
+        shapes = [
+            f"{name} {tuple(saved[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in set(saved) & set(own)
+            if saved[name].shape != own[name].shape
+        ]
+        _refuse_differences(expected - set(saved), set(saved) - set(own), folder, shapes)
+        self.load_state_dict(saved, strict=False)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, backbone=None, **kwargs):
+        """Load tuned weights and put them on the backbone that they name.
+
+        Args:
+            pretrained_model_name_or_path: Hub name or local folder of a saved model.
+            config: Configuration to use instead of the saved one.
+            backbone: Hub name or folder of the backbone's weights, where they are not where the configuration says.
+            **kwargs: As for `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            OSError: a file is not to be had, or the weights are not in safetensors.
+            ValueError: the checkpoint has missing or unknown tensors, or the backbone is another than that tuned with;
+                or a retriever from the Hub names a backbone that is not on the Hub.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        revision = kwargs.pop("revision", None) or "main"
+        return_info = kwargs.pop("output_loading_info", False)
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "adapter_kwargs")}
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub_kwargs)
+        elif backbone is None:  # `AutoModel` has put a backbone=... into the configuration
+            saved, _ = config.get_config_dict(pretrained_model_name_or_path, revision=revision, **hub_kwargs)
+            backbone = config.backbone if config.backbone != saved.get("backbone") else None
+        known = {field.name for field in fields(config)}
+        for key in [key for key in kwargs if key in known and key != "dtype"]:
+            setattr(config, key, kwargs.pop(key))
+        config.validate_fields()
+        state_dict = load_file(_safetensors_file(pretrained_model_name_or_path, revision, **hub_kwargs))
+        from_retriever = not any(name.startswith("vptsp.") for name in state_dict)
+        state_dict = cls._named_as_here(state_dict, from_retriever)
+        if not config.save_backbone:
+            if backbone is not None:
+                config.backbone, config.backbone_revision = str(backbone), None
+            folder = None
+            if Path(pretrained_model_name_or_path).is_dir():
+                folder = Path(pretrained_model_name_or_path, hub_kwargs.get("subfolder") or "")
+            elif backbone is None:
+                _refuse_local_backbone(config.backbone, pretrained_model_name_or_path)
+            backbone_kwargs = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
+            frozen = load_backbone(config, folder=folder, **backbone_kwargs).state_dict()
+            prefix = f"{cls.retriever_prefix}backbone."
+            state_dict = {prefix + name: tensor for name, tensor in frozen.items()} | state_dict
+        # Tensors read from a file lie at odd addresses, from which some kernels round otherwise; copies are aligned.
+        state_dict = {name: tensor.clone() for name, tensor in state_dict.items()}
+        model, info = super().from_pretrained(
+            None, *model_args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
+        )
+        missing, unknown = set(info["missing_keys"]), set(info["unexpected_keys"])
+        if from_retriever:  # proxies and the like start anew
+            missing = {name for name in missing if model is model.retriever or name.startswith("vptsp.")}
+        _refuse_differences(missing, unknown, pretrained_model_name_or_path)
+        model.freeze_backbone()
+        return (model, info) if return_info else model
+
+    @classmethod
+    def _named_as_here(cls, state_dict, from_retriever):
+        """Tensors of a retriever or of a training model, under the names that they have in this class."""
+        if not cls.retriever_prefix and not from_retriever:
+            return {name[6:]: tensor for name, tensor in state_dict.items() if name.startswith("vptsp.")}
+        if cls.retriever_prefix and from_retriever:
+            return {f"vptsp.{name}": tensor for name, tensor in state_dict.items()}
+        return state_dict
+
+
+__all__ = ["VPTSPPreTrainedModel", "backbone_fingerprint", "load_backbone", "pinned_revision"]

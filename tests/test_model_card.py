@@ -1,0 +1,192 @@
+"""Model cards: what they say with much and with little known, and what they never say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
+from vptsp.model_card_vptsp import retriever_card, without_tokens
+
+
+RESULTS = {
+    "command": "train.py configs/folder.yaml --data_dir photos --hub_token abc --push_to_hub true",
+    "versions": {"torch": "2.13.0"},
+    "dataset": {"name": "hub", "repo": "ann/photos", "revision": "v2", "train_classes": 5864, "test_images": 24},
+    "frozen_recall_at_1": 0.25,
+    "final_recall_at_1": 0.5,
+    "final_recall_at_10": 0.875,
+    "final_map_at_r": 0.125,
+    "final_map_at_1000": 0.75,
+    "final_num_queries": 1234,
+    "final_num_unanswerable": 3,
+    "final_runtime": 9.0,
+    "picture": "neighbours.png",
+}
+
+
+@pytest.fixture
+def model(backbone_folder):
+    return VPTSPForMetricLearning.from_backbone(backbone_folder, num_classes=3, embedding_dim=10, num_prompts=5)
+
+
+def arguments(folder, **options):
+    return VPTSPTrainingArguments(str(folder), use_cpu=True, report_to="none", **options)
+
+
+def table(card):
+    """Rows of all tables: first cell -> the others."""
+    rows = [line.strip("| ").split(" | ") for line in card.text.splitlines() if line.startswith("| ")]
+    return {first: others for first, *others in rows}
+
+
+def test_all_that_a_run_knows(model, tmp_path):
+    training_args = arguments(tmp_path)
+    card = retriever_card(model, "ann/birds", RESULTS, training_args, license="mit")
+    rows = table(card)
+    assert rows["R@1"][:2] == ["25.00", "50.00"]
+    assert rows["R@10"][:2] == ["", "87.50"]
+    assert rows["R@10"][2] == "share of queries with an item of their class among the 10 nearest"
+    assert "divided by R, the number of other items" in rows["MAP@R"][2]
+    assert rows["mAP@1000"][1] == "75.00"
+    assert "runtime" not in card.text
+    assert "over 1,234 queries. 3 queries whose class has no other item are left out." in card.text
+    assert "flatters the tuned scores" in card.text  # load_best_model_at_end
+    assert (rows["num_prompts"], rows["learning_rate"], rows["optim"]) == (
+        ["5"],
+        ["0.0005"],
+        [training_args.optim.value],
+    )
+    assert rows["version of torch"] == ["2.13.0"]
+    assert "Data: `ann/photos` (train classes 5,864, test images 24)." in card.text
+    assert "--hub_token HIDDEN --push_to_hub true" in card.text
+    assert "abc" not in card.text
+    assert 'name, revision = "ann/birds", "<commit>"' in card.text
+    assert "](neighbours.png)" in card.text
+    assert "arxiv.org/abs/2402.02340" in card.text
+
+    again = ModelCard(str(card))  # as a reader parses it
+    assert (again.data.license, again.data.library_name) == ("mit", "transformers")
+    assert (again.data.pipeline_tag, again.data.datasets) == ("image-feature-extraction", ["ann/photos"])
+    assert {result.metric_name: result.metric_value for result in again.data.eval_results} == {
+        "R@1": 0.5,
+        "R@10": 0.875,
+        "MAP@R": 0.125,
+        "mAP@1000": 0.75,
+    }
+    assert again.data.eval_results[0].dataset_revision == "v2"
+    assert again.data.model_name == "birds"
+
+
+def test_best_checkpoint_is_only_mentioned_where_one_was_chosen(model, tmp_path):
+    card = retriever_card(model, "ann/birds", RESULTS, arguments(tmp_path, load_best_model_at_end=False))
+    assert "flatters" not in card.text
+
+
+def test_sizes_are_those_of_the_file(model, tmp_path):
+    text = retriever_card(model).text
+    model.retriever.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    count = sum(tensor.numel() for tensor in saved.values())
+    total = sum(parameter.numel() for parameter in model.retriever.parameters())
+    assert f"Tuned are {count:,} of {total:,} parameters ({count / total:.2%}). Saved are only these" in text
+    assert f"{4 * count / 1e6:.2f} MB" in text
+    model.config.save_backbone = True
+    assert f"backbone and all: {4 * total / 1e6:.2f} MB" in retriever_card(model).text
+
+
+def test_paths_of_this_machine_stay_out(model, backbone_folder):
+    card = retriever_card(model)
+    assert str(backbone_folder) not in str(card)
+    assert card.data.base_model is None
+    assert "not in this repository and not on the Hub" in card.text
+    model.config.backbone, model.config.backbone_revision = "google/vit-base-patch16-224-in21k", "c0ffee"
+    card = retriever_card(model)
+    assert card.data.base_model == "google/vit-base-patch16-224-in21k"
+    assert "(https://huggingface.co/google/vit-base-patch16-224-in21k), revision `c0ffee`" in card.text
+
+
+def test_saving_without_scores_gives_a_card_with_what_is_there(model, tmp_path):
+    trainer = VPTSPTrainer(
+        model, arguments(tmp_path, eval_strategy="no", hub_model_id="ann/birds", hub_token="hf_secret")
+    )
+    trainer.save_model()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert 'name, revision = "ann/birds"' in card.text
+    assert "## Scores" not in card.text
+    assert "neighbours.png" not in card.text
+    assert "## Size" in card.text
+    assert card.data.eval_results is None
+    trainer.results = RESULTS
+    trainer.create_model_card(license="mit")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "## Scores" in card.text
+    assert card.data.license == "mit"
+    assert all(b"hf_secret" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_readme_of_something_else_is_left_alone(model, tmp_path, caplog):
+    (tmp_path / "README.md").write_text("# My project\n")
+    VPTSPTrainer(model, arguments(tmp_path, eval_strategy="no")).save_model()
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+    assert "is left as it is" in caplog.text
+
+
+def test_checkpoints_have_no_card(model, tmp_path):
+    VPTSPTrainer(model, arguments(tmp_path, eval_strategy="no")).save_model(
+        str(tmp_path / "checkpoint-1"), _internal_call=True
+    )
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+    assert not (tmp_path / "checkpoint-1" / "README.md").exists()
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_checkpoints_are_not_for_sharing(tmp_path, strategy):
+    with pytest.raises(ValueError, match=f"hub_strategy must be end or every_save, got {strategy}"):
+        arguments(tmp_path, hub_strategy=strategy)
+
+
+def test_pushing_a_retriever_on_a_local_backbone_is_refused_at_once(model, tmp_path):
+    with pytest.raises(ValueError, match="which others don't have"):
+        VPTSPTrainer(model, arguments(tmp_path, push_to_hub=True, hub_model_id="ann/birds"))
+    with pytest.raises(ValueError, match="which others don't have"):
+        VPTSPTrainer(model, arguments(tmp_path, eval_strategy="no")).push_to_hub()
+    with pytest.raises(ValueError, match="which others don't have"):
+        model.push_to_hub("ann/birds")
+
+
+@pytest.mark.parametrize(
+    "words, secrets, expected",
+    [
+        (["train.py", "--hub_token", "abc", "--seed", "1"], (), "train.py --hub_token HIDDEN --seed 1"),
+        (["train.py", "--hub_token=abc"], (), "train.py --hub_token=HIDDEN"),
+        (["train.py", "--hub_tok", "abc"], ("abc",), "train.py --hub_tok HIDDEN"),
+        (["train.py", "--data_dir", "my photos/abcd"], ("abcd",), "train.py --data_dir 'my photos/HIDDEN'"),
+        (["train.py", "hf_" + "x" * 30], (None,), "train.py HIDDEN"),
+        (["train.py", "--token", "--seed", "1"], (), "train.py --token --seed 1"),
+        (["train.py", "--seed", "1"], (None,), "train.py --seed 1"),
+    ],
+)
+def test_tokens_are_blotted_out(words, secrets, expected):
+    assert without_tokens(words, *secrets) == expected
+
+
+def test_examples_pin_the_code_that_they_run():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "sharing.md").read_text(encoding="utf-8")
+    calls = [line for line in text.splitlines() if "trust_remote_code=True" in line]
+    assert len(calls) >= 3
+    assert all("revision=revision" in line for line in calls)
+
+
+def test_queries_and_gallery_are_told_apart(model):
+    results = {**RESULTS, "dataset": {"name": "inshop", "query_images": 3, "gallery_images": 2}}
+    assert "queries against a gallery of other images" in retriever_card(model, results=results).text
+    assert "a query never retrieves itself" in retriever_card(model, results=RESULTS).text
+
+
+def test_card_of_a_retriever_alone(backbone_folder):
+    retriever = VPTSPModel.from_backbone(backbone_folder, embedding_dim=10, dtype=torch.bfloat16)
+    count = sum(retriever.state_dict()[name].numel() for name in retriever.tuned_names())
+    assert f"{2 * count / 1e6:.2f} MB" in retriever_card(retriever, "ann/birds").text
