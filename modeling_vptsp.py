@@ -1,6 +1,6 @@
 """VPTSP retriever: a frozen vision transformer with tuned prompts and an embedding head.
 
-This file, `backbones_vptsp.py` and `configuration_vptsp.py` are all that a shared retriever needs. The proxies and
+This file and those that it imports are all that a shared retriever needs. The proxies and
 losses of training are in `modeling_metric_learning.py`.
 
 Shapes: B images, N tokens (CLS + patches), P prompts, D backbone width, E embedding width.
@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
 from .backbones_vptsp import family_of, project_prompts, project_tokens, prompted_forward
 from .configuration_vptsp import VPTSPConfig
+from .open_backbone_vptsp import open_backbone, open_config, resized_weights
 
 
 # Arguments of `from_pretrained` that say where files are, and so go to every look-up on the Hub.
@@ -78,6 +79,28 @@ class EmbeddingHead(nn.Module):
         return F.normalize(at_least_float32(self.projection(self.norm(pooled))), dim=-1)
 
 
+class DistilledEmbeddingHead(EmbeddingHead):
+    """Head on a CLS and a distillation token: a LayerNorm and a linear layer for each, and the mean of both outputs,
+    as distilled DeiT averages its two classifiers; then L2 normalisation, once."""
+
+    def __init__(self, pooled_dim, embedding_dim):
+        super().__init__(pooled_dim, embedding_dim)
+        self.distillation_norm = nn.LayerNorm(pooled_dim)
+        self.distillation_projection = nn.Linear(pooled_dim, embedding_dim)
+
+    def forward(self, pooled):
+        """`(B, 2, pooled_dim)` -> `(B, E)`, L2-normalised, in float32 or wider."""
+        from_cls = self.projection(self.norm(pooled[:, 0]))
+        from_distillation = self.distillation_projection(self.distillation_norm(pooled[:, 1]))
+        return F.normalize((at_least_float32(from_cls) + at_least_float32(from_distillation)) / 2, dim=-1)
+
+
+def embedding_head(config) -> EmbeddingHead:
+    """The head that fits what `config.pooling` takes from the backbone."""
+    distilled = config.pooling == "cls" and family_of(config.backbone_config).num_class_tokens == 2
+    return (DistilledEmbeddingHead if distilled else EmbeddingHead)(config.pooled_dim, config.embedding_dim)
+
+
 def at_least_float32(tensor):
     """Half-precision tensors as float32, others as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
@@ -95,10 +118,12 @@ def backbone_fingerprint(state_dict) -> str:
 
 
 def load_backbone(config, folder=None, **hub_kwargs):
-    """The backbone named in `config.backbone`, in the dtype of its checkpoint.
+    """Weights of the backbone named in `config.backbone`, in the dtype of their checkpoint, for the image size of
+    `config.backbone_config`.
 
     Args:
-        config: A `VPTSPConfig` with `backbone` set; it gets the place where a local backbone was found.
+        config: A `VPTSPConfig` with `backbone` set; it gets the place where a local backbone was found, and the
+            fingerprint of its weights (as they are in the checkpoint).
         folder: Local folder of the retriever that names the backbone. A local backbone is looked for relative to it,
             then relative to the working directory.
         **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
@@ -106,36 +131,29 @@ def load_backbone(config, folder=None, **hub_kwargs):
     Raises:
         OSError: there is no such folder here and no such repository on the Hub.
         ValueError: a weight is missing, or the weights are not those that `config.backbone_fingerprint` was taken of.
+
+    Returns:
+        Dict of name -> tensor.
     """
     source = config.backbone
     if folder is not None and (Path(folder) / source).is_dir():
         source = str(Path(folder) / source)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the weights of a pooler or a classifier are not missed; others are reported below
     try:
-        backbone, info = AutoModel.from_pretrained(
-            source,
-            revision=config.backbone_revision or "main",
-            output_loading_info=True,
-            add_pooling_layer=False,
-            **hub_kwargs,
-        )
+        backbone = open_backbone(source, config.backbone_revision, **hub_kwargs)
     except OSError as error:
         raise OSError(
             f"the backbone {config.backbone!r} could not be loaded: it is neither a folder here nor to be had from "
             f"the Hub. Give its place with backbone=... ({error})"
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-    if info["missing_keys"]:
-        raise ValueError(f"the backbone {source!r} lacks {_listed(info['missing_keys'])}")
     config.backbone = source
-    if config.backbone_fingerprint not in (None, backbone_fingerprint(backbone.state_dict())):
+    fingerprint = backbone_fingerprint(backbone.state_dict())
+    if config.backbone_fingerprint not in (None, fingerprint):
         raise ValueError(
             f"the weights of the backbone {source!r} are not those that the prompts were tuned with "
             f"(backbone_fingerprint {config.backbone_fingerprint[:12]} expected)"
         )
-    return backbone
+    config.backbone_fingerprint = fingerprint
+    return resized_weights(backbone, config.backbone_config.image_size)
 
 
 def _relative_to(backbone, folder):
@@ -169,7 +187,9 @@ class VPTSPPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ("ViTEmbeddings", "ViTLayer")
+    _no_split_modules = tuple(
+        f"{family}{part}" for family in ("ViT", "DeiT", "Dinov2") for part in ("Embeddings", "Layer")
+    )
     _supports_sdpa = True
     _supports_attention_backend = True
     # The loss is a mean over the batch: the Trainer has to scale it for gradient accumulation.
@@ -221,29 +241,30 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         self._activation_checkpointing_enable(options, **kwargs)
 
     @classmethod
-    def from_backbone(cls, backbone, revision=None, dtype=None, **kwargs):
+    def from_backbone(cls, backbone, revision=None, dtype=None, image_size=None, **kwargs):
         """A new model on a pretrained backbone, with untrained prompts and heads.
 
         Args:
-            backbone: Hub name or local folder of a vision transformer.
+            backbone: Hub name or local folder of a vision transformer, in transformers' or timm's format.
             revision: Commit, tag or branch on the Hub.
             dtype: Of the weights; None for float32.
+            image_size: Side of the images in pixels, a multiple of the patch size. Where the backbone was trained with
+                another, its position embeddings are interpolated, once. None: the backbone's.
             **kwargs: Fields of `VPTSPConfig`, and `cache_dir`, `token`, `local_files_only` and the like for the Hub.
 
         Raises:
-            ValueError: an argument is no field of `VPTSPConfig`, or the backbone is not supported.
+            ValueError: an argument is no field of `VPTSPConfig`, or the backbone is not supported, or not for images of
+                this size.
         """
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         known = {field.name for field in fields(VPTSPConfig)}
         if unknown := set(kwargs) - known:
             raise ValueError(f"VPTSPConfig has no field {_listed(unknown)}")
-        backbone_config = AutoConfig.from_pretrained(backbone, revision=revision or "main", **hub_kwargs)
-        family_of(backbone_config)
+        backbone_config = open_config(backbone, revision, image_size, **hub_kwargs)
         config = VPTSPConfig(
             backbone_config=backbone_config, backbone=str(backbone), backbone_revision=revision, **kwargs
         )
-        weights = load_backbone(config, **hub_kwargs).state_dict()
-        config.backbone_fingerprint = backbone_fingerprint(weights)
+        weights = load_backbone(config, **hub_kwargs)
         model = cls(config)
         model.retriever.backbone.load_state_dict(weights, strict=True)
         return model.to(dtype or torch.float32)
@@ -334,7 +355,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
                 config.backbone, config.backbone_revision = str(backbone), None
             folder = pretrained_model_name_or_path if Path(pretrained_model_name_or_path).is_dir() else None
             backbone_kwargs = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
-            frozen = load_backbone(config, folder=folder, **backbone_kwargs).state_dict()
+            frozen = load_backbone(config, folder=folder, **backbone_kwargs)
             prefix = "backbone." if issubclass(cls, VPTSPModel) else "vptsp.backbone."
             state_dict = {prefix + name: tensor for name, tensor in frozen.items()} | state_dict
         model, info = super().from_pretrained(
@@ -370,7 +391,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
         self.family = family_of(config.backbone_config)
         self.backbone = self.family.build(config.backbone_config)
         self.prompts = Prompts(config.prompt_lengths, config.num_prompts, config.backbone_config.hidden_size)
-        self.head = EmbeddingHead(config.pooled_dim, config.embedding_dim)
+        self.head = embedding_head(config)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self._kept_prompts = None
         self.post_init()
@@ -381,8 +402,8 @@ class VPTSPModel(VPTSPPreTrainedModel):
 
         Args:
             pixel_values: `(B, 3, height, width)` float, normalised as the backbone expects.
-            interpolate_pos_encoding: Take images of another size than the backbone's, with its position embeddings
-                interpolated.
+            interpolate_pos_encoding: Take images of another size than the model's, with its position embeddings
+                interpolated in this very pass. For one size throughout, see `image_size` of `from_backbone`.
             return_dict: False gives a tuple.
 
         Returns:
@@ -403,6 +424,12 @@ class VPTSPModel(VPTSPPreTrainedModel):
             raise ValueError(f"pixel_values must have shape (B, 3, height, width), got {shape}")
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values must be normalised floats, got {pixel_values.dtype}")
+        patch_size = self.config.backbone_config.patch_size
+        if interpolate_pos_encoding and any(side % patch_size for side in pixel_values.shape[2:]):
+            raise ValueError(
+                f"height and width must be multiples of the patch size {patch_size}, got "
+                f"{tuple(pixel_values.shape[2:])}"
+            )
         return self.family.embed(self.backbone, pixel_values, interpolate_pos_encoding)
 
     def prompts_for_inference(self):
@@ -444,21 +471,25 @@ class VPTSPModel(VPTSPPreTrainedModel):
         return project_tokens(self.family, first, tokens)
 
     def encode(self, tokens, prompts=(), prompt_rows=None, first_layer=None):
-        """Tokens `(B, N, D)` through the prompted layers, pooled: `(B, pooled_dim)`. See `prompted_forward`."""
+        """Tokens `(B, N, D)` through the prompted layers, pooled. See `prompted_forward`.
+
+        Returns:
+            `(B, pooled_dim)`; `(B, 2, D)` with `cls` pooling of a backbone with two class tokens.
+        """
         prefix_only = self.config.pooling == "cls"
         hidden = prompted_forward(self.family, self.backbone, tokens, prompts, prompt_rows, prefix_only, first_layer)
-        cls_token = hidden[:, 0]
         if prefix_only:
-            return cls_token
+            return hidden.squeeze(1)
         mean = hidden[:, self.family.num_prefix_tokens :].mean(dim=1)
-        return mean if self.config.pooling == "mean" else torch.cat([cls_token, mean], dim=-1)
+        return mean if self.config.pooling == "mean" else torch.cat([hidden[:, 0], mean], dim=-1)
 
     def embed_with_backbone(self, pixel_values, interpolate_pos_encoding=False):
         """Embeddings of the backbone alone, without prompts or head: the line to beat. `(B, pooled_dim)`, normalised.
 
-        With BitFit the backbone's biases are tuned, so this is the frozen backbone only before training.
+        Of two class tokens, the mean. With BitFit the backbone's biases are tuned, so this is the frozen backbone only before training.
         """
         pooled = self.encode(self.embed_patches(pixel_values, interpolate_pos_encoding))
+        pooled = pooled.mean(dim=1) if pooled.dim() == 3 else pooled
         return F.normalize(at_least_float32(pooled), dim=-1)
 
 
