@@ -40,9 +40,9 @@ class VPTSPConfig(PreTrainedConfig):
         num_prompts: Shared prompt tokens of the first layer.
         prompt_depth: Number of layers that get prompts; None means all of them, 0 none.
         prompt_step: By how many prompts each layer has fewer than the one before.
-        pooling: `cls`, `mean` (over the patch tokens) or `cls+mean` (concatenated). Of a distilled DeiT, `cls` takes the
-            distillation token too: each of the two has a LayerNorm and a linear layer of its own, whose outputs are
-            averaged and then L2-normalised; `cls+mean` takes the CLS token alone.
+        pooling: `cls`, `mean` (over the patch tokens) or `cls+mean` (concatenated). Of a distilled DeiT, `cls` takes
+            the distillation token too: each of the two has a LayerNorm and a linear layer of its own, whose outputs
+            are averaged and then L2-normalised; `cls+mean` takes the CLS token alone.
         embedding_dim: Width of the embeddings (E).
         embedding_dropout: Dropout on the normalised embeddings while training.
         bitfit: Tune every bias of the backbone.

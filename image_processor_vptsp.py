@@ -32,8 +32,8 @@ def build_image_processor(image_size=None, resize_size=None, backbone=None, revi
 
     Args:
         image_size: Side of what the model sees, in pixels. None: that of a timm checkpoint, else 224.
-        resize_size: Short side before the crop, in pixels; images are then resized bilinearly, as the method evaluates.
-            None: a timm checkpoint's own crop and interpolation, else `image_size * 256 / 224`, bilinear.
+        resize_size: Short side before the crop, in pixels, to which images are resized bilinearly, as the method
+            evaluates. None: a timm checkpoint's own crop and interpolation, else `image_size * 256 / 224`, bilinear.
         backbone: Hub name or folder; mean and std are those of its timm `pretrained_cfg`, or of the preprocessor that
             is saved beside it. Without any they are 0.5.
         revision: Of `backbone` on the Hub.

@@ -253,8 +253,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             **kwargs: Fields of `VPTSPConfig`, and `cache_dir`, `token`, `local_files_only` and the like for the Hub.
 
         Raises:
-            ValueError: an argument is no field of `VPTSPConfig`, or the backbone is not supported, or not for images of
-                this size.
+            ValueError: an argument is no field of `VPTSPConfig`, or the backbone is not supported or not for images
+                of this size.
         """
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         known = {field.name for field in fields(VPTSPConfig)}
@@ -486,7 +486,8 @@ class VPTSPModel(VPTSPPreTrainedModel):
     def embed_with_backbone(self, pixel_values, interpolate_pos_encoding=False):
         """Embeddings of the backbone alone, without prompts or head: the line to beat. `(B, pooled_dim)`, normalised.
 
-        Of two class tokens, the mean. With BitFit the backbone's biases are tuned, so this is the frozen backbone only before training.
+        Of two class tokens, the mean. With BitFit the backbone's biases are tuned, so this is the frozen backbone only
+        before training.
         """
         pooled = self.encode(self.embed_patches(pixel_values, interpolate_pos_encoding))
         pooled = pooled.mean(dim=1) if pooled.dim() == 3 else pooled

@@ -31,6 +31,8 @@ def read_timm_config(source, revision=None, **hub_kwargs) -> dict | None:
         OSError: there is no such file.
     """
     path = cached_file(source, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
+    if path is None:
+        raise OSError(f"{str(source)!r} holds no {CONFIG_NAME}")
     values = json.loads(Path(path).read_text(encoding="utf-8"))
     return values if is_timm_config(values) else None
 
@@ -85,6 +87,8 @@ def open_backbone(source, revision=None, **hub_kwargs) -> nn.Module:
             source,
             config=config,
             revision=revision or "main",
+            use_safetensors=True,  # never a pickle
+            trust_remote_code=False,
             output_loading_info=True,
             **family_of(config).model_options,
             **hub_kwargs,

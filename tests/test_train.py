@@ -150,7 +150,7 @@ def test_earlier_results_are_not_overwritten(arguments, tmp_path, capsys):
         (["--backbone_config", "{", "--backbone", "x/y"], "backbone_config must be JSON with a model_type"),
         (["--per_device_train_batch_size", "5"], "must be divisible by images_per_class, got 5 and 2"),
         (["--test_share", "1.5"], "test_share must be between 0 and 1"),
-        (["--image_size", "32"], "image_size is 32, but the backbone takes 16"),
+        (["--image_size", "20"], "image_size must be a multiple of the backbone's patch size 8, got 20"),
         (["--num_prompts", "-1"], "num_prompts must be an integer >= 0, got -1"),
         (
             ["--prompt_depth", "9"],
