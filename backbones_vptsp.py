@@ -211,8 +211,8 @@ def _prompted_layer(family, layer, hidden, prompts, prompt_rows, num_queries, pr
     if prompts is not None:
         if not isinstance(prompts, PromptKeyValue):
             prompts = project_prompts(family, layer, prompts.to(hidden.dtype))
-        key = torch.cat([_per_image(prompts.key, prompt_rows, len(hidden)), key], dim=2)
-        value = torch.cat([_per_image(prompts.value, prompt_rows, len(hidden)), value], dim=2)
+        key = torch.cat([_per_image(prompts.key, prompt_rows, hidden.shape[0]), key], dim=2)
+        value = torch.cat([_per_image(prompts.value, prompt_rows, hidden.shape[0]), value], dim=2)
     hidden = hidden if num_queries is None else hidden[:, :num_queries]
     hidden = hidden + family.attend(layer, query, key, value)
     return hidden + family.feed_forward(layer, hidden)

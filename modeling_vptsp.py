@@ -479,7 +479,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
         prefix_only = self.config.pooling == "cls"
         hidden = prompted_forward(self.family, self.backbone, tokens, prompts, prompt_rows, prefix_only, first_layer)
         if prefix_only:
-            return hidden.squeeze(1)
+            return hidden[:, 0] if self.family.num_class_tokens == 1 else hidden
         mean = hidden[:, self.family.num_prefix_tokens :].mean(dim=1)
         return mean if self.config.pooling == "mean" else torch.cat([hidden[:, 0], mean], dim=-1)
 
