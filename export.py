@@ -121,6 +121,7 @@ def export_onnx(model, path, image_processor=None) -> float:
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     if size > MAX_ONNX_BYTES:
         raise ValueError(f"an ONNX file holds at most 2 GB, the retriever has {size / 1e9:.1f} GB: use export_program")
+    metadata = export_metadata(model, image_processor)
 
     def write(file):
         exported = torch.onnx.export(
@@ -131,7 +132,7 @@ def export_onnx(model, path, image_processor=None) -> float:
             opset_version=OPSET,
             verbose=False,
         )
-        exported.model.metadata_props.update(export_metadata(model, image_processor))
+        exported.model.metadata_props.update(metadata)
         exported.save(file, external_data=False)
 
     def read(file):

@@ -131,6 +131,15 @@ def test_random_backbone_from_a_configuration(arguments, tmp_path):
     assert VPTSPModel.from_pretrained(tmp_path / "run").config.backbone_config.num_hidden_layers == 2
 
 
+def test_another_image_size_than_the_backbones(arguments, tmp_path):
+    train.main([*arguments, "--image_size", "24", "--num_train_epochs", "1", "--picture_queries", "0"])
+    reloaded = AutoModel.from_pretrained(tmp_path / "run", trust_remote_code=True)
+    assert reloaded.config.backbone_config.image_size == 24
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "run")
+    pixel_values = processor(images=Image.new("RGB", (30, 40)), return_tensors="pt").pixel_values
+    assert reloaded(pixel_values).embeddings.shape == (1, 12)
+
+
 def test_earlier_results_are_not_overwritten(arguments, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "all_results.json").write_text("{}")
