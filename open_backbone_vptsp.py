@@ -28,11 +28,11 @@ def read_timm_config(source, revision=None, **hub_kwargs) -> dict | None:
         **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
 
     Raises:
-        OSError: there is no such file.
+        OSError: there is no such repository, or it is not to be had.
     """
     path = cached_file(source, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
-    if path is None:
-        raise OSError(f"{str(source)!r} holds no {CONFIG_NAME}")
+    if path is None:  # a folder without one
+        return None
     values = json.loads(Path(path).read_text(encoding="utf-8"))
     return values if is_timm_config(values) else None
 

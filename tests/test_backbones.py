@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_vit_config
 from test_modeling_exact import K2, assert_same_step, make_model
-from transformers import AutoModel, DeiTConfig, Dinov2Config
+from transformers import AutoModel, AutoModelForImageClassification, DeiTConfig, Dinov2Config
 
 from vptsp import VPTSPModel
 
@@ -78,6 +78,17 @@ def test_without_prompts_the_backbone_is_the_stock_one(folder):
     retriever = VPTSPModel.from_backbone(folder, num_prompts=0, embedding_dim=10, pooling="mean").eval()
     pixel_values = torch.randn(2, 3, 16, 16)
     hidden = AutoModel.from_pretrained(folder).eval()(pixel_values).last_hidden_state
+    pooled = hidden[:, retriever.family.num_prefix_tokens :].mean(dim=1)
+    torch.testing.assert_close(retriever.encode(retriever.embed_patches(pixel_values)), pooled)
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2"])
+def test_classifiers_are_backbones_too(family, tmp_path):
+    classifier = AutoModelForImageClassification.from_config(CONFIGS[family]).eval()
+    classifier.save_pretrained(tmp_path)
+    retriever = VPTSPModel.from_backbone(tmp_path, num_prompts=0, embedding_dim=10, pooling="mean").eval()
+    pixel_values = torch.randn(2, 3, 16, 16)
+    hidden = classifier.base_model(pixel_values).last_hidden_state
     pooled = hidden[:, retriever.family.num_prefix_tokens :].mean(dim=1)
     torch.testing.assert_close(retriever.encode(retriever.embed_patches(pixel_values)), pooled)
 

@@ -16,13 +16,13 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-LAYERS = 3
+LAYERS = 2
 DEIT = DeiTConfig(**{**tiny_vit_config(num_hidden_layers=LAYERS).to_dict(), "model_type": "deit"})
 BACKBONES = {"vit": tiny_vit_config(num_hidden_layers=LAYERS), "deit": DEIT}
 
 
 def make_retriever(backbone_config, **fields):
-    fields = {"embedding_dim": 10, "num_prompts": 5, "prompt_step": 3, **fields}  # 5, 2 and 0 prompts
+    fields = {"embedding_dim": 10, "num_prompts": 5, "prompt_step": 3, **fields}  # 5 and 2 prompts
     model = VPTSPModel(VPTSPConfig(backbone_config=backbone_config, **fields)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -108,7 +108,7 @@ def test_wrong_file_is_not_kept(tmp_path, monkeypatch):
 
 
 def test_training_model_in_any_mode(tmp_path):
-    fields = {"num_classes": 3, "embedding_dim": 10, "num_prompts": 0, "embedding_dropout": 0.5}
+    fields = {"num_classes": 3, "embedding_dim": 10, "num_prompts": 1, "prompt_step": 1, "embedding_dropout": 0.5}
     model = VPTSPForMetricLearning(VPTSPConfig(backbone_config=BACKBONES["vit"], **fields)).train()
     export.export_program(model, tmp_path / "retriever.pt2")
     assert all(module.training for module in (model, model.vptsp, model.vptsp.head))
