@@ -1,7 +1,7 @@
 """VPTSP retriever: a frozen vision transformer with tuned prompts and an embedding head.
 
-This file and those that it imports are all that a shared retriever needs. The proxies and
-losses of training are in `modeling_metric_learning.py`.
+This file and those that it imports are all that a shared retriever needs. The proxies and losses of training are in
+`modeling_metric_learning.py`.
 
 Shapes: B images, N tokens (CLS + patches), P prompts, D backbone width, E embedding width.
 """
@@ -128,12 +128,12 @@ def load_backbone(config, folder=None, **hub_kwargs):
             then relative to the working directory.
         **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
 
+    Returns:
+        Dict of name -> tensor.
+
     Raises:
         OSError: there is no such folder here and no such repository on the Hub.
         ValueError: a weight is missing, or the weights are not those that `config.backbone_fingerprint` was taken of.
-
-    Returns:
-        Dict of name -> tensor.
     """
     source = config.backbone
     if folder is not None and (Path(folder) / source).is_dir():

@@ -127,9 +127,8 @@ def check_run(model_fields, training_args, data_args, run_args):
     Raises:
         ConfigError or DataError: with the field or folder, and what was expected.
     """
-    from vptsp.open_backbone_vptsp import open_config, resized_config
-
     from vptsp.configuration_vptsp import VPTSPConfig
+    from vptsp.open_backbone_vptsp import open_config, resized_config
 
     check_data_arguments(data_args)
     backbone = model_fields["backbone"]
