@@ -9,7 +9,7 @@ Shapes: B images, N tokens (CLS + patches), P prompts, D width, H heads, M disti
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -37,14 +37,21 @@ class ViTFamily:
     A family is everything `prompted_forward` knows of a backbone: how to build it, how to embed an image, and for each
     layer its norms, its queries, keys and values, its attention output and its MLP. To support another family, write
     these methods for it and add it to `FAMILIES`.
+
+    Attributes:
+        num_prefix_tokens: Tokens in front of those of the patches.
+        num_class_tokens: How many of these, the first ones, pooling `cls` takes. Each gets a head of its own.
+        model_options: Arguments of the model class. Retrieval does not use a pooling layer.
     """
 
     num_prefix_tokens = 1
+    num_class_tokens = 1
+    model_options: ClassVar = {"add_pooling_layer": False}
 
-    @staticmethod
-    def build(config) -> nn.Module:
-        """Backbone with random weights and without the pooling layer, which retrieval does not use."""
-        return AutoModel.from_config(config, add_pooling_layer=False)
+    @classmethod
+    def build(cls, config) -> nn.Module:
+        """Backbone with random weights."""
+        return AutoModel.from_config(config, **cls.model_options)
 
     @staticmethod
     def embed(backbone, pixel_values, interpolate_pos_encoding=False):
@@ -98,7 +105,49 @@ class ViTFamily:
         return fast_linear(mlp.fc2, expanded)
 
 
-FAMILIES = {"vit": ViTFamily}
+class DeiTFamily(ViTFamily):
+    """`DeiTModel`, distilled DeiT (Touvron et al., ICML 2021): a CLS and a distillation token, layers as in ViT."""
+
+    num_prefix_tokens = 2
+    num_class_tokens = 2
+
+
+class Dinov2Family(ViTFamily):
+    """`Dinov2Model` (without registers): ViT's layers, with a scale on what each branch adds."""
+
+    model_options: ClassVar = {}
+
+    @staticmethod
+    def embed(backbone, pixel_values, interpolate_pos_encoding=False):
+        """As in ViT; transformers' own code would interpolate without being asked."""
+        height, width = pixel_values.shape[2:]
+        side = backbone.config.image_size
+        if not interpolate_pos_encoding and (height, width) != (side, side):
+            raise ValueError(f"Input image size ({height}*{width}) doesn't match model ({side}*{side}).")
+        return backbone.embeddings(pixel_values)
+
+    @staticmethod
+    def layers(backbone):
+        return backbone.encoder.layer
+
+    @staticmethod
+    def attention_norm(layer, hidden):
+        return layer.norm1(hidden)
+
+    @staticmethod
+    def key_value_modules(layer):
+        return layer.norm1, layer.attention.k_proj, layer.attention.v_proj
+
+    @staticmethod
+    def attend(layer, query, key, value):
+        return layer.layer_scale1(ViTFamily.attend(layer, query, key, value))
+
+    @staticmethod
+    def feed_forward(layer, hidden):
+        return layer.layer_scale2(layer.mlp(layer.norm2(hidden)))
+
+
+FAMILIES = {"vit": ViTFamily, "deit": DeiTFamily, "dinov2": Dinov2Family}
 
 
 def family_of(config):
@@ -138,16 +187,16 @@ def prompted_forward(family, backbone, hidden, prompts, prompt_rows=None, prefix
             with a set for each group of images. P_i may be 0, and layers past the end of the sequence have none.
             Where they are known already, [`PromptKeyValue`] instead.
         prompt_rows: `(B,)` int64, the set of each image; needed with `(M, P_i, D)`.
-        prefix_only: Only the prefix tokens (CLS) of the last layer are wanted, so only they are computed.
+        prefix_only: Only the class tokens (CLS) of the last layer are wanted, so only they are computed.
         first_layer: `project_tokens` of the first layer, where it is known already.
 
     Returns:
-        `(B, N, D)`, or `(B, family.num_prefix_tokens, D)` with `prefix_only`; after the final norm.
+        `(B, N, D)`, or `(B, family.num_class_tokens, D)` with `prefix_only`; after the final norm.
     """
     layers = family.layers(backbone)
     for index, layer in enumerate(layers):
         layer_prompts = prompts[index] if index < len(prompts) and _number(prompts[index]) else None
-        num_queries = family.num_prefix_tokens if prefix_only and index == len(layers) - 1 else None
+        num_queries = family.num_class_tokens if prefix_only and index == len(layers) - 1 else None
         projected = first_layer if index == 0 and num_queries is None else None
         arguments = (family, layer, hidden, layer_prompts, prompt_rows, num_queries, projected)
         if getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled():
@@ -162,8 +211,8 @@ def _prompted_layer(family, layer, hidden, prompts, prompt_rows, num_queries, pr
     if prompts is not None:
         if not isinstance(prompts, PromptKeyValue):
             prompts = project_prompts(family, layer, prompts.to(hidden.dtype))
-        key = torch.cat([_per_image(prompts.key, prompt_rows, len(hidden)), key], dim=2)
-        value = torch.cat([_per_image(prompts.value, prompt_rows, len(hidden)), value], dim=2)
+        key = torch.cat([_per_image(prompts.key, prompt_rows, hidden.shape[0]), key], dim=2)
+        value = torch.cat([_per_image(prompts.value, prompt_rows, hidden.shape[0]), value], dim=2)
     hidden = hidden if num_queries is None else hidden[:, :num_queries]
     hidden = hidden + family.attend(layer, query, key, value)
     return hidden + family.feed_forward(layer, hidden)

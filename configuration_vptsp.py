@@ -32,7 +32,8 @@ class VPTSPConfig(PreTrainedConfig):
 
     Args:
         backbone_config: Configuration (or its dict, with `model_type`) of the frozen vision transformer.
-            Supported model types: `vit`.
+            Supported model types: `vit`, `deit` (distilled), `dinov2`. Its image size is that of the model: position
+            embeddings of a checkpoint for another size are interpolated when they are loaded.
         backbone: Hub name or local folder of the backbone's weights. None: they are random or saved with the model.
         backbone_revision: Commit, tag or branch of `backbone` on the Hub. None: the default branch.
         backbone_fingerprint: Digest of the backbone's weights, checked when they are loaded again.
@@ -42,7 +43,9 @@ class VPTSPConfig(PreTrainedConfig):
         num_prompts: Shared prompt tokens of the first layer.
         prompt_depth: Number of layers that get prompts; None means all of them, 0 none.
         prompt_step: By how many prompts each layer has fewer than the one before.
-        pooling: `cls`, `mean` (over the patch tokens) or `cls+mean` (concatenated).
+        pooling: `cls`, `mean` (over the patch tokens) or `cls+mean` (concatenated). Of a distilled DeiT, `cls` takes
+            the distillation token too: each of the two has a LayerNorm and a linear layer of its own, whose outputs
+            are averaged and then L2-normalised; `cls+mean` takes the CLS token alone.
         embedding_dim: Width of the embeddings (E).
         embedding_dropout: Dropout on the normalised embeddings while training.
         bitfit: Tune every bias of the backbone.

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_vptsp import VPTSPConfig
 from .losses_vptsp import proxy_anchor_loss, proxy_nca_loss
-from .modeling_vptsp import EmbeddingHead, VPTSPModel, VPTSPPreTrainedModel
+from .modeling_vptsp import VPTSPModel, VPTSPPreTrainedModel, embedding_head
 from .other_classes_vptsp import others_per_class, others_per_image
 from .proxies_vptsp import ClassGroups, ClassPrompts, SemanticProxies, group_by_class
 
@@ -90,7 +90,7 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
                 config.backbone_config.hidden_size,
             )
             if config.proxy_head == "own":
-                self.proxy_head = EmbeddingHead(config.pooled_dim, config.embedding_dim)
+                self.proxy_head = embedding_head(config)
         self.proxies = SemanticProxies(config)
         self.post_init()
         self.freeze_backbone()

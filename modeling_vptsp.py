@@ -1,7 +1,7 @@
 """VPTSP retriever: a frozen vision transformer with tuned prompts and an embedding head.
 
-This file, `pretrained_vptsp.py`, `backbones_vptsp.py` and `configuration_vptsp.py` are all that a shared retriever
-needs. The proxies and losses of training are in `modeling_metric_learning.py`.
+This file and those that it imports are all that a shared retriever needs. The proxies and losses of training are in
+`modeling_metric_learning.py`.
 
 Shapes: B images, N tokens (CLS + patches), P prompts, D backbone width, E embedding width.
 """
@@ -70,6 +70,28 @@ class EmbeddingHead(nn.Module):
         return F.normalize(at_least_float32(self.projection(self.norm(pooled))), dim=-1)
 
 
+class DistilledEmbeddingHead(EmbeddingHead):
+    """Head on a CLS and a distillation token: a LayerNorm and a linear layer for each, and the mean of both outputs,
+    as distilled DeiT averages its two classifiers; then L2 normalisation, once."""
+
+    def __init__(self, pooled_dim, embedding_dim):
+        super().__init__(pooled_dim, embedding_dim)
+        self.distillation_norm = nn.LayerNorm(pooled_dim)
+        self.distillation_projection = nn.Linear(pooled_dim, embedding_dim)
+
+    def forward(self, pooled):
+        """`(B, 2, pooled_dim)` -> `(B, E)`, L2-normalised, in float32 or wider."""
+        from_cls = self.projection(self.norm(pooled[:, 0]))
+        from_distillation = self.distillation_projection(self.distillation_norm(pooled[:, 1]))
+        return F.normalize((at_least_float32(from_cls) + at_least_float32(from_distillation)) / 2, dim=-1)
+
+
+def embedding_head(config) -> EmbeddingHead:
+    """The head that fits what `config.pooling` takes from the backbone."""
+    distilled = config.pooling == "cls" and family_of(config.backbone_config).num_class_tokens == 2
+    return (DistilledEmbeddingHead if distilled else EmbeddingHead)(config.pooled_dim, config.embedding_dim)
+
+
 def at_least_float32(tensor):
     """Half-precision tensors as float32, others as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
@@ -90,7 +112,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
         self.family = family_of(config.backbone_config)
         self.backbone = self.family.build(config.backbone_config)
         self.prompts = Prompts(config.prompt_lengths, config.num_prompts, config.backbone_config.hidden_size)
-        self.head = EmbeddingHead(config.pooled_dim, config.embedding_dim)
+        self.head = embedding_head(config)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self._kept_prompts = None
         self.post_init()
@@ -101,8 +123,8 @@ class VPTSPModel(VPTSPPreTrainedModel):
 
         Args:
             pixel_values: `(B, 3, height, width)` float, normalised as the backbone expects.
-            interpolate_pos_encoding: Take images of another size than the backbone's, with its position embeddings
-                interpolated.
+            interpolate_pos_encoding: Take images of another size than the model's, with its position embeddings
+                interpolated in this very pass. For one size throughout, see `image_size` of `from_backbone`.
             return_dict: False gives a tuple.
 
         Returns:
@@ -123,6 +145,12 @@ class VPTSPModel(VPTSPPreTrainedModel):
             raise ValueError(f"pixel_values must have shape (B, 3, height, width), got {shape}")
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values must be normalised floats, got {pixel_values.dtype}")
+        patch_size = self.config.backbone_config.patch_size
+        if interpolate_pos_encoding and any(side % patch_size for side in pixel_values.shape[2:]):
+            raise ValueError(
+                f"height and width must be multiples of the patch size {patch_size}, got "
+                f"{tuple(pixel_values.shape[2:])}"
+            )
         return self.family.embed(self.backbone, pixel_values, interpolate_pos_encoding)
 
     def prompts_for_inference(self):
@@ -164,21 +192,26 @@ class VPTSPModel(VPTSPPreTrainedModel):
         return project_tokens(self.family, first, tokens)
 
     def encode(self, tokens, prompts=(), prompt_rows=None, first_layer=None):
-        """Tokens `(B, N, D)` through the prompted layers, pooled: `(B, pooled_dim)`. See `prompted_forward`."""
+        """Tokens `(B, N, D)` through the prompted layers, pooled. See `prompted_forward`.
+
+        Returns:
+            `(B, pooled_dim)`; `(B, 2, D)` with `cls` pooling of a backbone with two class tokens.
+        """
         prefix_only = self.config.pooling == "cls"
         hidden = prompted_forward(self.family, self.backbone, tokens, prompts, prompt_rows, prefix_only, first_layer)
-        cls_token = hidden[:, 0]
         if prefix_only:
-            return cls_token
+            return hidden[:, 0] if self.family.num_class_tokens == 1 else hidden
         mean = hidden[:, self.family.num_prefix_tokens :].mean(dim=1)
-        return mean if self.config.pooling == "mean" else torch.cat([cls_token, mean], dim=-1)
+        return mean if self.config.pooling == "mean" else torch.cat([hidden[:, 0], mean], dim=-1)
 
     def embed_with_backbone(self, pixel_values, interpolate_pos_encoding=False):
         """Embeddings of the backbone alone, without prompts or head: the line to beat. `(B, pooled_dim)`, normalised.
 
-        With BitFit the backbone's biases are tuned, so this is the frozen backbone only before training.
+        Of two class tokens, the mean. With BitFit the backbone's biases are tuned, so this is the frozen backbone only
+        before training.
         """
         pooled = self.encode(self.embed_patches(pixel_values, interpolate_pos_encoding))
+        pooled = pooled.mean(dim=1) if pooled.dim() == 3 else pooled
         return F.normalize(at_least_float32(pooled), dim=-1)
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash, hf_api
 
-from .backbones_vptsp import family_of
 from .configuration_vptsp import VPTSPConfig
+from .open_backbone_vptsp import open_backbone, open_config, resized_weights
 
 
 # Arguments of `from_pretrained` that say where files are, and so go to every look-up on the Hub.
@@ -55,14 +55,18 @@ def pinned_revision(name, revision=None, **hub_kwargs):
 
 
 def load_backbone(config, folder=None, **hub_kwargs):
-    """The backbone named in `config.backbone`, in the dtype of its checkpoint, which must be safetensors.
+    """Weights of the backbone named in `config.backbone`, in the dtype of their checkpoint, which must be safetensors,
+    for the image size of `config.backbone_config`.
 
     Args:
         config: A `VPTSPConfig` with `backbone` set; it gets the place where a local backbone was found, or the commit
-            of one on the Hub.
+            of one on the Hub, and the fingerprint of the weights (as they are in the checkpoint).
         folder: Local folder of the retriever that names the backbone. A local backbone is looked for relative to it,
             then relative to the working directory.
         **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
+
+    Returns:
+        Dict of name -> tensor.
 
     Raises:
         OSError: there is no such folder here and no such repository on the Hub.
@@ -73,35 +77,23 @@ def load_backbone(config, folder=None, **hub_kwargs):
         raise ValueError("the configuration names no backbone: give its place with backbone=...")
     if folder is not None and (Path(folder) / source).is_dir():
         source = str(Path(folder) / source)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the weights of a pooler or a classifier are not missed; others are reported below
     try:
         config.backbone_revision = pinned_revision(source, config.backbone_revision, **hub_kwargs)
-        backbone, info = AutoModel.from_pretrained(
-            source,
-            revision=config.backbone_revision or "main",
-            use_safetensors=True,  # never a pickle
-            trust_remote_code=False,
-            output_loading_info=True,
-            add_pooling_layer=False,
-            **hub_kwargs,
-        )
+        backbone = open_backbone(source, config.backbone_revision, **hub_kwargs)
     except OSError as error:
         raise OSError(
             f"the backbone {config.backbone!r} could not be loaded: it is neither a folder here nor to be had from "
             f"the Hub, or holds no {SAFE_WEIGHTS_NAME}. Give its place with backbone=... ({error})"
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-    if info["missing_keys"]:
-        raise ValueError(f"the backbone {source!r} lacks {_listed(info['missing_keys'])}")
     config.backbone = source
-    if config.backbone_fingerprint not in (None, backbone_fingerprint(backbone.state_dict())):
+    fingerprint = backbone_fingerprint(backbone.state_dict())
+    if config.backbone_fingerprint not in (None, fingerprint):
         raise ValueError(
             f"the weights of the backbone {source!r} are not those that the prompts were tuned with "
             f"(backbone_fingerprint {config.backbone_fingerprint[:12]} expected)"
         )
-    return backbone
+    config.backbone_fingerprint = fingerprint
+    return resized_weights(backbone, config.backbone_config.image_size)
 
 
 def _relative_to(backbone, folder):
@@ -162,7 +154,9 @@ class VPTSPPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ("ViTEmbeddings", "ViTLayer")
+    _no_split_modules = tuple(
+        f"{family}{part}" for family in ("ViT", "DeiT", "Dinov2") for part in ("Embeddings", "Layer")
+    )
     _supports_sdpa = True
     _supports_attention_backend = True
     # The loss is a mean over the batch: the Trainer has to scale it for gradient accumulation.
@@ -212,30 +206,31 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         self._activation_checkpointing_enable(options, **kwargs)
 
     @classmethod
-    def from_backbone(cls, backbone, revision=None, dtype=None, **kwargs):
+    def from_backbone(cls, backbone, revision=None, dtype=None, image_size=None, **kwargs):
         """A new model on a pretrained backbone, with untrained prompts and heads.
 
         Args:
-            backbone: Hub name or local folder of a vision transformer.
+            backbone: Hub name or local folder of a vision transformer, in transformers' or timm's format.
             revision: Commit, tag or branch on the Hub; the configuration gets the commit.
             dtype: Of the weights; None for float32.
+            image_size: Side of the images in pixels, a multiple of the patch size. Where the backbone was trained with
+                another, its position embeddings are interpolated, once. None: the backbone's.
             **kwargs: Fields of `VPTSPConfig`, and `cache_dir`, `token`, `local_files_only` and the like for the Hub.
 
         Raises:
-            ValueError: an argument is no field of `VPTSPConfig`, or the backbone is not supported.
+            ValueError: an argument is no field of `VPTSPConfig`, or the backbone is not supported or not for images
+                of this size.
         """
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         known = {field.name for field in fields(VPTSPConfig)}
         if unknown := set(kwargs) - known:
             raise ValueError(f"VPTSPConfig has no field {_listed(unknown)}")
         revision = pinned_revision(backbone, revision, **hub_kwargs)
-        backbone_config = AutoConfig.from_pretrained(backbone, revision=revision or "main", **hub_kwargs)
-        family_of(backbone_config)
+        backbone_config = open_config(backbone, revision, image_size, **hub_kwargs)
         config = VPTSPConfig(
             backbone_config=backbone_config, backbone=str(backbone), backbone_revision=revision, **kwargs
         )
-        weights = load_backbone(config, **hub_kwargs).state_dict()
-        config.backbone_fingerprint = backbone_fingerprint(weights)
+        weights = load_backbone(config, **hub_kwargs)
         model = cls(config)
         model.retriever.backbone.load_state_dict(weights, strict=True)
         return model.to(dtype or torch.float32)
@@ -408,7 +403,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             elif backbone is None:
                 _refuse_local_backbone(config.backbone, pretrained_model_name_or_path)
             backbone_kwargs = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
-            frozen = load_backbone(config, folder=folder, **backbone_kwargs).state_dict()
+            frozen = load_backbone(config, folder=folder, **backbone_kwargs)
             prefix = f"{cls.retriever_prefix}backbone."
             state_dict = {prefix + name: tensor for name, tensor in frozen.items()} | state_dict
         # Tensors read from a file lie at odd addresses, from which some kernels round otherwise; copies are aligned.

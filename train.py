@@ -126,9 +126,8 @@ def check_run(model_fields, training_args, data_args, run_args):
     Raises:
         ConfigError or DataError: with the field or folder, and what was expected.
     """
-    from transformers import AutoConfig
-
     from vptsp.configuration_vptsp import VPTSPConfig
+    from vptsp.open_backbone_vptsp import open_config, resized_config
 
     check_data_arguments(data_args)
     backbone = model_fields["backbone"]
@@ -136,10 +135,12 @@ def check_run(model_fields, training_args, data_args, run_args):
         raise ConfigError("backbone must be the Hub name or the folder of a vision transformer, got None")
     if backbone is not None:
         _check_backbone_name(str(backbone))
-    if backbone is not None and Path(backbone).is_dir():
-        model_fields = {**model_fields, "backbone_config": AutoConfig.from_pretrained(backbone)}
     try:
-        VPTSPConfig(**model_fields)
+        if backbone is not None and Path(backbone).is_dir():
+            model_fields = {**model_fields, "backbone_config": open_config(backbone)}
+        config = VPTSPConfig(**model_fields)
+        if config.backbone_config is not None:
+            resized_config(config.backbone_config, data_args.image_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if training_args.push_to_hub and not model_fields["save_backbone"] and backbone and Path(backbone).is_dir():
@@ -180,18 +181,21 @@ def _check_output(folder, resume, overwrite):
         )
 
 
-def build_model(model_fields, num_classes):
+def build_model(model_fields, num_classes, image_size):
     """The training model, on pretrained weights or (with `backbone_config` alone) on random ones."""
     from vptsp.configuration_vptsp import VPTSPConfig
     from vptsp.modeling_metric_learning import VPTSPForMetricLearning
+    from vptsp.open_backbone_vptsp import resized_config
 
     values = {**model_fields, "num_classes": num_classes}
     backbone = values.pop("backbone")
     if backbone is None:
-        return VPTSPForMetricLearning(VPTSPConfig(**values))
+        config = VPTSPConfig(**values)
+        config.backbone_config = resized_config(config.backbone_config, image_size)
+        return VPTSPForMetricLearning(config)
     revision = values.pop("backbone_revision")
     values.pop("backbone_config")
-    return VPTSPForMetricLearning.from_backbone(backbone, revision=revision, **values)
+    return VPTSPForMetricLearning.from_backbone(backbone, revision=revision, image_size=image_size, **values)
 
 
 def tuned_summary(model) -> dict[str, float]:
@@ -338,7 +342,7 @@ def prepare(model_fields, training_args, data_args):
     timer, step_seconds = step_timer()
     set_seed(training_args.seed)
     try:
-        model = build_model(model_fields, images["train"].num_classes)
+        model = build_model(model_fields, images["train"].num_classes, data_args.image_size)
         trainer = VPTSPTrainer(
             model=model,
             args=training_args,
@@ -351,9 +355,6 @@ def prepare(model_fields, training_args, data_args):
         )
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
-    expected = model.config.backbone_config.image_size
-    if expected != data_args.image_size:
-        raise ConfigError(f"image_size is {data_args.image_size}, but the backbone takes {expected}")
     return trainer, images, step_seconds
 
 

@@ -25,14 +25,21 @@ def embed_one(model, image, prompt_tokens, head, class_prompts=False):
     """One image `(3, H, W)` through the naive prompted backbone and a head: `(E,)`."""
     config, backbone = model.config, model.vptsp.backbone
     x = backbone.embeddings(image[None])
-    for index, layer in enumerate(backbone.layers):
+    for index, layer in enumerate(backbone.layers if hasattr(backbone, "layers") else backbone.encoder.layer):
         prompts = prompts_of_layer(config, prompt_tokens, index, class_prompts)
         x = layer(x) if prompts is None else layer(torch.cat([prompts[None], x], dim=1))[:, len(prompts) :]
     x = backbone.layernorm(x)[0]
-    pooled = {"cls": x[0], "mean": x[1:].mean(0), "cls+mean": torch.cat([x[0], x[1:].mean(0)])}[config.pooling]
-    normed = F.layer_norm(pooled, pooled.shape, head.norm.weight, head.norm.bias, head.norm.eps)
-    vector = head.projection.weight @ normed + head.projection.bias
+    mean = x[2 if config.backbone_config.model_type == "deit" else 1 :].mean(0)
+    pooled = {"cls": x[0], "mean": mean, "cls+mean": torch.cat([x[0], mean])}[config.pooling]
+    vector = project(pooled, head.norm, head.projection)
+    if config.backbone_config.model_type == "deit" and config.pooling == "cls":
+        vector = (vector + project(x[1], head.distillation_norm, head.distillation_projection)) / 2
     return vector / vector.norm()
+
+
+def project(pooled, norm, projection):
+    normed = F.layer_norm(pooled, pooled.shape, norm.weight, norm.bias, norm.eps)
+    return projection.weight @ normed + projection.bias
 
 
 def gru(model, p, s):

@@ -285,7 +285,7 @@ def test_unsupported_backbone_is_named(tmp_path):
     from transformers import BertConfig
 
     BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="backbone model type must be one of vit, got 'bert'"):
+    with pytest.raises(ValueError, match="backbone model type must be one of vit, deit, dinov2, got 'bert'"):
         VPTSPModel.from_backbone(tmp_path)
 
 

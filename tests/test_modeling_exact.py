@@ -10,7 +10,7 @@ from vptsp import VPTSPConfig, VPTSPForMetricLearning
 
 def make_model(dtype=torch.float64, **fields):
     values = {"embedding_dim": 10, "num_classes": 7, "num_prompts": 5, "num_class_prompts": 3, "loss_alpha": 8.0}
-    config = VPTSPConfig(backbone_config=tiny_vit_config(), **{**values, **fields})
+    config = VPTSPConfig(**{"backbone_config": tiny_vit_config(), **values, **fields})
     model = VPTSPForMetricLearning(config).to(dtype)
     with torch.no_grad():  # nothing stays at a value that hides a mistake
         for name, parameter in model.named_parameters():

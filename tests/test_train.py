@@ -132,6 +132,15 @@ def test_random_backbone_from_a_configuration(arguments, tmp_path):
     assert VPTSPModel.from_pretrained(tmp_path / "run").config.backbone_config.num_hidden_layers == 2
 
 
+def test_another_image_size_than_the_backbones(arguments, tmp_path):
+    train.main([*arguments, "--image_size", "24", "--num_train_epochs", "1", "--picture_queries", "0"])
+    reloaded = AutoModel.from_pretrained(tmp_path / "run", trust_remote_code=True)
+    assert reloaded.config.backbone_config.image_size == 24
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "run")
+    pixel_values = processor(images=Image.new("RGB", (30, 40)), return_tensors="pt").pixel_values
+    assert reloaded(pixel_values).embeddings.shape == (1, 12)
+
+
 def test_earlier_results_are_not_overwritten(arguments, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "all_results.json").write_text("{}")
@@ -151,7 +160,7 @@ def test_earlier_results_are_not_overwritten(arguments, tmp_path, capsys):
         (["--backbone_config", "{", "--backbone", "x/y"], "backbone_config must be JSON with a model_type"),
         (["--per_device_train_batch_size", "5"], "must be divisible by images_per_class, got 5 and 2"),
         (["--test_share", "1.5"], "test_share must be between 0 and 1"),
-        (["--image_size", "32"], "image_size is 32, but the backbone takes 16"),
+        (["--image_size", "20"], "image_size must be a multiple of the backbone's patch size 8, got 20"),
         (["--num_prompts", "-1"], "num_prompts must be an integer >= 0, got -1"),
         (
             ["--prompt_depth", "9"],
