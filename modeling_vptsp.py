@@ -1,7 +1,8 @@
-"""VPTSP retriever: a frozen vision transformer with tuned prompts and an embedding head.
+"""VPTSP retriever: a frozen vision transformer with tuned prompts (or what else is tuned) and an embedding head.
 
-This file, `pretrained_vptsp.py`, `backbones_vptsp.py` and `configuration_vptsp.py` are all that a shared retriever
-needs. The proxies and losses of training are in `modeling_metric_learning.py`.
+This file, `pretrained_vptsp.py`, `backbones_vptsp.py`, `adapters_vptsp.py`, `lora_vptsp.py` and
+`configuration_vptsp.py` are all that a shared retriever needs. The proxies and losses of training are in
+`modeling_metric_learning.py`.
 
 Shapes: B images, N tokens (CLS + patches), P prompts, D backbone width, E embedding width.
 """
@@ -17,8 +18,10 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .backbones_vptsp import family_of, project_tokens, prompted_forward
+from .adapters_vptsp import build_adapters
+from .backbones_vptsp import append_prompts, family_of, project_tokens, prompted_forward
 from .configuration_vptsp import VPTSPConfig
+from .lora_vptsp import add_lora
 from .pretrained_vptsp import VPTSPPreTrainedModel, backbone_fingerprint, load_backbone
 
 
@@ -89,6 +92,9 @@ class VPTSPModel(VPTSPPreTrainedModel):
             raise ValueError("backbone_config must be set to build a model, got None; see from_backbone")
         self.family = family_of(config.backbone_config)
         self.backbone = self.family.build(config.backbone_config)
+        if config.lora_rank:
+            add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_targets)
+        self.adapters = build_adapters(config)
         self.prompts = Prompts(config.prompt_lengths, config.num_prompts, config.backbone_config.hidden_size)
         self.head = EmbeddingHead(config.pooled_dim, config.embedding_dim)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
@@ -127,29 +133,45 @@ class VPTSPModel(VPTSPPreTrainedModel):
     def project_first_layer(self, tokens):
         """What every pass over the same tokens computes in the first layer, to be given to `encode`.
 
-        None where it is not worth keeping: with gradient checkpointing, or only one layer.
+        None where it is not worth keeping: with gradient checkpointing, only one layer, or prompts among the tokens.
         """
         first, *others = self.family.layers(self.backbone)
-        if not others or getattr(first, "gradient_checkpointing", False):
+        checkpointing = getattr(first, "gradient_checkpointing", False)
+        if not others or checkpointing or self.config.prompt_mode == "shallow":
             return None
         return project_tokens(self.family, first, tokens)
 
-    def encode(self, tokens, prompts=(), prompt_rows=None, first_layer=None):
-        """Tokens `(B, N, D)` through the prompted layers, pooled: `(B, pooled_dim)`. See `prompted_forward`."""
-        prefix_only = self.config.pooling == "cls"
-        hidden = prompted_forward(self.family, self.backbone, tokens, prompts, prompt_rows, prefix_only, first_layer)
+    def encode(self, tokens, prompts=(), prompt_rows=None, first_layer=None, adapted=True):
+        """Tokens `(B, N, D)` through the prompted layers, pooled: `(B, pooled_dim)`. See `prompted_forward`.
+
+        `adapted=False` leaves the adapters out.
+        """
+        prefix_only, num_tokens = self.config.pooling == "cls", tokens.shape[1]
+        if self.config.prompt_mode == "shallow" and prompts:
+            tokens, prompts = append_prompts(tokens, prompts[0], prompt_rows), ()
+        hidden = prompted_forward(
+            self.family,
+            self.backbone,
+            tokens,
+            prompts,
+            prompt_rows,
+            prefix_only,
+            first_layer,
+            adapters=self.adapters if adapted else (),
+        )
         cls_token = hidden[:, 0]
         if prefix_only:
             return cls_token
-        mean = hidden[:, self.family.num_prefix_tokens :].mean(dim=1)
+        mean = hidden[:, self.family.num_prefix_tokens : num_tokens].mean(dim=1)
         return mean if self.config.pooling == "mean" else torch.cat([cls_token, mean], dim=-1)
 
     def embed_with_backbone(self, pixel_values, interpolate_pos_encoding=False):
-        """Embeddings of the backbone alone, without prompts or head: the line to beat. `(B, pooled_dim)`, normalised.
+        """Embeddings of the backbone alone, without prompts, adapters or head: the line to beat. `(B, pooled_dim)`.
 
-        With BitFit the backbone's biases are tuned, so this is the frozen backbone only before training.
+        Where tuning changes the backbone itself (BitFit, LoRA, full fine-tuning), this is the pretrained backbone only
+        before training.
         """
-        pooled = self.encode(self.embed_patches(pixel_values, interpolate_pos_encoding))
+        pooled = self.encode(self.embed_patches(pixel_values, interpolate_pos_encoding), adapted=False)
         return F.normalize(at_least_float32(pooled), dim=-1)
 
 

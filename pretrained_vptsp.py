@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .backbones_vptsp import family_of
 from .configuration_vptsp import VPTSPConfig
+from .lora_vptsp import is_lora, names_with_lora
 
 
 # Arguments of `from_pretrained` that say where files are, and so go to every look-up on the Hub.
@@ -137,18 +138,21 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             parameter.requires_grad_(name in tuned)
 
     def tuned_names(self) -> set[str]:
-        """Names in `state_dict()` of everything but the frozen backbone."""
-        bitfit = self.config.bitfit
+        """Names in `state_dict()` of everything but the frozen part of the backbone."""
+        config = self.config
         return {
             name
             for name in self.state_dict()
-            if "backbone" not in name.split(".") or (bitfit and name.endswith(".bias"))
+            if config.tune_backbone
+            or "backbone" not in name.split(".")
+            or (config.bitfit and name.endswith(".bias"))
+            or (config.lora_rank and is_lora(name))
         }
 
     def train(self, mode: bool = True):
-        """Set the training mode of everything but the backbone, which always computes as in evaluation."""
+        """Set the training mode; a backbone that is not tuned as a whole always computes as in evaluation."""
         super().train(mode)
-        self.retriever.backbone.eval()
+        self.retriever.backbone.train(mode and self.config.tune_backbone)
         return self
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
@@ -187,7 +191,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         weights = load_backbone(config, **hub_kwargs).state_dict()
         config.backbone_fingerprint = backbone_fingerprint(weights)
         model = cls(config)
-        model.retriever.backbone.load_state_dict(weights, strict=True)
+        model.retriever.backbone.load_state_dict(names_with_lora(weights, config), strict=True)
         return model.to(dtype or torch.float32)
 
     @property
@@ -202,9 +206,14 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             save_directory: Folder to write to.
             state_dict: Weights to save instead of the model's own.
             save_backbone: Save the backbone too; None for what the configuration says. A backbone that has no name is
-                always saved.
+                always saved, and so is one that is tuned as a whole.
             **kwargs: As for `PreTrainedModel.save_pretrained`, `push_to_hub` among them.
+
+        Raises:
+            ValueError: `save_backbone=False`, but all of the backbone is tuned.
         """
+        if save_backbone is False and self.config.tune_backbone:
+            raise ValueError("save_backbone must be true with tune_backbone, got False: all of the backbone is tuned")
         if save_backbone is not None:
             self.config.save_backbone = save_backbone
         if self.config.backbone is None:
@@ -276,7 +285,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
                 config.backbone, config.backbone_revision = str(backbone), None
             folder = pretrained_model_name_or_path if Path(pretrained_model_name_or_path).is_dir() else None
             backbone_kwargs = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
-            frozen = load_backbone(config, folder=folder, **backbone_kwargs).state_dict()
+            frozen = names_with_lora(load_backbone(config, folder=folder, **backbone_kwargs).state_dict(), config)
             state_dict = {
                 f"{cls.retriever_prefix}backbone.{name}": tensor for name, tensor in frozen.items()
             } | state_dict
