@@ -12,6 +12,22 @@ from torch import nn
 from transformers import initialization as init
 
 
+class DownProjection(nn.Linear):
+    """Linear layer into the bottleneck: Kaiming uniform, zero bias."""
+
+    def init_weights(self):
+        init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        init.zeros_(self.bias)
+
+
+class UpProjection(nn.Linear):
+    """Linear layer out of the bottleneck: all 0."""
+
+    def init_weights(self):
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
+
+
 class Adapter(nn.Module):
     """Bottleneck MLP on one layer's MLP (Houlsby et al., ICML 2019; parallel: Chen et al., AdaptFormer, NeurIPS 2022).
 
@@ -20,9 +36,8 @@ class Adapter(nn.Module):
         parallel:    mlp_output + a(tokens in front of the MLP and its norm)
         sequential:  mlp_output + a(mlp_output)
 
-    `W_down` is drawn Kaiming uniform and all else but the norm's weight is 0, so that the layer starts as it was
-    pretrained. With a norm behind, that ends with the first step: a LayerNorm gives outputs of unit variance, however
-    small what it gets.
+    `W_up` starts as 0, so that the layer starts as it was pretrained. With a norm behind, that ends with the first
+    step: a LayerNorm gives outputs of unit variance, however small what it gets.
 
     Args:
         width: Backbone width (D).
@@ -37,14 +52,9 @@ class Adapter(nn.Module):
         self.sequential = mode == "sequential"
         self.scale = scale
         self.norm_before = nn.LayerNorm(width) if norm == "pre" else nn.Identity()
-        self.down = nn.Linear(width, dim)
-        self.up = nn.Linear(dim, width)
+        self.down = DownProjection(width, dim)
+        self.up = UpProjection(dim, width)
         self.norm_after = nn.LayerNorm(width) if norm == "post" else nn.Identity()
-
-    def init_weights(self):
-        init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        for tensor in (self.down.bias, self.up.weight, self.up.bias):
-            init.zeros_(tensor)
 
     def forward(self, hidden, mlp_output):
         """`(B, N, D)` tokens in front of the MLP and `(B, N, D)` what it gives -> `(B, N, D)` in its place."""

@@ -191,7 +191,9 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         weights = load_backbone(config, **hub_kwargs).state_dict()
         config.backbone_fingerprint = backbone_fingerprint(weights)
         model = cls(config)
-        model.retriever.backbone.load_state_dict(names_with_lora(weights, config), strict=True)
+        backbone = model.retriever.backbone
+        new = {name: tensor for name, tensor in backbone.state_dict().items() if is_lora(name)}
+        backbone.load_state_dict(names_with_lora(weights, config) | new, strict=True)
         return model.to(dtype or torch.float32)
 
     @property
