@@ -210,8 +210,9 @@ def test_save_and_load(saved, backbone_folder, name):
     assert set(written) == model.retriever.tuned_names()
     expected = load_file(saved / "expected.safetensors")
     loaded = VPTSPForMetricLearning.from_pretrained(saved / f"training-{name}")
+    loaded_state = loaded.state_dict()
     for tensor_name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[tensor_name], tensor), tensor_name
+        assert torch.equal(loaded_state[tensor_name], tensor), tensor_name
     retriever = VPTSPModel.from_pretrained(saved / name)
     assert set(retriever.state_dict()) == set(model.retriever.state_dict())
     torch.testing.assert_close(retriever(expected["pixel_values"]).embeddings, expected[name])
