@@ -27,6 +27,7 @@ RUNS = {
     "checkpointing": ({}, {"gradient_checkpointing": True}),
     "adapter": ({"adapter_layers": 2, "adapter_dim": 8, "bitfit": False}, {}),
     "full": ({"tune_backbone": True}, {}),
+    "lora": ({"lora_rank": 2}, {}),
     "shallow": ({"prompt_mode": "shallow", "pooling": "mean"}, {}),
 }
 GLOBAL_BATCH = 12

@@ -202,6 +202,24 @@ def test_counts_at_full_size(name):
     assert (summary["tuned_share"] == 1) == (name == "table1/full")
 
 
+def test_summary_says_what_is_shipped(capsys):
+    _, training_args, _ = parsed("table1/vptsp_m")
+    train.print_summary(counts("table1/vptsp_m"), {"train": range(5), "test": range(7)}, training_args)
+    assert capsys.readouterr().out.splitlines() == [
+        "images            train 5, test 7",
+        "tuned             194,688 of 21,860,352 parameters (0.89%)",
+        "to ship           194,688 parameters, 0.78 MB",
+        "for training only 1,569,408 parameters (proxies, and what updates them)",
+        f"results           {training_args.output_dir}",
+    ]
+
+
+def test_a_backbone_without_a_name_is_shipped_too():
+    model = VPTSPForMetricLearning(VPTSPConfig(backbone_config=tiny_vit_config(), num_classes=3))
+    summary = train.tuned_summary(model)
+    assert summary["shipped_parameters"] == summary["retriever_parameters"] > summary["tuned_parameters"]
+
+
 def test_documented_counts_are_the_real_ones():
     """The table in `docs/methods.md`: shipped, for training only, in all."""
     text = (ROOT / "docs" / "methods.md").read_text()
@@ -263,6 +281,10 @@ def test_trains_a_small_model(name, twelve_layers, tmp_path, quick_collection):
         elif "k_proj" not in key:  # the bias of keys has no effect
             assert not torch.equal(tensor, before[key]), f"{key} is tuned"
     assert ("vptsp.prompts.tokens" in before) == prompted
+    assert model.config.changes_backbone == any(".backbone." in key for key in tuned)
+    if model.config.changes_backbone:
+        with pytest.raises(ValueError, match="the backbone itself has been tuned"):
+            trainer.evaluate_backbone()
 
 
 @pytest.mark.slow
