@@ -355,7 +355,7 @@ def prepare(model_fields, training_args, data_args):
             ),
             callbacks=[timer],
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
     expected = model.config.backbone_config.image_size
     if expected != data_args.image_size:

@@ -6,6 +6,7 @@ The published counts of tuned parameters are in `docs/methods.md`, whose table i
 import functools
 import gc
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -328,3 +329,12 @@ def test_presets_by_name(tmp_path, monkeypatch):
     assert by_name == by_path
     with pytest.raises(train.ConfigError, match="the configuration table1/vtp can't be read"):
         train.parse_arguments(["table1/vtp"])
+
+
+def test_a_missing_package_is_one_line(twelve_layers, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    options = ["--data_cache_dir", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--image_size", "16"]
+    options += ["--backbone", str(twelve_layers), "--lora_rank", "2", "--use_cpu"]
+    with pytest.raises(SystemExit):
+        train.main(["quickstart", *options])
+    assert "error: lora_rank is 2, which needs the package peft: pip install peft" in capsys.readouterr().err
