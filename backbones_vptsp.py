@@ -92,17 +92,14 @@ class ViTFamily:
     @staticmethod
     def attend(layer, query, key, value):
         """Attention of `(B, H, Q, D / H)` queries, projected: `(B, Q, D)`."""
-        attention = layer.attention
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, _eager_attention)
-        attended, _ = interface(attention, query, key, value, None, dropout=0.0, scaling=attention.scaling)
-        return fast_linear(attention.o_proj, attended.flatten(2))
+        return layer.dropout(_attention_output(layer.attention, query, key, value))
 
     @staticmethod
     def feed_forward(layer, hidden):
         """Norm and MLP, without the residual."""
         mlp = layer.mlp
         expanded = mlp.activation_fn(fast_linear(mlp.fc1, layer.layernorm_after(hidden)))
-        return fast_linear(mlp.fc2, expanded)
+        return layer.dropout(fast_linear(mlp.fc2, expanded))
 
 
 class DeiTFamily(ViTFamily):
@@ -140,11 +137,11 @@ class Dinov2Family(ViTFamily):
 
     @staticmethod
     def attend(layer, query, key, value):
-        return layer.layer_scale1(ViTFamily.attend(layer, query, key, value))
+        return layer.drop_path(layer.layer_scale1(_attention_output(layer.attention, query, key, value)))
 
     @staticmethod
     def feed_forward(layer, hidden):
-        return layer.layer_scale2(layer.mlp(layer.norm2(hidden)))
+        return layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(hidden))))
 
 
 FAMILIES = {"vit": ViTFamily, "deit": DeiTFamily, "dinov2": Dinov2Family}
@@ -176,7 +173,25 @@ def project_prompts(family, layer, prompts):
     return PromptKeyValue(*family.key_value(layer, family.attention_norm(layer, prompts)))
 
 
-def prompted_forward(family, backbone, hidden, prompts, prompt_rows=None, prefix_only=False, first_layer=None):
+def append_prompts(hidden, prompts, prompt_rows=None):
+    """Prompts as tokens, for VPT-shallow: behind the others, so that these keep their places.
+
+    Order means nothing to the layers, since positions are added before.
+
+    Args:
+        hidden: `(B, N, D)`.
+        prompts: `(P, D)`, or `(M, P, D)` with a set for each group of images.
+        prompt_rows: `(B,)` int64, the set of each image; needed with `(M, P, D)`.
+
+    Returns:
+        `(B, N + P, D)`.
+    """
+    return torch.cat([hidden, _per_image(prompts.to(hidden.dtype), prompt_rows, hidden.shape[0])], dim=1)
+
+
+def prompted_forward(
+    family, backbone, hidden, prompts, prompt_rows=None, prefix_only=False, first_layer=None, adapters=()
+):
     """Run the layers of a backbone with prompts in front of its tokens (VPT-deep).
 
     Args:
@@ -189,16 +204,20 @@ def prompted_forward(family, backbone, hidden, prompts, prompt_rows=None, prefix
         prompt_rows: `(B,)` int64, the set of each image; needed with `(M, P_i, D)`.
         prefix_only: Only the class tokens (CLS) of the last layer are wanted, so only they are computed.
         first_layer: `project_tokens` of the first layer, where it is known already.
+        adapters: Modules that turn the tokens in front of the MLP and its output into another output, for as many
+            last layers as there are adapters.
 
     Returns:
         `(B, N, D)`, or `(B, family.num_class_tokens, D)` with `prefix_only`; after the final norm.
     """
     layers = family.layers(backbone)
+    first_adapted = len(layers) - len(adapters)
     for index, layer in enumerate(layers):
         layer_prompts = prompts[index] if index < len(prompts) and _number(prompts[index]) else None
         num_queries = family.num_class_tokens if prefix_only and index == len(layers) - 1 else None
         projected = first_layer if index == 0 and num_queries is None else None
-        arguments = (family, layer, hidden, layer_prompts, prompt_rows, num_queries, projected)
+        adapter = adapters[index - first_adapted] if index >= first_adapted else None
+        arguments = (family, layer, hidden, layer_prompts, prompt_rows, num_queries, projected, adapter)
         if getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled():
             hidden = layer._gradient_checkpointing_func(_prompted_layer, *arguments)
         else:
@@ -206,7 +225,7 @@ def prompted_forward(family, backbone, hidden, prompts, prompt_rows=None, prefix
     return family.final_norm(backbone, hidden)
 
 
-def _prompted_layer(family, layer, hidden, prompts, prompt_rows, num_queries, projected):
+def _prompted_layer(family, layer, hidden, prompts, prompt_rows, num_queries, projected, adapter):
     query, key, value = project_tokens(family, layer, hidden, num_queries) if projected is None else projected
     if prompts is not None:
         if not isinstance(prompts, PromptKeyValue):
@@ -215,7 +234,8 @@ def _prompted_layer(family, layer, hidden, prompts, prompt_rows, num_queries, pr
         value = torch.cat([_per_image(prompts.value, prompt_rows, hidden.shape[0]), value], dim=2)
     hidden = hidden if num_queries is None else hidden[:, :num_queries]
     hidden = hidden + family.attend(layer, query, key, value)
-    return hidden + family.feed_forward(layer, hidden)
+    output = family.feed_forward(layer, hidden)
+    return hidden + (output if adapter is None else adapter(hidden, output))
 
 
 def _number(prompts):
@@ -223,11 +243,18 @@ def _number(prompts):
     return (prompts.key if isinstance(prompts, PromptKeyValue) else prompts).shape[-2]
 
 
-def _per_image(heads, prompt_rows, batch_size):
-    """Keys or values of shared prompts `(H, P, D / H)` or of sets `(M, H, P, D / H)`, one view or row per image."""
-    if heads.dim() == 3:
-        return heads.expand(batch_size, *heads.shape)
-    return heads.index_select(0, prompt_rows)
+def _per_image(prompts, prompt_rows, batch_size):
+    """What all images share `(...)`, or sets of which each image has one `(M, ...)`: one view or row per image."""
+    if prompt_rows is None:
+        return prompts.expand(batch_size, *prompts.shape)
+    return prompts.index_select(0, prompt_rows)
+
+
+def _attention_output(attention, query, key, value):
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, _eager_attention)
+    dropout = attention.attention_dropout if attention.training else 0.0
+    attended, _ = interface(attention, query, key, value, None, dropout=dropout, scaling=attention.scaling)
+    return fast_linear(attention.o_proj, attended.flatten(2))
 
 
 def _split_heads(projected, head_dim):

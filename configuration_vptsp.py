@@ -10,6 +10,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 # Version of what `save_pretrained` writes. A configuration without one is of version 1.
 FORMAT_VERSION = 1
 
+PROMPT_MODES = ("deep", "shallow")
+ADAPTER_MODES = ("parallel", "sequential")
+ADAPTER_NORMS = ("pre", "post", "none")
 POOLING = ("cls", "mean", "cls+mean")
 PROXY_HEADS = ("own", "shared")
 PROXY_UPDATES = ("gru_relu", "gru", "mean", "none")
@@ -41,7 +44,10 @@ class VPTSPConfig(PreTrainedConfig):
         save_backbone: Save the frozen weights too, so that loading needs no second repository.
             Always done where `backbone` is None, since they could not be had again.
         num_prompts: Shared prompt tokens of the first layer.
-        prompt_depth: Number of layers that get prompts; None means all of them, 0 none.
+        prompt_mode: `deep`, every layer has prompts of its own, whose outputs are thrown away (VPT-deep), or
+            `shallow`, prompts enter once, in front of the first layer, and go through all layers (VPT-shallow). It
+            holds for class prompts too.
+        prompt_depth: Number of layers that get prompts; None means all of them (`shallow`: the first), 0 none.
         prompt_step: By how many prompts each layer has fewer than the one before.
         pooling: `cls`, `mean` (over the patch tokens) or `cls+mean` (concatenated). Of a distilled DeiT, `cls` takes
             the distillation token too: each of the two has a LayerNorm and a linear layer of its own, whose outputs
@@ -49,9 +55,19 @@ class VPTSPConfig(PreTrainedConfig):
         embedding_dim: Width of the embeddings (E).
         embedding_dropout: Dropout on the normalised embeddings while training.
         bitfit: Tune every bias of the backbone.
+        tune_backbone: Tune all of the backbone (full fine-tuning). It is then saved whole.
+        adapter_layers: Number of last layers whose MLP has an adapter, a tuned bottleneck MLP beside it; 0 for none.
+        adapter_dim: Width of the adapters' bottleneck.
+        adapter_mode: What an adapter gets: the tokens in front of the MLP and its norm (`parallel`), or what the MLP
+            gives (`sequential`). Either way its output is added to the MLP's.
+        adapter_norm: LayerNorm in front of an adapter (`pre`), behind it (`post`) or `none`.
+        adapter_scale: Factor on what an adapter's linear layers give.
+        lora_rank: Rank of LoRA matrices beside linear layers of the backbone (needs the package peft); 0 for none.
+        lora_alpha: Their product is scaled by `lora_alpha / lora_rank`.
+        lora_targets: Names of the linear layers with LoRA; None for `q_proj` and `v_proj` (queries and values).
         num_classes: Number of training classes (C); only training needs it.
         num_class_prompts: Prompt tokens that each class has of its own in the first layer, for the semantic pass.
-        class_prompt_depth: Number of layers with class prompts; None means all of them.
+        class_prompt_depth: Number of layers with class prompts; None means all of them (`shallow`: the first).
         class_prompt_step: By how many class prompts each layer has fewer than the one before.
         proxy_head: `own` weights for the head of the semantic pass, or those of the embedding head (`shared`).
         proxy_update: How semantic vectors are folded into the proxy state (S): `gru_relu` and `gru` (VPTSP-G with
@@ -84,12 +100,22 @@ class VPTSPConfig(PreTrainedConfig):
     save_backbone: bool = False
 
     num_prompts: int = 10
+    prompt_mode: str = "deep"
     prompt_depth: int | None = None
     prompt_step: int = 0
     pooling: str = "cls"
     embedding_dim: int = 384
     embedding_dropout: float = 0.0
     bitfit: bool = True
+    tune_backbone: bool = False
+    adapter_layers: int = 0
+    adapter_dim: int = 256
+    adapter_mode: str = "parallel"
+    adapter_norm: str = "post"
+    adapter_scale: float = 1.0
+    lora_rank: int = 0
+    lora_alpha: float = 8.0
+    lora_targets: list[str] | None = None
 
     num_classes: int | None = None
     num_class_prompts: int = 3
@@ -115,9 +141,10 @@ class VPTSPConfig(PreTrainedConfig):
             self.backbone_config = _backbone_config_from_dict(self.backbone_config)
         if self.backbone_config is not None:
             self.backbone_config._name_or_path = ""  # a path of this machine; `backbone` says what others need to know
-            layers = self.backbone_config.num_hidden_layers
+            layers = 1 if self.prompt_mode == "shallow" else self.backbone_config.num_hidden_layers
             self.prompt_depth = layers if self.prompt_depth is None else self.prompt_depth
             self.class_prompt_depth = layers if self.class_prompt_depth is None else self.class_prompt_depth
+        self.save_backbone = self.save_backbone or self.tune_backbone
         self.validate_fields()
         super().__post_init__(**kwargs)
 
@@ -133,15 +160,25 @@ class VPTSPConfig(PreTrainedConfig):
                 f"saved by a newer version of vptsp: format_version is {self.format_version}, this code reads up to "
                 f"{FORMAT_VERSION}. Upgrade vptsp"
             )
-        for field in ("num_prompts", "prompt_step", "num_class_prompts", "class_prompt_step"):
+        counts = (
+            "num_prompts",
+            "prompt_step",
+            "num_class_prompts",
+            "class_prompt_step",
+            "adapter_layers",
+            "lora_rank",
+        )
+        for field in counts:
             _require(self, field, lambda value: _is_int(value) and value >= 0, "an integer >= 0")
-        _require(self, "embedding_dim", lambda value: _is_int(value) and value >= 1, "an integer >= 1")
+        for field in ("embedding_dim", "adapter_dim"):
+            _require(self, field, lambda value: _is_int(value) and value >= 1, "an integer >= 1")
         _require(self, "num_classes", lambda v: v is None or (_is_int(v) and v >= 2), "None or an integer >= 2")
         for field in ("embedding_dropout", "rnn_dropout"):
             _require(self, field, lambda value: 0 <= value < 1, "in [0, 1)")
         for field in ("proxy_keep", "proxy_bias_ratio"):
             _require(self, field, lambda value: 0 <= value <= 1, "in [0, 1]")
-        _require(self, "loss_alpha", lambda value: value > 0, "> 0")
+        for field in ("loss_alpha", "adapter_scale", "lora_alpha"):
+            _require(self, field, lambda value: value > 0, "> 0")
         for field, choices in _CHOICES.items():
             _require(self, field, lambda value, choices=choices: value in choices, "one of " + ", ".join(choices))
         for field in ("prompt_depth", "class_prompt_depth"):
@@ -153,6 +190,32 @@ class VPTSPConfig(PreTrainedConfig):
                 lambda v, layers=layers: v is None or (_is_int(v) and v >= 0 and (layers is None or v <= layers)),
                 "None or an integer >= 0" + limit,
             )
+        self._validate_tuning()
+
+    def _validate_tuning(self):
+        """Check what the fields of prompts, adapters, LoRA and full fine-tuning demand of each other."""
+        if self.backbone_config is not None:
+            layers = self.backbone_config.num_hidden_layers
+            _require(self, "adapter_layers", lambda v: v <= layers, f"<= the backbone's {layers} layers")
+        if self.prompt_mode == "shallow":
+            for field in ("prompt_depth", "class_prompt_depth"):
+                _require(self, field, lambda v: v in (None, 0, 1), "None, 0 or 1 with prompt_mode shallow")
+        _require(
+            self,
+            "lora_targets",
+            lambda v: (
+                v is None or (len(v) > 0 and not isinstance(v, str) and all(isinstance(item, str) for item in v))
+            ),
+            "None or a list of names of linear layers",
+        )
+        if self.tune_backbone:
+            _require(self, "save_backbone", bool, "true with tune_backbone")
+            _require(self, "lora_rank", lambda v: v == 0, "0 with tune_backbone")
+
+    @property
+    def changes_backbone(self) -> bool:
+        """Whether tuning changes what the backbone alone computes."""
+        return self.tune_backbone or self.bitfit or self.lora_rank > 0
 
     @property
     def prompt_lengths(self) -> tuple[int, ...]:
@@ -171,6 +234,9 @@ class VPTSPConfig(PreTrainedConfig):
 
 
 _CHOICES = {
+    "prompt_mode": PROMPT_MODES,
+    "adapter_mode": ADAPTER_MODES,
+    "adapter_norm": ADAPTER_NORMS,
     "pooling": POOLING,
     "proxy_head": PROXY_HEADS,
     "proxy_update": PROXY_UPDATES,

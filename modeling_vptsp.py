@@ -1,4 +1,4 @@
-"""VPTSP retriever: a frozen vision transformer with tuned prompts and an embedding head.
+"""VPTSP retriever: a frozen vision transformer with tuned prompts (or what else is tuned) and an embedding head.
 
 This file and those that it imports are all that a shared retriever needs. The proxies and losses of training are in
 `modeling_metric_learning.py`.
@@ -17,8 +17,10 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .backbones_vptsp import family_of, project_prompts, project_tokens, prompted_forward
+from .adapters_vptsp import build_adapters
+from .backbones_vptsp import append_prompts, family_of, project_prompts, project_tokens, prompted_forward
 from .configuration_vptsp import VPTSPConfig
+from .lora_vptsp import add_lora
 from .pretrained_vptsp import VPTSPPreTrainedModel, backbone_fingerprint, load_backbone
 
 
@@ -111,6 +113,9 @@ class VPTSPModel(VPTSPPreTrainedModel):
             raise ValueError("backbone_config must be set to build a model, got None; see from_backbone")
         self.family = family_of(config.backbone_config)
         self.backbone = self.family.build(config.backbone_config)
+        if config.lora_rank:
+            add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_targets)
+        self.adapters = build_adapters(config)
         self.prompts = Prompts(config.prompt_lengths, config.num_prompts, config.backbone_config.hidden_size)
         self.head = embedding_head(config)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
@@ -159,7 +164,14 @@ class VPTSPModel(VPTSPPreTrainedModel):
         Kept until a weight that they come from, its dtype or its device changes.
         """
         tokens = self.prompts()
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not tokens:
+        go_through_layers = self.config.prompt_mode == "shallow"
+        if (
+            go_through_layers
+            or not tokens
+            or self.training
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+        ):
             return tokens
         layers = self.family.layers(self.backbone)[: len(tokens)]
         sources = [self.prompts.tokens]
@@ -184,33 +196,47 @@ class VPTSPModel(VPTSPPreTrainedModel):
     def project_first_layer(self, tokens):
         """What every pass over the same tokens computes in the first layer, to be given to `encode`.
 
-        None where it is not worth keeping: with gradient checkpointing, or only one layer.
+        None where it is not worth keeping: with gradient checkpointing, only one layer, or prompts among the tokens.
         """
         first, *others = self.family.layers(self.backbone)
-        if not others or getattr(first, "gradient_checkpointing", False):
+        checkpointing = getattr(first, "gradient_checkpointing", False)
+        if not others or checkpointing or self.config.prompt_mode == "shallow":
             return None
         return project_tokens(self.family, first, tokens)
 
-    def encode(self, tokens, prompts=(), prompt_rows=None, first_layer=None):
+    def encode(self, tokens, prompts=(), prompt_rows=None, first_layer=None, adapted=True):
         """Tokens `(B, N, D)` through the prompted layers, pooled. See `prompted_forward`.
+
+        `adapted=False` leaves the adapters out.
 
         Returns:
             `(B, pooled_dim)`; `(B, 2, D)` with `cls` pooling of a backbone with two class tokens.
         """
-        prefix_only = self.config.pooling == "cls"
-        hidden = prompted_forward(self.family, self.backbone, tokens, prompts, prompt_rows, prefix_only, first_layer)
+        prefix_only, num_tokens = self.config.pooling == "cls", tokens.shape[1]
+        if self.config.prompt_mode == "shallow" and prompts:
+            tokens, prompts = append_prompts(tokens, prompts[0], prompt_rows), ()
+        hidden = prompted_forward(
+            self.family,
+            self.backbone,
+            tokens,
+            prompts,
+            prompt_rows,
+            prefix_only,
+            first_layer,
+            adapters=self.adapters if adapted else (),
+        )
         if prefix_only:
             return hidden[:, 0] if self.family.num_class_tokens == 1 else hidden
-        mean = hidden[:, self.family.num_prefix_tokens :].mean(dim=1)
+        mean = hidden[:, self.family.num_prefix_tokens : num_tokens].mean(dim=1)
         return mean if self.config.pooling == "mean" else torch.cat([hidden[:, 0], mean], dim=-1)
 
     def embed_with_backbone(self, pixel_values, interpolate_pos_encoding=False):
-        """Embeddings of the backbone alone, without prompts or head: the line to beat. `(B, pooled_dim)`, normalised.
+        """Embeddings of the backbone alone, without prompts, adapters or head: the line to beat. `(B, pooled_dim)`.
 
-        Of two class tokens, the mean. With BitFit the backbone's biases are tuned, so this is the frozen backbone only
-        before training.
+        Of two class tokens, the mean. Where tuning changes the backbone itself (BitFit, LoRA, full fine-tuning), this
+        is the pretrained backbone only before training.
         """
-        pooled = self.encode(self.embed_patches(pixel_values, interpolate_pos_encoding))
+        pooled = self.encode(self.embed_patches(pixel_values, interpolate_pos_encoding), adapted=False)
         pooled = pooled.mean(dim=1) if pooled.dim() == 3 else pooled
         return F.normalize(at_least_float32(pooled), dim=-1)
 

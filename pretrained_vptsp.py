@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash, hf_api
 
 from .configuration_vptsp import VPTSPConfig
+from .lora_vptsp import is_lora, names_with_lora
 from .open_backbone_vptsp import open_backbone, open_config, resized_weights
 
 
@@ -180,18 +181,21 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             parameter.requires_grad_(name in tuned)
 
     def tuned_names(self) -> set[str]:
-        """Names in `state_dict()` of everything but the frozen backbone."""
-        bitfit = self.config.bitfit
+        """Names in `state_dict()` of everything but the frozen part of the backbone."""
+        config = self.config
         return {
             name
             for name in self.state_dict()
-            if "backbone" not in name.split(".") or (bitfit and name.endswith(".bias"))
+            if config.tune_backbone
+            or "backbone" not in name.split(".")
+            or (config.bitfit and name.endswith(".bias"))
+            or (config.lora_rank and is_lora(name))
         }
 
     def train(self, mode: bool = True):
-        """Set the training mode of everything but the backbone, which always computes as in evaluation."""
+        """Set the training mode; a backbone that is not tuned as a whole always computes as in evaluation."""
         super().train(mode)
-        self.retriever.backbone.eval()
+        self.retriever.backbone.train(mode and self.config.tune_backbone)
         return self
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
@@ -232,7 +236,9 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         )
         weights = load_backbone(config, **hub_kwargs)
         model = cls(config)
-        model.retriever.backbone.load_state_dict(weights, strict=True)
+        backbone = model.retriever.backbone
+        new = {name: tensor for name, tensor in backbone.state_dict().items() if is_lora(name)}
+        backbone.load_state_dict(names_with_lora(weights, config) | new, strict=True)
         return model.to(dtype or torch.float32)
 
     @property
@@ -247,14 +253,17 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             save_directory: Folder to write to.
             state_dict: Weights to save instead of the model's own.
             save_backbone: Save the backbone too; None for what the configuration says. A backbone that has no name is
-                always saved.
+                always saved, and so is one that is tuned as a whole.
             **kwargs: As for `PreTrainedModel.save_pretrained`.
 
         Raises:
-            ValueError: `push_to_hub` was asked for; use the method of that name.
+            ValueError: `push_to_hub` was asked for, use the method of that name; or `save_backbone=False`, but all of
+                the backbone is tuned.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("save_pretrained does not push: use model.push_to_hub(repo_id)")
+        if save_backbone is False and self.config.tune_backbone:
+            raise ValueError("save_backbone must be true with tune_backbone, got False: all of the backbone is tuned")
         if save_backbone is not None:
             self.config.save_backbone = save_backbone
         if self.config.backbone is None:
@@ -403,7 +412,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             elif backbone is None:
                 _refuse_local_backbone(config.backbone, pretrained_model_name_or_path)
             backbone_kwargs = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
-            frozen = load_backbone(config, folder=folder, **backbone_kwargs)
+            frozen = names_with_lora(load_backbone(config, folder=folder, **backbone_kwargs), config)
             prefix = f"{cls.retriever_prefix}backbone."
             state_dict = {prefix + name: tensor for name, tensor in frozen.items()} | state_dict
         # Tensors read from a file lie at odd addresses, from which some kernels round otherwise; copies are aligned.

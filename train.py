@@ -2,9 +2,11 @@
 
     accelerate launch train.py configs/cub_vits16.yaml --data_dir path/to/CUB_200_2011
     accelerate launch train.py configs/folder.yaml --data_dir path/to/folders --num_train_epochs 5
+    vptsp-train table1/vpt --data_dir path/to/CUB_200_2011 --backbone facebook/dino-vits16
 
-The YAML file and the options name fields of `VPTSPConfig` (what the model is), `VPTSPTrainingArguments` (how the run
-goes) and `DataArguments` (what data); options win. `output_dir` gets the retriever, `all_results.json` and a picture.
+The YAML file (or the name of one that the package brings) and the options name fields of `VPTSPConfig` (what the model
+is), `VPTSPTrainingArguments` (how the run goes) and `DataArguments` (what data); options win. `output_dir` gets the
+retriever, `all_results.json` and a picture.
 """
 
 from __future__ import annotations
@@ -100,13 +102,15 @@ def parse_arguments(argv):
 
 
 def read_config(path, known):
-    """Fields of a YAML file.
+    """Fields of a YAML file, or of one of the package's own `configs` by its name (`cub_vits16`, `table1/vpt`).
 
     Raises:
         ConfigError: no such file, not YAML, not a mapping, or a field that does not exist.
     """
+    preset = Path(__file__).parent / "configs" / f"{path}.yaml"
+    file = preset if preset.is_file() and not Path(path).is_file() else Path(path)
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"the configuration {path} can't be read: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -199,18 +203,20 @@ def build_model(model_fields, num_classes, image_size):
 
 
 def tuned_summary(model) -> dict[str, float]:
-    """What is tuned: counts of parameters, the share of the retriever, and megabytes to ship."""
+    """What is tuned, what is shipped and what only training needs: counts of parameters, and megabytes to ship."""
     retriever = model.retriever
-    tuned = retriever.tuned_names()
-    state = retriever.state_dict()
-    shipped = sum(state[name].numel() for name in tuned)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state, tuned = retriever.state_dict(), retriever.tuned_names()
+    whole = model.config.save_backbone or model.config.backbone is None
+    shipped = [tensor for name, tensor in state.items() if whole or name in tuned]
+    num_tuned = sum(state[name].numel() for name in tuned)
+    num_all = sum(tensor.numel() for tensor in state.values())
     return {
-        "tuned_parameters": shipped,
-        "retriever_parameters": sum(tensor.numel() for tensor in state.values()),
-        "tuned_share": shipped / sum(tensor.numel() for tensor in state.values()),
-        "training_only_parameters": trained - shipped,
-        "shipped_megabytes": sum(state[name].numel() * state[name].element_size() for name in tuned) / 1e6,
+        "tuned_parameters": num_tuned,
+        "retriever_parameters": num_all,
+        "tuned_share": num_tuned / num_all,
+        "shipped_parameters": sum(tensor.numel() for tensor in shipped),
+        "shipped_megabytes": sum(tensor.numel() * tensor.element_size() for tensor in shipped) / 1e6,
+        "training_only_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad) - num_tuned,
     }
 
 
@@ -220,11 +226,10 @@ def print_summary(summary, images, training_args):
     print(f"images            {sizes}")
     print(
         f"tuned             {summary['tuned_parameters']:,} of {summary['retriever_parameters']:,} parameters "
-        f"({summary['tuned_share']:.2%}), {summary['shipped_megabytes']:.2f} MB to ship"
+        f"({summary['tuned_share']:.2%})"
     )
-    print(
-        f"for training only {summary['training_only_parameters']:,} parameters (class prompts, proxies, their update)"
-    )
+    print(f"to ship           {summary['shipped_parameters']:,} parameters, {summary['shipped_megabytes']:.2f} MB")
+    print(f"for training only {summary['training_only_parameters']:,} parameters (proxies, and what updates them)")
     print(f"results           {training_args.output_dir}", flush=True)
 
 
@@ -353,7 +358,7 @@ def prepare(model_fields, training_args, data_args):
             ),
             callbacks=[timer],
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
     return trainer, images, step_seconds
 

@@ -283,8 +283,8 @@ class VPTSPTrainer(SharesRetriever, Trainer):
 
     def evaluate_backbone(self, eval_dataset=None, metric_key_prefix="frozen"):
         """Retrieval metrics of the backbone alone, without prompts or head: the line to beat. Before training."""
-        if self.model.config.bitfit and self.state.global_step > 0:
-            raise ValueError("the backbone's biases have been tuned: evaluate_backbone must come before training")
+        if self.model.config.changes_backbone and self.state.global_step > 0:
+            raise ValueError("the backbone itself has been tuned: evaluate_backbone must come before training")
         self._backbone_only = True
         try:
             return self.evaluate(eval_dataset, metric_key_prefix=metric_key_prefix)

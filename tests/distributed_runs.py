@@ -25,6 +25,10 @@ RUNS = {
     "batch_positives": ({"proxy_anchor_reduction": "batch_positives", "bitfit": False}, {}),
     "accumulation": ({}, {"gradient_accumulation_steps": 2}),
     "checkpointing": ({}, {"gradient_checkpointing": True}),
+    "adapter": ({"adapter_layers": 2, "adapter_dim": 8, "bitfit": False}, {}),
+    "full": ({"tune_backbone": True}, {}),
+    "lora": ({"lora_rank": 2}, {}),
+    "shallow": ({"prompt_mode": "shallow", "pooling": "mean"}, {}),
 }
 GLOBAL_BATCH = 12
 

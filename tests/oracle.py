@@ -25,9 +25,13 @@ def embed_one(model, image, prompt_tokens, head, class_prompts=False):
     """One image `(3, H, W)` through the naive prompted backbone and a head: `(E,)`."""
     config, backbone = model.config, model.vptsp.backbone
     x = backbone.embeddings(image[None])
-    for index, layer in enumerate(backbone.layers if hasattr(backbone, "layers") else backbone.encoder.layer):
+    for index in range(len(layers_of(backbone))):
         prompts = prompts_of_layer(config, prompt_tokens, index, class_prompts)
-        x = layer(x) if prompts is None else layer(torch.cat([prompts[None], x], dim=1))[:, len(prompts) :]
+        x = x if prompts is None else torch.cat([prompts[None], x], dim=1)
+        x = run_layer(model, index, x)
+        x = x if prompts is None or config.prompt_mode == "shallow" else x[:, len(prompts) :]
+    if config.prompt_mode == "shallow" and prompt_tokens is not None:
+        x = x[:, len(prompt_tokens) :]
     x = backbone.layernorm(x)[0]
     mean = x[2 if config.backbone_config.model_type == "deit" else 1 :].mean(0)
     pooled = {"cls": x[0], "mean": mean, "cls+mean": torch.cat([x[0], mean])}[config.pooling]
@@ -37,9 +41,33 @@ def embed_one(model, image, prompt_tokens, head, class_prompts=False):
     return vector / vector.norm()
 
 
+def layers_of(backbone):
+    return backbone.layers if hasattr(backbone, "layers") else backbone.encoder.layer
+
+
 def project(pooled, norm, projection):
     normed = F.layer_norm(pooled, pooled.shape, norm.weight, norm.bias, norm.eps)
     return projection.weight @ normed + projection.bias
+
+
+def run_layer(model, index, x):
+    """One whole layer, with its adapter if it is among the last `adapter_layers`."""
+    config, layers = model.config, layers_of(model.vptsp.backbone)
+    layer, position = layers[index], index - (len(layers) - config.adapter_layers)
+    if position < 0:
+        return layer(x)
+    x = x + layer.attention(layer.layernorm_before(x))[0]
+    output = layer.mlp(layer.layernorm_after(x))
+    adapter = model.vptsp.adapters[position]
+    y = output if config.adapter_mode == "sequential" else x
+    if config.adapter_norm == "pre":
+        y = F.layer_norm(y, y.shape[-1:], adapter.norm_before.weight, adapter.norm_before.bias)
+    y = y @ adapter.down.weight.T + adapter.down.bias
+    y = y.clamp(min=0) @ adapter.up.weight.T + adapter.up.bias
+    y = config.adapter_scale * y
+    if config.adapter_norm == "post":
+        y = F.layer_norm(y, y.shape[-1:], adapter.norm_after.weight, adapter.norm_after.bias)
+    return x + output + y
 
 
 def gru(model, p, s):

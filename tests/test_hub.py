@@ -99,8 +99,8 @@ def story(tmp_path_factory):
 
 def test_only_what_is_tuned_is_pushed(story):
     files = story.hub.files("ann/retriever", story.pushed["second"])
-    names = ("backbones", "configuration", "linear", "modeling", "open_backbone", "pretrained", "timm_checkpoints")
-    code = [f"{name}_vptsp.py" for name in names]
+    names = "adapters backbones configuration linear lora modeling open_backbone pretrained timm_checkpoints"
+    code = [f"{name}_vptsp.py" for name in names.split()]
     own = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
     assert set(files) - {".gitattributes"} == {*code, *own}
     weights = load(files["model.safetensors"])
