@@ -74,12 +74,11 @@ class Contender:
                 backbone_config=config.backbone_config,
                 embedding_dim=config.embedding_dim,
                 num_prompts=0,
+                tune_backbone=True,
                 proxy_update="none",
                 num_classes=num_classes,
             )
         model = VPTSPForMetricLearning(config)
-        if self.kind == "full":
-            model.requires_grad_(True)
         if fields.get("gradient_checkpointing") and args.checkpointing and self.kind != "naive":
             model.gradient_checkpointing_enable()
         return model.to(self.device).train()
