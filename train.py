@@ -202,16 +202,18 @@ def tuned_summary(model) -> dict[str, float]:
     state = retriever.state_dict()
     shipped = sum(state[name].numel() for name in tuned)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    store = model.offloaded_class_prompts
+    offloaded = 0 if store is None else store.tokens.numel()
     return {
         "tuned_parameters": shipped,
         "retriever_parameters": sum(tensor.numel() for tensor in state.values()),
         "tuned_share": shipped / sum(tensor.numel() for tensor in state.values()),
-        "training_only_parameters": trained - shipped,
+        "training_only_parameters": trained - shipped + offloaded,
         "shipped_megabytes": sum(state[name].numel() * state[name].element_size() for name in tuned) / 1e6,
     }
 
 
-def print_summary(summary, images, training_args):
+def print_summary(summary, images, training_args, class_prompts):
     lengths = {name: _length(part) for name, part in images.items()}
     sizes = ", ".join(f"{name} {'?' if length is None else f'{length:,}'}" for name, length in lengths.items())
     print(f"images            {sizes}")
@@ -222,6 +224,7 @@ def print_summary(summary, images, training_args):
     print(
         f"for training only {summary['training_only_parameters']:,} parameters (class prompts, proxies, their update)"
     )
+    print(f"class prompts     {class_prompts}")
     print(f"results           {training_args.output_dir}", flush=True)
 
 
@@ -360,9 +363,11 @@ def prepare(model_fields, training_args, data_args):
 
 def run(model_fields, training_args, data_args, run_args, command):
     """Train, evaluate and save; returns the results that `all_results.json` gets."""
+    from vptsp.offloading_vptsp import describe_class_prompts
+
     trainer, images, step_seconds = prepare(model_fields, training_args, data_args)
     summary = tuned_summary(trainer.model)
-    print_summary(summary, images, training_args)
+    print_summary(summary, images, training_args, describe_class_prompts(trainer.model))
 
     frozen = trainer.evaluate_backbone()
     print_scores("frozen backbone", frozen, "frozen")
