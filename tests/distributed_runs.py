@@ -25,6 +25,12 @@ RUNS = {
     "batch_positives": ({"proxy_anchor_reduction": "batch_positives", "bitfit": False}, {}),
     "accumulation": ({}, {"gradient_accumulation_steps": 2}),
     "checkpointing": ({}, {"gradient_checkpointing": True}),
+    "offloaded": ({"class_prompt_store": "offloaded"}, {}),
+    "offloaded_k1": ({"class_prompt_store": "offloaded"}, {"images_per_class": 1}),
+    "offloaded_accumulation": ({"class_prompt_store": "offloaded"}, {"gradient_accumulation_steps": 2}),
+    "offloaded_checkpointing": ({"class_prompt_store": "offloaded"}, {"gradient_checkpointing": True}),
+    "offloaded_nca": ({"class_prompt_store": "offloaded", "loss": "proxy_nca"}, {"max_grad_norm": 0.5}),
+    "offloaded_mapped": ({"class_prompt_store": "offloaded"}, {"class_prompt_folder": "mapped"}),
 }
 GLOBAL_BATCH = 12
 
@@ -61,6 +67,9 @@ def run_all(data, backbone, output):
         losses = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         metrics = trainer.evaluate()
         final = {key: value.contiguous() for key, value in model.state_dict().items()}
+        if model.offloaded_class_prompts is not None:
+            final["class_prompts"] = model.class_prompts.tokens
+            final |= {f"class_prompts.{name}": state for name, state in model.class_prompts.states.items()}
         final |= {"embeddings": embeddings, "labels": labels, "loss": losses}
         final["map_at_r"] = torch.tensor(metrics["eval_map_at_r"])
         save_file(final, output / f"{name}-{args.process_index}.safetensors")
