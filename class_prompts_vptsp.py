@@ -198,9 +198,7 @@ class OffloadedClassPrompts(nn.Module):
     def _read(self, classes, device):
         if device.type != "cuda":
             return self.tokens.index_select(0, classes).to(device)
-        pinned = torch.empty(
-            (len(classes), *self.shape[1:]), dtype=torch.float32, pin_memory=True
-        )  # from torch's cache of such memory
+        pinned = _empty_pinned((len(classes), *self.shape[1:]))
         torch.index_select(self.tokens, 0, classes, out=pinned)
         return pinned.to(device, non_blocking=True)
 
@@ -287,7 +285,7 @@ class OffloadedClassPrompts(nn.Module):
             if gather:
                 classes, gradients = _gather(classes.to(gradients.device)), _gather(gradients)
                 scale = scale * dist.get_world_size()
-            classes, gradients = classes.cpu(), gradients.cpu()
+            classes, gradients = classes.cpu(), _to_host(gradients)
             if scale != 1:
                 gradients.div_(scale)
             if self._reduced is not None:
@@ -403,6 +401,15 @@ class _Prefetched(NamedTuple):
 @functools.cache
 def _copy_stream(device):
     return torch.cuda.Stream(device)
+
+
+def _empty_pinned(shape):
+    """Page-locked float32 memory, out of torch's cache of it; copies from and to a GPU run at full speed."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=True)
+
+
+def _to_host(tensor):
+    return _empty_pinned(tensor.shape).copy_(tensor) if tensor.device.type == "cuda" else tensor.cpu()
 
 
 def _joined(parts):

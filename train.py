@@ -202,8 +202,7 @@ def tuned_summary(model) -> dict[str, float]:
     state = retriever.state_dict()
     shipped = sum(state[name].numel() for name in tuned)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    store = model.offloaded_class_prompts
-    offloaded = 0 if store is None else store.tokens.numel()
+    offloaded = 0 if model.offloaded_class_prompts is None else model.config.class_prompt_bytes // 4
     return {
         "tuned_parameters": shipped,
         "retriever_parameters": sum(tensor.numel() for tensor in state.values()),

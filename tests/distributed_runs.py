@@ -15,6 +15,7 @@ from vptsp import VPTSPForMetricLearning, VPTSPTrainer, VPTSPTrainingArguments
 from vptsp.data_scripts import EvalTransform, ImageDataset, TrainTransform, load_splits
 
 
+OFFLOADED = {"class_prompt_store": "offloaded"}
 # Model fields, training fields. The global batch has 12 images.
 RUNS = {
     "gru": ({}, {}),
@@ -25,12 +26,14 @@ RUNS = {
     "batch_positives": ({"proxy_anchor_reduction": "batch_positives", "bitfit": False}, {}),
     "accumulation": ({}, {"gradient_accumulation_steps": 2}),
     "checkpointing": ({}, {"gradient_checkpointing": True}),
-    "offloaded": ({"class_prompt_store": "offloaded"}, {}),
-    "offloaded_k1": ({"class_prompt_store": "offloaded"}, {"images_per_class": 1}),
-    "offloaded_accumulation": ({"class_prompt_store": "offloaded"}, {"gradient_accumulation_steps": 2}),
-    "offloaded_checkpointing": ({"class_prompt_store": "offloaded"}, {"gradient_checkpointing": True}),
-    "offloaded_nca": ({"class_prompt_store": "offloaded", "loss": "proxy_nca"}, {"max_grad_norm": 0.5}),
-    "offloaded_mapped": ({"class_prompt_store": "offloaded"}, {"class_prompt_folder": "mapped"}),
+    "offloaded": (OFFLOADED, {}),
+    "offloaded_k1": (OFFLOADED, {"images_per_class": 1, "class_prompt_folder": "mapped"}),
+    # with k = 1 a batch has all classes: the same one comes to several ranks within a step
+    "offloaded_accumulation": (OFFLOADED, {"gradient_accumulation_steps": 2, "images_per_class": 1}),
+    "offloaded_checkpointing": (OFFLOADED, {"gradient_checkpointing": True}),
+    "offloaded_nca": ({**OFFLOADED, "loss": "proxy_nca"}, {"max_grad_norm": 0.5}),
+    # with an epsilon that rounding errors of gradients near zero do not reach
+    "offloaded_adamw": (OFFLOADED, {"optim": "adamw_torch", "adam_epsilon": 1e-2, "weight_decay": 0.1}),
 }
 GLOBAL_BATCH = 12
 
@@ -43,11 +46,10 @@ def run_all(data, backbone, output):
     for name, (model_fields, training_fields) in RUNS.items():
         args = VPTSPTrainingArguments(
             str(output / name),
-            **{"images_per_class": 2, **training_fields},
+            # plain SGD: AdamW turns rounding errors of gradients near zero into full steps
+            **{"images_per_class": 2, "optim": "sgd", **training_fields},
             max_steps=20,
             logging_steps=1,
-            # plain SGD: AdamW turns rounding errors of gradients near zero into full steps
-            optim="sgd",
             learning_rate=2e-3,
             proxy_learning_rate=1e-2,
             eval_strategy="no",
@@ -58,6 +60,8 @@ def run_all(data, backbone, output):
             per_device_train_batch_size=12,
         )
         args.per_device_train_batch_size = GLOBAL_BATCH // args.world_size
+        if args.class_prompt_folder is not None:
+            args.class_prompt_folder = str(output / args.class_prompt_folder)
         torch.manual_seed(0)
         fields = {"num_classes": train.num_classes, "embedding_dim": 12, "num_prompts": 3, "num_class_prompts": 2}
         model = VPTSPForMetricLearning.from_backbone(backbone, **{**fields, **model_fields})
