@@ -14,12 +14,17 @@ PROMPT_MODES = ("deep", "shallow")
 ADAPTER_MODES = ("parallel", "sequential")
 ADAPTER_NORMS = ("pre", "post", "none")
 POOLING = ("cls", "mean", "cls+mean")
+CLASS_PROMPT_STORES = ("auto", "dense", "offloaded")
 PROXY_HEADS = ("own", "shared")
 PROXY_UPDATES = ("gru_relu", "gru", "mean", "none")
 PROXY_NORMALIZATIONS = ("per_step", "per_batch")
 PROXY_RANGES = ("all", "batch")
 LOSSES = ("proxy_anchor", "proxy_nca")
 PROXY_ANCHOR_REDUCTIONS = ("all_classes", "batch_positives")
+
+# Class prompts up to this size (in float32) are dense where `class_prompt_store` is `auto`. With gradient and the
+# states of AdamW, the device holds four times as much.
+DENSE_CLASS_PROMPT_BYTES = 512 * 2**20
 
 
 def _prompt_lengths(num_prompts: int, depth: int, step: int) -> tuple[int, ...]:
@@ -69,6 +74,8 @@ class VPTSPConfig(PreTrainedConfig):
         num_class_prompts: Prompt tokens that each class has of its own in the first layer, for the semantic pass.
         class_prompt_depth: Number of layers with class prompts; None means all of them (`shallow`: the first).
         class_prompt_step: By how many class prompts each layer has fewer than the one before.
+        class_prompt_store: Where class prompts are: `dense` is a parameter on the device, `offloaded` a table in host
+            memory, of which the batch's rows are brought in and updated; `auto` is dense up to 512 MiB in float32.
         proxy_head: `own` weights for the head of the semantic pass, or those of the embedding head (`shared`).
         proxy_update: How semantic vectors are folded into the proxy state (S): `gru_relu` and `gru` (VPTSP-G with
             relu or tanh candidate), `mean` (VPTSP-M, running mean), or `none` (no semantic proxies: the loss sees the
@@ -121,6 +128,7 @@ class VPTSPConfig(PreTrainedConfig):
     num_class_prompts: int = 3
     class_prompt_depth: int | None = None
     class_prompt_step: int = 0
+    class_prompt_store: str = "auto"
     proxy_head: str = "own"
     proxy_update: str = "gru_relu"
     proxy_normalization: str = "per_step"
@@ -228,6 +236,18 @@ class VPTSPConfig(PreTrainedConfig):
         return _prompt_lengths(self.num_class_prompts, self.class_prompt_depth, self.class_prompt_step)
 
     @property
+    def class_prompt_bytes(self) -> int:
+        """Size of all class prompts in float32."""
+        return 4 * self.num_classes * sum(self.class_prompt_lengths) * self.backbone_config.hidden_size
+
+    @property
+    def resolved_class_prompt_store(self) -> str:
+        """`dense` or `offloaded`: what `class_prompt_store` comes to."""
+        if self.class_prompt_store != "auto":
+            return self.class_prompt_store
+        return "dense" if self.class_prompt_bytes <= DENSE_CLASS_PROMPT_BYTES else "offloaded"
+
+    @property
     def pooled_dim(self) -> int:
         """Width of the pooled features that the heads get."""
         return self.backbone_config.hidden_size * (2 if self.pooling == "cls+mean" else 1)
@@ -238,6 +258,7 @@ _CHOICES = {
     "adapter_mode": ADAPTER_MODES,
     "adapter_norm": ADAPTER_NORMS,
     "pooling": POOLING,
+    "class_prompt_store": CLASS_PROMPT_STORES,
     "proxy_head": PROXY_HEADS,
     "proxy_update": PROXY_UPDATES,
     "proxy_normalization": PROXY_NORMALIZATIONS,

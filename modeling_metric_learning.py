@@ -6,16 +6,18 @@ Shapes: B images, M classes in a batch, C training classes, E embedding width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from transformers.utils import ModelOutput
 
+from .class_prompts_vptsp import CLASS_PROMPTS_NAME, OffloadedClassPrompts, build_class_prompts
 from .configuration_vptsp import VPTSPConfig
 from .losses_vptsp import proxy_anchor_loss, proxy_nca_loss
 from .modeling_vptsp import VPTSPModel, VPTSPPreTrainedModel, embedding_head
 from .other_classes_vptsp import others_per_class, others_per_image
-from .proxies_vptsp import ClassGroups, ClassPrompts, SemanticProxies, group_by_class
+from .proxies_vptsp import ClassGroups, SemanticProxies, group_by_class
 
 
 @dataclass
@@ -83,12 +85,7 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
             raise ValueError("num_classes must be set for training, got None")
         self.vptsp = VPTSPModel(config)
         if config.proxy_update != "none":
-            self.class_prompts = ClassPrompts(
-                config.num_classes,
-                config.class_prompt_lengths,
-                config.num_class_prompts,
-                config.backbone_config.hidden_size,
-            )
+            self.class_prompts = build_class_prompts(config)
             if config.proxy_head == "own":
                 self.proxy_head = embedding_head(config)
         self.proxies = SemanticProxies(config)
@@ -179,6 +176,27 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
         """Write the proxy state's new rows that `forward` returned; once a batch, after the backward pass."""
         if output.proxy_rows is not None:
             self.proxies.commit(output.proxy_classes, output.proxy_rows.detach())
+
+    @property
+    def offloaded_class_prompts(self) -> OffloadedClassPrompts | None:
+        """The class prompts if they are in host memory; None where they are a parameter, or there are none."""
+        store = getattr(self, "class_prompts", None)
+        return store if isinstance(store, OffloadedClassPrompts) else None
+
+    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+        """Save what is tuned, as [`VPTSPPreTrainedModel`] does; offloaded class prompts in a file of their own."""
+        store = self.offloaded_class_prompts
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if store is not None and is_main_process:
+            store.save(Path(save_directory) / CLASS_PROMPTS_NAME)
+
+    def load_saved(self, folder):
+        super().load_saved(folder)
+        self.load_beside(lambda name: Path(folder) / name)
+
+    def load_beside(self, find):
+        if self.offloaded_class_prompts is not None:
+            self.offloaded_class_prompts.load(find(CLASS_PROMPTS_NAME))
 
 
 __all__ = ["VPTSPForMetricLearning", "VPTSPMetricLearningOutput"]

@@ -425,7 +425,18 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             missing = {name for name in missing if model is model.retriever or name.startswith("vptsp.")}
         _refuse_differences(missing, unknown, pretrained_model_name_or_path)
         model.freeze_backbone()
+        if not from_retriever:
+            model.load_beside(
+                lambda name: cached_file(pretrained_model_name_or_path, name, revision=revision, **hub_kwargs)
+            )
         return (model, info) if return_info else model
+
+    def load_beside(self, find):
+        """Load what a subclass saves in files of its own.
+
+        Args:
+            find: Gives the local path of a file of the checkpoint, by its name.
+        """
 
     @classmethod
     def _named_as_here(cls, state_dict, from_retriever):

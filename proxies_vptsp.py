@@ -1,12 +1,10 @@
-"""Semantic proxies: class prompts, how a batch's semantic vectors update the proxy state, and the proxies themselves.
+"""Semantic proxies: how a batch's semantic vectors update the proxy state, and the proxies themselves.
 
-Shapes: B images, M classes in a batch, K images of the largest of them, C classes, E embedding width, D backbone
-width.
+Shapes: B images, M classes in a batch, K images of the largest of them, C classes, E embedding width.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -57,28 +55,6 @@ def group_by_class(labels, images_per_class=None) -> ClassGroups:
     positions = torch.arange(len(labels), device=labels.device)
     rows = positions // images_per_class
     return ClassGroups(table[:, 0], rows, positions % images_per_class, images_per_class, None)
-
-
-class ClassPrompts(nn.Module):
-    """Prompt tokens that each class has of its own, for the semantic pass (paper section 3.2).
-
-    All lie in one parameter `tokens` of shape `(C, sum(lengths), D)`; drawn like the shared prompts.
-    """
-
-    def __init__(self, num_classes, lengths, num_prompts, width):
-        super().__init__()
-        self.lengths = tuple(lengths)
-        self.std = math.sqrt(2.0 / (num_prompts + width))
-        shape = (num_classes, sum(self.lengths), width)
-        self.tokens = nn.Parameter(torch.empty(shape)) if sum(self.lengths) else None
-
-    def init_weights(self):
-        if self.tokens is not None:
-            init.normal_(self.tokens, std=self.std)
-
-    def forward(self, classes):
-        """Tokens of each layer for the given classes `(M,)`: `(M, P_i, D)` each."""
-        return () if self.tokens is None else self.tokens.index_select(0, classes).split(self.lengths, dim=1)
 
 
 class GRUUpdate(nn.Module):
@@ -197,4 +173,4 @@ class SemanticProxies(nn.Module):
         self.state.index_copy_(0, classes, torch.where(finite, rows.to(old.dtype), old))
 
 
-__all__ = ["ClassGroups", "ClassPrompts", "GRUUpdate", "SemanticProxies", "group_by_class"]
+__all__ = ["ClassGroups", "GRUUpdate", "SemanticProxies", "group_by_class"]

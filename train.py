@@ -210,17 +210,20 @@ def tuned_summary(model) -> dict[str, float]:
     shipped = [tensor for name, tensor in state.items() if whole or name in tuned]
     num_tuned = sum(state[name].numel() for name in tuned)
     num_all = sum(tensor.numel() for tensor in state.values())
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if model.offloaded_class_prompts is not None:
+        num_trained += model.config.class_prompt_bytes // 4
     return {
         "tuned_parameters": num_tuned,
         "retriever_parameters": num_all,
         "tuned_share": num_tuned / num_all,
         "shipped_parameters": sum(tensor.numel() for tensor in shipped),
         "shipped_megabytes": sum(tensor.numel() * tensor.element_size() for tensor in shipped) / 1e6,
-        "training_only_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad) - num_tuned,
+        "training_only_parameters": num_trained - num_tuned,
     }
 
 
-def print_summary(summary, images, training_args):
+def print_summary(summary, images, training_args, class_prompts):
     lengths = {name: _length(part) for name, part in images.items()}
     sizes = ", ".join(f"{name} {'?' if length is None else f'{length:,}'}" for name, length in lengths.items())
     print(f"images            {sizes}")
@@ -230,6 +233,7 @@ def print_summary(summary, images, training_args):
     )
     print(f"to ship           {summary['shipped_parameters']:,} parameters, {summary['shipped_megabytes']:.2f} MB")
     print(f"for training only {summary['training_only_parameters']:,} parameters (proxies, and what updates them)")
+    print(f"class prompts     {class_prompts}")
     print(f"results           {training_args.output_dir}", flush=True)
 
 
@@ -365,9 +369,11 @@ def prepare(model_fields, training_args, data_args):
 
 def run(model_fields, training_args, data_args, run_args, command):
     """Train, evaluate and save; returns the results that `all_results.json` gets."""
+    from vptsp.offloading_vptsp import describe_class_prompts
+
     trainer, images, step_seconds = prepare(model_fields, training_args, data_args)
     summary = tuned_summary(trainer.model)
-    print_summary(summary, images, training_args)
+    print_summary(summary, images, training_args, describe_class_prompts(trainer.model))
 
     frozen = trainer.evaluate_backbone()
     print_scores("frozen backbone", frozen, "frozen")

@@ -15,11 +15,13 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, speed_metrics
 
+from .class_prompts_vptsp import CLASS_PROMPT_STATES_NAME
 from .data_scripts.sampler import ClassBalancedBatchSampler
 from .data_scripts.streaming import StreamedImages
 from .data_scripts.torch_dataset import UNREADABLE_LABEL, collate_images
 from .eval.metrics import retrieval_metrics
 from .half_precision_vptsp import frozen_weights_in
+from .offloading_vptsp import BatchesAhead, prepare_class_prompts
 from .sharing_vptsp import SharesRetriever
 
 
@@ -61,6 +63,9 @@ class VPTSPTrainer(SharesRetriever, Trainer):
         self._mean = torch.tensor(getattr(self.processing_class, "image_mean", None) or [0.5] * 3).view(3, 1, 1)
         self._std = torch.tensor(getattr(self.processing_class, "image_std", None) or [0.5] * 3).view(3, 1, 1)
         self._output = None
+        self._offloaded = model.offloaded_class_prompts
+        self._ahead = None
+        prepare_class_prompts(self)
 
     def _check_train_dataset(self):
         dataset, num_classes = self.train_dataset, self.model.config.num_classes
@@ -146,12 +151,41 @@ class VPTSPTrainer(SharesRetriever, Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward, then the commit of the batch's rows to the proxy state (once per batch)."""
+        if self._ahead is not None:
+            self._ahead.begin_batch()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if loss.device.type == "cpu":  # elsewhere `log` looks, since asking every step would stall the device
             self._require_finite(loss)
         self.model.commit_proxies(self._output)
         self._output = None
+        if self._offloaded is not None and self.accelerator.sync_gradients:
+            scaler = self.accelerator.scaler
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            self._offloaded.reduce_gradients(gather=self.args.world_size > 1, scale=scale)
         return loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of a step; the rows of the next batch's class prompts are prefetched where that helps."""
+        if self._offloaded is not None and self._offloaded.prefetches:
+            if self._ahead is None or self._ahead.source is not epoch_iterator:
+                self._ahead = BatchesAhead(epoch_iterator, self._offloaded, self.args.images_per_class)
+            epoch_iterator = self._ahead
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _clip_grad_norm(self, model):
+        return self._clip_all_gradients(model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        return self._clip_all_gradients(model, math.inf) if grad_norm is None else grad_norm
+
+    def _clip_all_gradients(self, model, max_norm):
+        """Scale gradients down to a norm, those of offloaded class prompts among them; returns the norm before."""
+        with_gradient = list(model.parameters())
+        if self._offloaded is not None and (reduced := self._offloaded.reduce_gradients()) is not None:
+            rows = reduced[1].detach()
+            rows.grad = reduced[1]
+            with_gradient.append(rows)
+        return self.accelerator.clip_grad_norm_(with_gradient, max_norm)
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -301,11 +335,15 @@ class VPTSPTrainer(SharesRetriever, Trainer):
         model.save_pretrained(folder, is_main_process=self.args.should_save)
         if self.processing_class is not None and self.args.should_save:
             self.processing_class.save_pretrained(folder)
+        if is_checkpoint and self._offloaded is not None and self.args.should_save and not self.args.save_only_model:
+            self._offloaded.save_states(folder / CLASS_PROMPT_STATES_NAME)
         if not is_checkpoint and self.args.should_save:
             self.write_card(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.model.load_saved(resume_from_checkpoint)
+        if self._offloaded is not None and not self.args.save_only_model:
+            self._offloaded.load_states(Path(resume_from_checkpoint) / CLASS_PROMPT_STATES_NAME)
 
     def _load_best_model(self):
         self.model.load_saved(self.state.best_model_checkpoint)

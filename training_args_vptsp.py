@@ -23,6 +23,9 @@ class VPTSPTrainingArguments(TrainingArguments):
             run. Only with `lr_scheduler_type="cosine"`.
         min_learning_rate: The minimum, for both learning rates.
         recall_at: The K of Recall@K.
+        class_prompt_folder: Folder on a fast local disk for class prompts in memory-mapped files, with
+            `class_prompt_store="offloaded"`; None for memory, or `output_dir/class_prompts` where they would take more
+            than 80 % of what is available.
         stream_buffer_size: Rows that the class-balanced batches of a stream are drawn from; None for enough.
         hub_strategy: With `push_to_hub`, upload the retriever at the `end`, or at `every_save` too. Checkpoints are
             never uploaded.
@@ -60,6 +63,9 @@ class VPTSPTrainingArguments(TrainingArguments):
     )
     min_learning_rate: float = field(default=0.0, metadata={"help": "Where the cosine decay ends, for both rates."})
     recall_at: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "The K of Recall@K."})
+    class_prompt_folder: str | None = field(
+        default=None, metadata={"help": "Folder for offloaded class prompts as memory-mapped files."}
+    )
     stream_buffer_size: int | None = field(
         default=None, metadata={"help": "Rows that a stream's batches are drawn from; by default enough."}
     )

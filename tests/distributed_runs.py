@@ -15,6 +15,7 @@ from vptsp import VPTSPForMetricLearning, VPTSPTrainer, VPTSPTrainingArguments
 from vptsp.data_scripts import EvalTransform, ImageDataset, TrainTransform, load_splits
 
 
+OFFLOADED = {"class_prompt_store": "offloaded"}
 # Model fields, training fields. The global batch has 12 images.
 RUNS = {
     "gru": ({}, {}),
@@ -29,6 +30,14 @@ RUNS = {
     "full": ({"tune_backbone": True}, {}),
     "lora": ({"lora_rank": 2}, {}),
     "shallow": ({"prompt_mode": "shallow", "pooling": "mean"}, {}),
+    "offloaded": (OFFLOADED, {}),
+    "offloaded_k1": (OFFLOADED, {"images_per_class": 1, "class_prompt_folder": "mapped"}),
+    # with k = 1 a batch has all classes: the same one comes to several ranks within a step
+    "offloaded_accumulation": (OFFLOADED, {"gradient_accumulation_steps": 2, "images_per_class": 1}),
+    "offloaded_checkpointing": (OFFLOADED, {"gradient_checkpointing": True}),
+    "offloaded_nca": ({**OFFLOADED, "loss": "proxy_nca"}, {"max_grad_norm": 0.5}),
+    # with an epsilon that rounding errors of gradients near zero do not reach
+    "offloaded_adamw": (OFFLOADED, {"optim": "adamw_torch", "adam_epsilon": 1e-2, "weight_decay": 0.1}),
 }
 GLOBAL_BATCH = 12
 
@@ -41,11 +50,10 @@ def run_all(data, backbone, output):
     for name, (model_fields, training_fields) in RUNS.items():
         args = VPTSPTrainingArguments(
             str(output / name),
-            **{"images_per_class": 2, **training_fields},
+            # plain SGD: AdamW turns rounding errors of gradients near zero into full steps
+            **{"images_per_class": 2, "optim": "sgd", **training_fields},
             max_steps=20,
             logging_steps=1,
-            # plain SGD: AdamW turns rounding errors of gradients near zero into full steps
-            optim="sgd",
             learning_rate=2e-3,
             proxy_learning_rate=1e-2,
             eval_strategy="no",
@@ -56,6 +64,8 @@ def run_all(data, backbone, output):
             per_device_train_batch_size=12,
         )
         args.per_device_train_batch_size = GLOBAL_BATCH // args.world_size
+        if args.class_prompt_folder is not None:
+            args.class_prompt_folder = str(output / args.class_prompt_folder)
         torch.manual_seed(0)
         fields = {"num_classes": train.num_classes, "embedding_dim": 12, "num_prompts": 3, "num_class_prompts": 2}
         model = VPTSPForMetricLearning.from_backbone(backbone, **{**fields, **model_fields})
@@ -65,6 +75,9 @@ def run_all(data, backbone, output):
         losses = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         metrics = trainer.evaluate()
         final = {key: value.contiguous() for key, value in model.state_dict().items()}
+        if model.offloaded_class_prompts is not None:
+            final["class_prompts"] = model.class_prompts.tokens
+            final |= {f"class_prompts.{name}": state for name, state in model.class_prompts.states.items()}
         final |= {"embeddings": embeddings, "labels": labels, "loss": losses}
         final["map_at_r"] = torch.tensor(metrics["eval_map_at_r"])
         save_file(final, output / f"{name}-{args.process_index}.safetensors")
