@@ -339,7 +339,7 @@ def test_saved_models_bring_their_class_prompts(tmp_path):
     assert torch.equal(loaded.class_prompts.tokens, model.class_prompts.tokens)
     with pytest.raises(ValueError, match=r"has unknown class_prompts\.tokens|lacks class_prompts\.tokens"):
         VPTSPForMetricLearning.from_pretrained(tmp_path, class_prompt_store="dense")
-    with pytest.raises(ValueError, match=r"can't be pushed: push model\.retriever"):
+    with pytest.raises(ValueError, match="save_pretrained does not push"):
         model.save_pretrained(tmp_path, push_to_hub=True)
     (tmp_path / "class_prompts.safetensors").unlink()
     with pytest.raises(OSError, match=r"class_prompts\.safetensors"):

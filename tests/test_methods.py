@@ -271,7 +271,7 @@ def test_trains_a_small_model(name, twelve_layers, tmp_path, quick_collection):
     training_args.per_device_train_batch_size = 4 * training_args.images_per_class
     small = {"backbone": str(twelve_layers), "backbone_config": None, "embedding_dim": 10, "adapter_dim": 6}
     dataset = Noise(training_args, image_size=16)
-    model = train.build_model({**model_fields, **small}, dataset.num_classes)
+    model = train.build_model({**model_fields, **small}, dataset.num_classes, 16)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     trainer = train_steps(model, training_args, dataset, tmp_path, steps=2)
     assert trainer.state.global_step == 2
@@ -316,7 +316,7 @@ def test_any_backbone_and_any_option(twelve_layers):
     model_fields, *_ = train.parse_arguments(
         [str(CONFIGS["table1/adapter"]), *options, "--lora_targets", "fc1", "fc2"]
     )
-    model = train.build_model(model_fields, num_classes=3)
+    model = train.build_model(model_fields, num_classes=3, image_size=16)
     config = model.config
     assert (config.num_prompts, config.prompt_depth, config.bitfit) == (4, 12, True)
     assert (config.adapter_layers, config.adapter_mode, config.lora_targets) == (7, "sequential", ["fc1", "fc2"])
