@@ -12,7 +12,6 @@ PROXY_HEADS = ("own", "shared")
 PROXY_UPDATES = ("gru_relu", "gru", "mean", "none")
 PROXY_NORMALIZATIONS = ("per_step", "per_batch")
 PROXY_RANGES = ("all", "batch")
-LOSSES = ("proxy_anchor", "proxy_nca")
 PROXY_ANCHOR_REDUCTIONS = ("all_classes", "batch_positives")
 
 
@@ -57,9 +56,14 @@ class VPTSPConfig(PreTrainedConfig):
         rnn_dropout: Dropout on S before it is normalised.
         proxy_bias_ratio: Share (a) of the original proxies (O) in the proxies, `Q = normalise((1 - a) * S + a * O)`.
         proxy_range: Compare embeddings with the proxies of `all` classes, or of the `batch`'s classes.
-        loss: `proxy_anchor` or `proxy_nca`.
-        loss_alpha: Scale (alpha) of the loss.
-        loss_delta: Margin (delta) of the loss.
+        loss: `proxy_anchor` or `proxy_nca`; `recall_at_k` or `hyperbolic`, which compare images with each other and
+            need `proxy_update` `none`, since they have no proxies; `pml.<Name>`, a loss of pytorch-metric-learning,
+            likewise; or one that `register_loss` made known.
+        loss_alpha: Scale (alpha) of `proxy_anchor` and `proxy_nca`.
+        loss_delta: Margin (delta) of the same.
+        loss_kwargs: Keywords of any other loss, as a mapping (on the command line: JSON).
+        miner: `pml.<Name>`, a miner of pytorch-metric-learning for a loss of it. None: all pairs.
+        miner_kwargs: Keywords of the miner.
         proxy_anchor_reduction: Average the positive term over `all_classes` compared with (the released runs), or
             over the classes that are present (`batch_positives`, the Proxy-Anchor paper).
 
@@ -99,6 +103,9 @@ class VPTSPConfig(PreTrainedConfig):
     loss: str = "proxy_anchor"
     loss_alpha: float = 32.0
     loss_delta: float = 0.1
+    loss_kwargs: dict | None = None
+    miner: str | None = None
+    miner_kwargs: dict | None = None
     proxy_anchor_reduction: str = "all_classes"
 
     def __post_init__(self, **kwargs):
@@ -126,6 +133,11 @@ class VPTSPConfig(PreTrainedConfig):
         for field in ("proxy_keep", "proxy_bias_ratio"):
             _require(self, field, lambda value: 0 <= value <= 1, "in [0, 1]")
         _require(self, "loss_alpha", lambda value: value > 0, "> 0")
+        # which losses there are is for the training model to know: a retriever loads where its loss is not installed
+        _require(self, "loss", lambda value: isinstance(value, str), "the name of a loss")
+        _require(self, "miner", lambda v: v is None or v.startswith("pml."), "None or pml.<Name>")
+        for field in ("loss_kwargs", "miner_kwargs"):
+            _require(self, field, lambda v: v is None or isinstance(v, dict), "None or a mapping")
         for field, choices in _CHOICES.items():
             _require(self, field, lambda value, choices=choices: value in choices, "one of " + ", ".join(choices))
         for field in ("prompt_depth", "class_prompt_depth"):
@@ -160,7 +172,6 @@ _CHOICES = {
     "proxy_update": PROXY_UPDATES,
     "proxy_normalization": PROXY_NORMALIZATIONS,
     "proxy_range": PROXY_RANGES,
-    "loss": LOSSES,
     "proxy_anchor_reduction": PROXY_ANCHOR_REDUCTIONS,
 }
 
@@ -173,7 +184,7 @@ def _require(config, field, accepts, expected):
     value = getattr(config, field)
     try:
         accepted = accepts(value)
-    except TypeError:
+    except (AttributeError, TypeError):
         accepted = False
     if not accepted:
         raise ValueError(f"{field} must be {expected}, got {value!r}")

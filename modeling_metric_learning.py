@@ -1,4 +1,4 @@
-"""Training model of VPTSP: the retriever with class prompts, semantic proxies and a proxy loss.
+"""Training model of VPTSP: the retriever with class prompts, semantic proxies and a loss.
 
 Shapes: B images, M classes in a batch, C training classes, E embedding width.
 """
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
 from .configuration_vptsp import VPTSPConfig
+from .loss_registry_vptsp import build_criterion, check_loss
 from .losses_vptsp import proxy_anchor_loss, proxy_nca_loss
 from .modeling_vptsp import EmbeddingHead, VPTSPModel, VPTSPPreTrainedModel
 from .proxies_vptsp import ClassGroups, ClassPrompts, SemanticProxies, group_by_class
@@ -74,12 +76,16 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
 
     `forward` is pure: it returns the proxy state's new rows, and `commit_proxies` writes them once the backward pass
     is over, so that recomputation, gradient accumulation and evaluation can't corrupt the state.
+
+    With a loss that compares images with each other there are no proxies. `criterion` holds a loss that is not one of
+    `losses_vptsp.py`, with its parameters, if it has any.
     """
 
     def __init__(self, config: VPTSPConfig):
         super().__init__(config)
         if config.num_classes is None:
             raise ValueError("num_classes must be set for training, got None")
+        check_loss(config)
         self.vptsp = VPTSPModel(config)
         if config.proxy_update != "none":
             self.class_prompts = ClassPrompts(
@@ -90,7 +96,9 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
             )
             if config.proxy_head == "own":
                 self.proxy_head = EmbeddingHead(config.pooled_dim, config.embedding_dim)
-        self.proxies = SemanticProxies(config)
+        self.criterion = build_criterion(config)
+        if self.criterion is None or self.criterion.takes == "proxies":
+            self.proxies = SemanticProxies(config)
         self.post_init()
         self.freeze_backbone()
 
@@ -116,11 +124,13 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
         tokens = self.vptsp.embed_patches(pixel_values, interpolate_pos_encoding)
         semantic_pass = labels is not None and self.config.proxy_update != "none"
         first_layer = self.vptsp.project_first_layer(tokens) if semantic_pass else None
-        embeddings = self.vptsp.head(self.vptsp.encode(tokens, self.vptsp.prompts(), first_layer=first_layer))
-        embeddings = self.vptsp.embedding_dropout(embeddings)
+        features = self.vptsp.head.project(self.vptsp.encode(tokens, self.vptsp.prompts(), first_layer=first_layer))
+        embeddings = self.vptsp.embedding_dropout(F.normalize(features, dim=-1))
         if labels is None:
             return VPTSPMetricLearningOutput(embeddings=embeddings, pooler_output=embeddings)
         self._check_labels(labels, len(embeddings), trusted=images_per_class is not None)
+        if self.criterion is not None and self.criterion.takes != "proxies":
+            return self._compare_images(features, embeddings, labels, gather)
         groups = group_by_class(labels, images_per_class)
 
         vectors, rows = None, None
@@ -146,7 +156,18 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
             proxy_rows=rows,
         )
 
+    def _compare_images(self, features, embeddings, labels, gather):
+        """Output of a loss that compares images with each other."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            inputs = features if self.criterion.takes == "features" else embeddings
+            if gather:
+                inputs, labels = _GatherRows.apply(inputs), _GatherRows.apply(labels)
+            loss = self.criterion(inputs, labels)
+        return VPTSPMetricLearningOutput(loss=loss, embeddings=embeddings, pooler_output=embeddings)
+
     def _loss(self, similarity, targets, groups):
+        if self.criterion is not None:
+            return self.criterion(similarity, targets)
         config = self.config
         if config.loss == "proxy_nca":
             return proxy_nca_loss(similarity, targets, config.loss_alpha, config.loss_delta)

@@ -73,9 +73,13 @@ class EmbeddingHead(nn.Module):
         self.norm = nn.LayerNorm(pooled_dim)
         self.projection = nn.Linear(pooled_dim, embedding_dim)
 
+    def project(self, pooled):
+        """`(B, pooled_dim)` -> `(B, E)`, not yet normalised, in float32 or wider."""
+        return at_least_float32(self.projection(self.norm(pooled)))
+
     def forward(self, pooled):
         """`(B, pooled_dim)` -> `(B, E)`, L2-normalised, in float32 or wider."""
-        return F.normalize(at_least_float32(self.projection(self.norm(pooled))), dim=-1)
+        return F.normalize(self.project(pooled), dim=-1)
 
 
 def at_least_float32(tensor):

@@ -29,6 +29,8 @@ from vptsp.data_scripts import DataArguments, DataError, check_data_arguments
 
 # Fields of VPTSPConfig that follow from the data or the backbone and so are nobody's to set.
 _DERIVED = ("num_classes", "backbone_fingerprint")
+# Mappings, which the command line gives as JSON.
+_MAPPINGS = ("backbone_config", "loss_kwargs", "miner_kwargs")
 
 
 @dataclass
@@ -56,7 +58,7 @@ def model_arguments_class():
     help_texts = _documented_fields(VPTSPConfig)
     columns = []
     for item in own:
-        kind = "str | None" if item.name == "backbone_config" else item.type
+        kind = "str | None" if item.name in _MAPPINGS else item.type
         default = None if item.default is MISSING else item.default
         columns.append((item.name, kind, field(default=default, metadata={"help": help_texts[item.name]})))
     return make_dataclass("ModelArguments", columns)
@@ -100,11 +102,13 @@ def parse_arguments(argv):
     except ValueError as error:
         raise ConfigError(str(error)) from error
     model_fields = vars(model_args)
-    if isinstance(model_fields["backbone_config"], str):
-        try:
-            model_fields["backbone_config"] = json.loads(model_fields["backbone_config"])
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"backbone_config must be JSON with a model_type: {error}") from error
+    for name in _MAPPINGS:
+        if isinstance(model_fields[name], str):
+            try:
+                model_fields[name] = json.loads(model_fields[name])
+            except json.JSONDecodeError as error:
+                holds = "JSON with a model_type" if name == "backbone_config" else "a JSON mapping"
+                raise ConfigError(f"{name} must be {holds}: {error}") from error
     return model_fields, training_args, data_args, run_args
 
 
@@ -137,6 +141,8 @@ def check_run(model_fields, training_args, data_args, run_args):
     """
     from transformers import AutoConfig
 
+    from vptsp.loss_registry_vptsp import check_loss
+
     check_data_arguments(data_args)
     backbone = model_fields["backbone"]
     if backbone is None and model_fields["backbone_config"] is None:
@@ -146,8 +152,8 @@ def check_run(model_fields, training_args, data_args, run_args):
     if backbone is not None and Path(backbone).is_dir():
         model_fields = {**model_fields, "backbone_config": AutoConfig.from_pretrained(backbone)}
     try:
-        VPTSPConfig(**model_fields)
-    except ValueError as error:
+        check_loss(VPTSPConfig(**model_fields))
+    except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
     _check_output(Path(training_args.output_dir), training_args.resume_from_checkpoint, run_args.overwrite_output)
 
@@ -219,9 +225,7 @@ def print_summary(summary, images, training_args):
         f"tuned             {summary['tuned_parameters']:,} of {summary['retriever_parameters']:,} parameters "
         f"({summary['tuned_share']:.2%}), {summary['shipped_megabytes']:.2f} MB to ship"
     )
-    print(
-        f"for training only {summary['training_only_parameters']:,} parameters (class prompts, proxies, their update)"
-    )
+    print(f"for training only {summary['training_only_parameters']:,} parameters (class prompts, proxies, loss)")
     print(f"results           {training_args.output_dir}", flush=True)
 
 
