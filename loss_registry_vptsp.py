@@ -149,8 +149,8 @@ def construct(name: str, build: Callable[..., Any], given: Mapping[str, Any], av
     filled = {keyword: available[keyword] for keyword in needed if keyword in available}
     try:
         return build(**{**filled, **given})
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"{name}: {error}") from error
+    except Exception as error:  # a library's classes raise all kinds
+        raise ValueError(f"{name}: {error or type(error).__name__}") from error
 
 
 def constructor_parameters(build) -> dict[str, Any]:
@@ -192,6 +192,8 @@ class Criterion(nn.Module):
         self.config = config
         self.takes = find_loss(config.loss).takes
         self.function = self._build()
+        # `from_pretrained` passes over modules without a tensor of their own, but `init_weights` must be called
+        self.register_buffer("_unsaved", torch.empty(0), persistent=False)
 
     def _build(self):
         with torch.device("cpu"):  # `from_pretrained` works on a device without values

@@ -25,6 +25,21 @@ RUNS = {
     "batch_positives": ({"proxy_anchor_reduction": "batch_positives", "bitfit": False}, {}),
     "accumulation": ({}, {"gradient_accumulation_steps": 2}),
     "checkpointing": ({}, {"gradient_checkpointing": True}),
+    "recall_at_k": ({"loss": "recall_at_k", "proxy_update": "none"}, {}),
+    "hyperbolic": ({"loss": "hyperbolic", "proxy_update": "none"}, {}),
+    "pml_miner": (
+        {"loss": "pml.ContrastiveLoss", "miner": "pml.MultiSimilarityMiner", "proxy_update": "none"},
+        {},
+    ),
+    "pml_parameters": ({"loss": "pml.ProxyAnchorLoss", "proxy_update": "none"}, {"images_per_class": 1}),
+    "pml_memory": (
+        {
+            "loss": "pml.CrossBatchMemory",
+            "loss_kwargs": {"loss": "pml.ContrastiveLoss", "memory_size": 30},
+            "proxy_update": "none",
+        },
+        {},
+    ),
 }
 GLOBAL_BATCH = 12
 
