@@ -9,6 +9,8 @@ Shapes: B images, N tokens (CLS + patches), P prompts, D width, H heads, M disti
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from transformers import AutoModel
@@ -21,14 +23,19 @@ class ViTFamily:
     A family is everything `prompted_forward` knows of a backbone: how to build it, how to embed an image, and for each
     layer its norms, its queries, keys and values, its attention output and its MLP. To support another family, write
     these methods for it and add it to `FAMILIES`.
+
+    Attributes:
+        num_prefix_tokens: Tokens in front of those of the patches.
+        model_options: Arguments of the model class. Retrieval does not use a pooling layer.
     """
 
     num_prefix_tokens = 1
+    model_options: ClassVar = {"add_pooling_layer": False}
 
-    @staticmethod
-    def build(config) -> nn.Module:
-        """Backbone with random weights and without the pooling layer, which retrieval does not use."""
-        return AutoModel.from_config(config, add_pooling_layer=False)
+    @classmethod
+    def build(cls, config) -> nn.Module:
+        """Backbone with random weights."""
+        return AutoModel.from_config(config, **cls.model_options)
 
     @staticmethod
     def embed(backbone, pixel_values, interpolate_pos_encoding=False):

@@ -42,6 +42,8 @@ class VPTSPConfig(PreTrainedConfig):
         embedding_dim: Width of the embeddings (E).
         embedding_dropout: Dropout on the normalised embeddings while training.
         bitfit: Tune every bias of the backbone.
+        tuning: A further tuning method, one that `register_tuning` made known. None: none.
+        tuning_kwargs: Its keywords, as a mapping (on the command line: JSON).
         num_classes: Number of training classes (C); only training needs it.
         num_class_prompts: Prompt tokens that each class has of its own in the first layer, for the semantic pass.
         class_prompt_depth: Number of layers with class prompts; None means all of them.
@@ -87,6 +89,8 @@ class VPTSPConfig(PreTrainedConfig):
     embedding_dim: int = 384
     embedding_dropout: float = 0.0
     bitfit: bool = True
+    tuning: str | None = None
+    tuning_kwargs: dict | None = None
 
     num_classes: int | None = None
     num_class_prompts: int = 3
@@ -136,7 +140,7 @@ class VPTSPConfig(PreTrainedConfig):
         # which losses there are is for the training model to know: a retriever loads where its loss is not installed
         _require(self, "loss", lambda value: isinstance(value, str), "the name of a loss")
         _require(self, "miner", lambda v: v is None or v.startswith("pml."), "None or pml.<Name>")
-        for field in ("loss_kwargs", "miner_kwargs"):
+        for field in ("loss_kwargs", "miner_kwargs", "tuning_kwargs"):
             _require(self, field, lambda v: v is None or isinstance(v, dict), "None or a mapping")
         for field, choices in _CHOICES.items():
             _require(self, field, lambda value, choices=choices: value in choices, "one of " + ", ".join(choices))

@@ -24,6 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logg
 
 from .backbones_vptsp import family_of, project_tokens, prompted_forward
 from .configuration_vptsp import VPTSPConfig
+from .tuning_vptsp import add_tuning
 
 
 # Arguments of `from_pretrained` that say where files are, and so go to every look-up on the Hub.
@@ -121,7 +122,7 @@ def load_backbone(config, folder=None, **hub_kwargs):
             source,
             revision=config.backbone_revision or "main",
             output_loading_info=True,
-            add_pooling_layer=False,
+            **family_of(config.backbone_config).model_options,
             **hub_kwargs,
         )
     except OSError as error:
@@ -376,6 +377,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
         self.prompts = Prompts(config.prompt_lengths, config.num_prompts, config.backbone_config.hidden_size)
         self.head = EmbeddingHead(config.pooled_dim, config.embedding_dim)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        add_tuning(self)
         self.post_init()
         self.freeze_backbone()
 

@@ -30,7 +30,7 @@ from vptsp.data_scripts import DataArguments, DataError, check_data_arguments
 # Fields of VPTSPConfig that follow from the data or the backbone and so are nobody's to set.
 _DERIVED = ("num_classes", "backbone_fingerprint")
 # Mappings, which the command line gives as JSON.
-_MAPPINGS = ("backbone_config", "loss_kwargs", "miner_kwargs")
+_MAPPINGS = ("backbone_config", "loss_kwargs", "miner_kwargs", "tuning_kwargs")
 
 
 @dataclass

@@ -19,6 +19,7 @@ from .data_scripts.sampler import ClassBalancedBatchSampler
 from .data_scripts.streaming import StreamedImages
 from .data_scripts.torch_dataset import UNREADABLE_LABEL, collate_images
 from .eval.metrics import retrieval_metrics
+from .eval.registry import registered_metrics
 from .loss_registry_vptsp import find_loss
 
 
@@ -259,6 +260,7 @@ class VPTSPTrainer(Trainer):
         num_images = len(labels)
         (embeddings, labels), gallery = _readable(embeddings, labels), _readable(*gallery)
         metrics = retrieval_metrics(embeddings, labels, *gallery, recall_at=tuple(self.args.recall_at))
+        metrics |= registered_metrics(embeddings, labels, *gallery)
         if self._extra_metrics is not None:
             metrics |= self._extra_metrics(EvalPrediction(predictions=embeddings.numpy(), label_ids=labels.numpy()))
         metrics["num_unreadable"] = num_images - len(labels)
@@ -270,8 +272,10 @@ class VPTSPTrainer(Trainer):
 
     def evaluate_backbone(self, eval_dataset=None, metric_key_prefix="frozen"):
         """Retrieval metrics of the backbone alone, without prompts or head: the line to beat. Before training."""
-        if self.model.config.bitfit and self.state.global_step > 0:
-            raise ValueError("the backbone's biases have been tuned: evaluate_backbone must come before training")
+        config = self.model.config
+        if (config.bitfit or config.tuning is not None) and self.state.global_step > 0:
+            tuned = "biases have" if config.bitfit else f"layers have, by {config.tuning!r},"
+            raise ValueError(f"the backbone's {tuned} been tuned: evaluate_backbone must come before training")
         self._backbone_only = True
         try:
             return self.evaluate(eval_dataset, metric_key_prefix=metric_key_prefix)
