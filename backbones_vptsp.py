@@ -9,12 +9,26 @@ Shapes: B images, N tokens (CLS + patches), P prompts, D width, H heads, M disti
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .linear_vptsp import fast_linear
+
+
+class PromptKeyValue(NamedTuple):
+    """Prompts of one layer as all that the layer makes of them: keys and values.
+
+    Attributes:
+        key: `(H, P, D / H)`, shared by all images, or `(M, H, P, D / H)`.
+        value: Likewise.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
 
 
 class ViTFamily:
@@ -57,16 +71,21 @@ class ViTFamily:
 
     @staticmethod
     def query(layer, normed):
-        return _split_heads(layer.attention.q_proj(normed), layer.attention.head_dim)
+        return _split_heads(fast_linear(layer.attention.q_proj, normed), layer.attention.head_dim)
 
     @staticmethod
     def key_value(layer, normed):
         """Keys and values of normed tokens `(..., T, D)`, each `(..., H, T, D / H)`."""
         attention = layer.attention
         return (
-            _split_heads(attention.k_proj(normed), attention.head_dim),
-            _split_heads(attention.v_proj(normed), attention.head_dim),
+            _split_heads(fast_linear(attention.k_proj, normed), attention.head_dim),
+            _split_heads(fast_linear(attention.v_proj, normed), attention.head_dim),
         )
+
+    @staticmethod
+    def key_value_modules(layer):
+        """The modules whose weights turn prompts into keys and values."""
+        return layer.layernorm_before, layer.attention.k_proj, layer.attention.v_proj
 
     @staticmethod
     def attend(layer, query, key, value):
@@ -74,12 +93,14 @@ class ViTFamily:
         attention = layer.attention
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, _eager_attention)
         attended, _ = interface(attention, query, key, value, None, dropout=0.0, scaling=attention.scaling)
-        return attention.o_proj(attended.flatten(2))
+        return fast_linear(attention.o_proj, attended.flatten(2))
 
     @staticmethod
     def feed_forward(layer, hidden):
         """Norm and MLP, without the residual."""
-        return layer.mlp(layer.layernorm_after(hidden))
+        mlp = layer.mlp
+        expanded = mlp.activation_fn(fast_linear(mlp.fc1, layer.layernorm_after(hidden)))
+        return fast_linear(mlp.fc2, expanded)
 
 
 FAMILIES = {"vit": ViTFamily}
@@ -106,6 +127,11 @@ def project_tokens(family, layer, hidden, num_queries=None):
     return query, *family.key_value(layer, normed)
 
 
+def project_prompts(family, layer, prompts):
+    """Keys and values of prompt tokens `(P, D)` or `(M, P, D)` in one layer: a [`PromptKeyValue`]."""
+    return PromptKeyValue(*family.key_value(layer, family.attention_norm(layer, prompts)))
+
+
 def prompted_forward(family, backbone, hidden, prompts, prompt_rows=None, prefix_only=False, first_layer=None):
     """Run the layers of a backbone with prompts in front of its tokens (VPT-deep).
 
@@ -115,6 +141,7 @@ def prompted_forward(family, backbone, hidden, prompts, prompt_rows=None, prefix
         hidden: `(B, N, D)`, output of `family.embed`.
         prompts: Prompt tokens of the first layers: `(P_i, D)` each where all images share them, or `(M, P_i, D)`
             with a set for each group of images. P_i may be 0, and layers past the end of the sequence have none.
+            Where they are known already, [`PromptKeyValue`] instead.
         prompt_rows: `(B,)` int64, the set of each image; needed with `(M, P_i, D)`.
         prefix_only: Only the prefix tokens (CLS) of the last layer are wanted, so only they are computed.
         first_layer: `project_tokens` of the first layer, where it is known already.
@@ -124,7 +151,7 @@ def prompted_forward(family, backbone, hidden, prompts, prompt_rows=None, prefix
     """
     layers = family.layers(backbone)
     for index, layer in enumerate(layers):
-        layer_prompts = prompts[index] if index < len(prompts) and prompts[index].shape[-2] else None
+        layer_prompts = prompts[index] if index < len(prompts) and _number(prompts[index]) else None
         num_queries = family.num_prefix_tokens if prefix_only and index == len(layers) - 1 else None
         projected = first_layer if index == 0 and num_queries is None else None
         arguments = (family, layer, hidden, layer_prompts, prompt_rows, num_queries, projected)
@@ -138,12 +165,18 @@ def prompted_forward(family, backbone, hidden, prompts, prompt_rows=None, prefix
 def _prompted_layer(family, layer, hidden, prompts, prompt_rows, num_queries, projected):
     query, key, value = project_tokens(family, layer, hidden, num_queries) if projected is None else projected
     if prompts is not None:
-        prompt_key, prompt_value = family.key_value(layer, family.attention_norm(layer, prompts.to(hidden.dtype)))
-        key = torch.cat([_per_image(prompt_key, prompt_rows, len(hidden)), key], dim=2)
-        value = torch.cat([_per_image(prompt_value, prompt_rows, len(hidden)), value], dim=2)
+        if not isinstance(prompts, PromptKeyValue):
+            prompts = project_prompts(family, layer, prompts.to(hidden.dtype))
+        key = torch.cat([_per_image(prompts.key, prompt_rows, len(hidden)), key], dim=2)
+        value = torch.cat([_per_image(prompts.value, prompt_rows, len(hidden)), value], dim=2)
     hidden = hidden if num_queries is None else hidden[:, :num_queries]
     hidden = hidden + family.attend(layer, query, key, value)
     return hidden + family.feed_forward(layer, hidden)
+
+
+def _number(prompts):
+    """P, of tokens or of what became of them."""
+    return (prompts.key if isinstance(prompts, PromptKeyValue) else prompts).shape[-2]
 
 
 def _per_image(heads, prompt_rows, batch_size):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 
 
-def proxy_anchor_loss(similarity, targets, alpha=32.0, delta=0.1, reduction="all_classes", num_present=None):
+def proxy_anchor_loss(
+    similarity, targets, alpha=32.0, delta=0.1, reduction="all_classes", num_present=None, others=(0, 0.0)
+):
     """Proxy-Anchor loss (Kim et al., "Proxy Anchor Loss for Deep Metric Learning", CVPR 2020, equation 4).
 
     For every proxy c, over the images b of its class and over those of other classes,
@@ -21,16 +23,19 @@ def proxy_anchor_loss(similarity, targets, alpha=32.0, delta=0.1, reduction="all
         targets: `(B,)` int64, the column of each image's class.
         alpha: Scale, > 0.
         delta: Margin.
-        reduction: `all_classes` averages both terms over all M proxies; `batch_positives` averages the positive term
+        reduction: `all_classes` averages both terms over all proxies; `batch_positives` averages the positive term
             over the classes that have an image in the batch, as in the paper.
         num_present: Number of classes in the batch, where known; saves counting them.
+        others: How many more proxies there are, none of an image's class, and the sum of their negative terms; see
+            [`others_per_class`].
 
     Returns:
         Scalar, >= 0.
     """
-    num_proxies = similarity.shape[1]
+    num_others, other_negatives = others
+    num_proxies = similarity.shape[1] + num_others
     own = similarity.gather(1, targets[:, None]).squeeze(1)
-    positive = _log1p_sum_exp_by_class(-alpha * (own - delta), targets, num_proxies)
+    positive = _log1p_sum_exp_by_class(-alpha * (own - delta), targets, similarity.shape[1])
     negative = log1p_sum_exp(_others(alpha * (similarity + delta), targets), dim=0)
     if reduction == "all_classes":
         positives = num_proxies
@@ -38,10 +43,10 @@ def proxy_anchor_loss(similarity, targets, alpha=32.0, delta=0.1, reduction="all
         positives = num_present if num_present is not None else targets.unique().numel()
     else:
         raise ValueError(f"reduction must be all_classes or batch_positives, got {reduction!r}")
-    return positive.sum() / positives + negative.mean()
+    return positive.sum() / positives + (negative.sum() + other_negatives) / num_proxies
 
 
-def proxy_nca_loss(similarity, targets, alpha=32.0, delta=0.1):
+def proxy_nca_loss(similarity, targets, alpha=32.0, delta=0.1, others=None):
     """Proxy-NCA in the masked log-sum-exp form of Proxy-Anchor: sums over proxies per image, mean over images.
 
         positive_b = log(1 + exp(-alpha * (s[b, y_b] - delta)))
@@ -49,11 +54,17 @@ def proxy_nca_loss(similarity, targets, alpha=32.0, delta=0.1):
 
     After Movshovitz-Attias et al., "No Fuss Distance Metric Learning using Proxies", ICCV 2017.
 
-    Args and returns: as for [`proxy_anchor_loss`].
+    Args and returns: as for [`proxy_anchor_loss`], but for
+
+        others: `(B,)`, of each image, the log of the sum over further proxies, none of its class, of the exponentials;
+            see [`others_per_image`].
     """
     own = similarity.gather(1, targets[:, None])
     positive = log1p_sum_exp(-alpha * (own - delta), dim=1)
-    negative = log1p_sum_exp(_others(alpha * (similarity + delta), targets), dim=1)
+    exponents = _others(alpha * (similarity + delta), targets)
+    if others is not None:
+        exponents = torch.cat([exponents, others[:, None]], dim=1)
+    negative = log1p_sum_exp(exponents, dim=1)
     return (positive + negative).mean()
 
 

@@ -16,6 +16,7 @@ from .configuration_vptsp import VPTSPConfig
 from .loss_registry_vptsp import build_criterion, check_loss
 from .losses_vptsp import proxy_anchor_loss, proxy_nca_loss
 from .modeling_vptsp import EmbeddingHead, VPTSPModel, VPTSPPreTrainedModel
+from .other_classes_vptsp import others_per_class, others_per_image
 from .proxies_vptsp import ClassGroups, ClassPrompts, SemanticProxies, group_by_class
 
 
@@ -27,7 +28,8 @@ class VPTSPMetricLearningOutput(ModelOutput):
         loss: Scalar, where labels were given.
         embeddings: `(B, E)` float32, L2-normalised (before the embedding dropout's zeros, if any).
         pooler_output: The same tensor.
-        similarity: `(B, C)` or, with `proxy_range="batch"`, `(B, M)` cosine similarity of embeddings and proxies.
+        similarity: `(B, M)` cosine similarity of embeddings and the proxies of the batch's classes; a registered loss
+            with `proxy_range="all"` has those of all classes, `(B, C)`.
         semantic_vectors: `(B, E)` of the semantic pass, L2-normalised.
         proxy_classes: `(M,)` int64, classes of the batch.
         proxy_rows: `(M, E)` their new rows of the proxy state, to be committed after the backward pass.
@@ -143,9 +145,14 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
                 rows = self.proxies.new_rows(vectors, groups)
             if gather:
                 embeddings, labels, rows, groups = _gather_batches(embeddings, labels, rows, groups)
-            proxies = self.proxies.proxies(groups.classes, rows, self.config.proxy_range)
+            # the model's own losses go through the other classes in parts; others get what they are to compare with
+            compared = "batch" if self.criterion is None else self.config.proxy_range
+            proxies = self.proxies.proxies(groups.classes, rows, compared)
             similarity = embeddings @ proxies.to(embeddings.dtype).T
-            loss = self._loss(similarity, labels if self.config.proxy_range == "all" else groups.rows, groups)
+            if self.criterion is None:
+                loss = self._loss(embeddings, similarity, groups)
+            else:
+                loss = self.criterion(similarity, labels if compared == "all" else groups.rows)
         return VPTSPMetricLearningOutput(
             loss=loss,
             embeddings=embeddings,
@@ -165,19 +172,23 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
             loss = self.criterion(inputs, labels)
         return VPTSPMetricLearningOutput(loss=loss, embeddings=embeddings, pooler_output=embeddings)
 
-    def _loss(self, similarity, targets, groups):
-        if self.criterion is not None:
-            return self.criterion(similarity, targets)
-        config = self.config
+    def _loss(self, embeddings, similarity, groups):
+        config, proxies = self.config, self.proxies
+        num_others = config.num_classes - len(groups.classes) if config.proxy_range == "all" else 0
+        state = proxies.state if config.proxy_update != "none" else None
+        with_others = (proxies.original_proxies, state, config.proxy_bias_ratio, groups.classes)
+        scale = (config.loss_alpha, config.loss_delta)
         if config.loss == "proxy_nca":
-            return proxy_nca_loss(similarity, targets, config.loss_alpha, config.loss_delta)
+            others = others_per_image(embeddings, *with_others, *scale) if num_others else None
+            return proxy_nca_loss(similarity, groups.rows, *scale, others=others)
+        others = others_per_class(embeddings, *with_others, *scale) if num_others else 0.0
         return proxy_anchor_loss(
             similarity,
-            targets,
-            config.loss_alpha,
-            config.loss_delta,
-            config.proxy_anchor_reduction,
+            groups.rows,
+            *scale,
+            reduction=config.proxy_anchor_reduction,
             num_present=len(groups.classes),
+            others=(num_others, others),
         )
 
     def _check_labels(self, labels, batch_size, trusted):

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
 
-from .backbones_vptsp import family_of, project_tokens, prompted_forward
+from .backbones_vptsp import family_of, project_prompts, project_tokens, prompted_forward
 from .configuration_vptsp import VPTSPConfig
 from .tuning_vptsp import add_tuning
 
@@ -378,6 +378,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
         self.head = EmbeddingHead(config.pooled_dim, config.embedding_dim)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         add_tuning(self)
+        self._kept_prompts = None
         self.post_init()
         self.freeze_backbone()
 
@@ -397,7 +398,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
             ValueError: `pixel_values` is missing, of a wrong shape or not floating point.
         """
         tokens = self.embed_patches(pixel_values, interpolate_pos_encoding)
-        embeddings = self.embedding_dropout(self.head(self.encode(tokens, self.prompts())))
+        embeddings = self.embedding_dropout(self.head(self.encode(tokens, self.prompts_for_inference())))
         output = VPTSPModelOutput(embeddings=embeddings, pooler_output=embeddings)
         return output if return_dict is not False else output.to_tuple()
 
@@ -409,6 +410,35 @@ class VPTSPModel(VPTSPPreTrainedModel):
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values must be normalised floats, got {pixel_values.dtype}")
         return self.family.embed(self.backbone, pixel_values, interpolate_pos_encoding)
+
+    def prompts_for_inference(self):
+        """The shared prompts: tokens while they are tuned, else their keys and values, computed once and kept.
+
+        Kept until a weight that they come from, its dtype or its device changes.
+        """
+        tokens = self.prompts()
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not tokens:
+            return tokens
+        layers = self.family.layers(self.backbone)[: len(tokens)]
+        # a tuning method may act on prompts too: all that is tuned beside the backbone counts
+        sources = [p for name, part in self.named_children() if name != "backbone" for p in part.parameters()]
+        sources += [p for layer in layers for m in self.family.key_value_modules(layer) for p in m.parameters()]
+        if any(source.is_inference() for source in sources):  # has no version to tell a change by
+            return tokens
+        device = tokens[0].device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        state = [autocast, *((p.data_ptr(), p._version, p.dtype, p.device) for p in sources)]
+        if self._kept_prompts is None or self._kept_prompts[0] != state:
+            kept = [
+                project_prompts(self.family, layer, layer_tokens)
+                for layer, layer_tokens in zip(layers, tokens, strict=True)
+            ]
+            self._kept_prompts = (state, kept)
+        return self._kept_prompts[1]
+
+    def _apply(self, fn, recurse=True):
+        self._kept_prompts = None  # a change of dtype or device moves weights without a new version
+        return super()._apply(fn, recurse)
 
     def project_first_layer(self, tokens):
         """What every pass over the same tokens computes in the first layer, to be given to `encode`.

@@ -23,8 +23,11 @@ from pathlib import Path
 
 import yaml
 
-from vptsp.configuration_vptsp import VPTSPConfig
+from vptsp.command_help import documented_fields, help_text, option_groups
 from vptsp.data_scripts import DataArguments, DataError, check_data_arguments
+
+
+USAGE = "%(prog)s [CONFIG.yaml] [--FIELD VALUE ...]"
 
 
 # Fields of VPTSPConfig that follow from the data or the backbone and so are nobody's to set.
@@ -53,27 +56,18 @@ def model_arguments_class():
     """A dataclass of the fields of `VPTSPConfig` that a user may set, for `HfArgumentParser`."""
     from transformers import PreTrainedConfig
 
+    from vptsp.configuration_vptsp import VPTSPConfig
+
     inherited = {item.name for item in fields(PreTrainedConfig)} | set(_DERIVED)
     own = [item for item in fields(VPTSPConfig) if item.name not in inherited]
-    help_texts = _documented_fields(VPTSPConfig)
+    help_texts = documented_fields(VPTSPConfig.__doc__)
     columns = []
     for item in own:
         kind = "str | None" if item.name in _MAPPINGS else item.type
         default = None if item.default is MISSING else item.default
-        columns.append((item.name, kind, field(default=default, metadata={"help": help_texts[item.name]})))
+        text = help_texts[item.name].replace("%", "%%")
+        columns.append((item.name, kind, field(default=default, metadata={"help": text})))
     return make_dataclass("ModelArguments", columns)
-
-
-def _documented_fields(cls) -> dict[str, str]:
-    """Field -> text, from the `Args` section of a class's docstring."""
-    texts, name = {}, None
-    for line in cls.__doc__.split("Args:")[1].split("Raises:")[0].splitlines():
-        if line.startswith(" " * 8) and not line.startswith(" " * 9):
-            name, _, text = line.strip().partition(": ")
-            texts[name] = text
-        elif name is not None and line.strip():
-            texts[name] += " " + line.strip()
-    return {name: text.replace("%", "%%") for name, text in texts.items()}
 
 
 def parse_arguments(argv):
@@ -87,9 +81,7 @@ def parse_arguments(argv):
     from vptsp.training_args_vptsp import VPTSPTrainingArguments
 
     classes = (model_arguments_class(), VPTSPTrainingArguments, DataArguments, RunArguments)
-    parser = HfArgumentParser(
-        classes, prog="train.py", usage="%(prog)s [CONFIG.yaml] [--FIELD VALUE ...]", description=__doc__
-    )
+    parser = HfArgumentParser(classes, prog="train.py", usage=USAGE)
     known = {item.name for cls in classes for item in fields(cls) if item.init}
     if argv and not argv[0].startswith("-"):
         values = read_config(argv[0], known)
@@ -141,6 +133,7 @@ def check_run(model_fields, training_args, data_args, run_args):
     """
     from transformers import AutoConfig
 
+    from vptsp.configuration_vptsp import VPTSPConfig
     from vptsp.loss_registry_vptsp import check_loss
 
     check_data_arguments(data_args)
@@ -190,6 +183,7 @@ def _check_output(folder, resume, overwrite):
 
 def build_model(model_fields, num_classes):
     """The training model, on pretrained weights or (with `backbone_config` alone) on random ones."""
+    from vptsp.configuration_vptsp import VPTSPConfig
     from vptsp.modeling_metric_learning import VPTSPForMetricLearning
 
     values = {**model_fields, "num_classes": num_classes}
@@ -409,6 +403,9 @@ def run(model_fields, training_args, data_args, run_args, command):
 def main(argv=None):
     """Entry point; exit status 2 and one line on stderr where the configuration can't work."""
     argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(help_text("train.py", USAGE, __doc__, option_groups(_DERIVED, RunArguments)))
+        return
     try:
         arguments = parse_arguments(argv)
         check_run(*arguments)

@@ -20,6 +20,7 @@ from .data_scripts.streaming import StreamedImages
 from .data_scripts.torch_dataset import UNREADABLE_LABEL, collate_images
 from .eval.metrics import retrieval_metrics
 from .eval.registry import registered_metrics
+from .half_precision_vptsp import frozen_weights_in
 from .loss_registry_vptsp import find_loss
 
 
@@ -118,6 +119,12 @@ class VPTSPTrainer(Trainer):
             "prefetch_factor": self.args.dataloader_prefetch_factor,
         }
 
+    def _prepare_input(self, data):
+        """Move to the device; a copy from pinned memory need not wait for the step before."""
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device, non_blocking=data.is_pinned())
+        return super()._prepare_input(data)
+
     def _prepare_inputs(self, inputs):
         """Move a batch to the device and normalise uint8 images there, as the image processor does, bit for bit."""
         inputs = super()._prepare_inputs(inputs)
@@ -128,6 +135,14 @@ class VPTSPTrainer(Trainer):
         return inputs
 
     # ---- Training
+
+    def train(self, *args, **kwargs):
+        """As `Trainer.train`; with mixed precision, frozen weights are in the half precision meanwhile."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        if self.model.config.save_backbone:  # checkpoints hold the backbone, in full precision
+            dtype = None
+        with frozen_weights_in(dtype, self.model):
+            return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs, images_per_class=self.args.images_per_class, gather=self.args.world_size > 1)
@@ -170,7 +185,7 @@ class VPTSPTrainer(Trainer):
         optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         options["weight_decay"] = self.args.weight_decay
         if optimizer_cls is torch.optim.SGD:
-            options.setdefault("momentum", self.args.sgd_momentum)
+            options |= {"momentum": self.args.sgd_momentum, "fused": True}
         self.optimizer = optimizer_cls([group for group in groups if group["params"]], **options)
         return self.optimizer
 

@@ -29,6 +29,7 @@ def encode(model, pixel_values, tokens_of_layers, prompt_rows=None):
 
 def forward(model, pixel_values, labels, images_per_class):
     """`VPTSPForMetricLearning.forward` with both passes done naively; the same outputs to rounding."""
+    from vptsp.losses_vptsp import proxy_anchor_loss
     from vptsp.modeling_metric_learning import VPTSPMetricLearningOutput
     from vptsp.proxies_vptsp import group_by_class
 
@@ -39,6 +40,6 @@ def forward(model, pixel_values, labels, images_per_class):
     vectors = model.proxy_head(encode(retriever, pixel_values, prompts, groups.rows))
     with torch.autocast(embeddings.device.type, enabled=False):
         rows = model.proxies.new_rows(vectors, groups)
-        proxies = model.proxies.proxies(groups.classes, rows, model.config.proxy_range)
-        loss = model._loss(embeddings @ proxies.T, labels, groups)
+        proxies = model.proxies.proxies(groups.classes, rows)
+        loss = proxy_anchor_loss(embeddings @ proxies.T, labels, model.config.loss_alpha, model.config.loss_delta)
     return VPTSPMetricLearningOutput(loss=loss, embeddings=embeddings, proxy_classes=groups.classes, proxy_rows=rows)

@@ -98,7 +98,9 @@ def test_tuning_method(backbone_folder, tmp_path):
     added = [name for name in model.tuned_names() if name.startswith("scale_and_shift.")]
     assert len(added) == 2 * (2 * 4 + 1)  # two norms in each of four layers, and the last
     model(pixel_values).embeddings[0].sum().backward()
+    model.eval()
     with torch.no_grad():
+        model(pixel_values)  # keeps what it made of the prompts, until something below changes
         for part in model.scale_and_shift:
             assert part.scale.grad.abs().sum() > 0
             part.scale.uniform_(0.5, 2)
@@ -110,7 +112,9 @@ def test_tuning_method(backbone_folder, tmp_path):
         for norm, part in zip(norms, model.scale_and_shift, strict=True):
             norm.weight.mul_(part.scale)
             norm.bias.mul_(part.scale).add_(part.shift)
-    torch.testing.assert_close(model(pixel_values).embeddings, plain(pixel_values).embeddings, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model(pixel_values).embeddings, plain(pixel_values).embeddings, rtol=1e-4, atol=1e-5
+        )
 
     model.save_pretrained(tmp_path / "saved")
     loaded = VPTSPModel.from_pretrained(tmp_path / "saved")

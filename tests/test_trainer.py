@@ -197,7 +197,11 @@ def test_bfloat16_autocast_is_close(backbone_folder, tmp_path, train_dataset):
         model = make_model(backbone_folder)
         args = make_args(tmp_path, bf16=bf16, learning_rate=1e-3)
         trainer = VPTSPTrainer(model=model, args=args, train_dataset=train_dataset)
+        frozen, seen = model.vptsp.backbone.layers[0].mlp.fc1.weight, set()
+        model.register_forward_pre_hook(lambda *_, frozen=frozen, seen=seen: seen.add(frozen.dtype))
         trainer.train()
+        assert seen == {torch.bfloat16 if bf16 else torch.float32}
+        assert frozen.dtype == torch.float32
         losses[bf16] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert model.proxies.state.dtype == torch.float32
         assert model.vptsp.prompts.tokens.dtype == torch.float32
