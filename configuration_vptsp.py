@@ -19,7 +19,6 @@ PROXY_HEADS = ("own", "shared")
 PROXY_UPDATES = ("gru_relu", "gru", "mean", "none")
 PROXY_NORMALIZATIONS = ("per_step", "per_batch")
 PROXY_RANGES = ("all", "batch")
-LOSSES = ("proxy_anchor", "proxy_nca")
 PROXY_ANCHOR_REDUCTIONS = ("all_classes", "batch_positives")
 
 # Class prompts up to this size (in float32) are dense where `class_prompt_store` is `auto`. With gradient and the
@@ -70,6 +69,8 @@ class VPTSPConfig(PreTrainedConfig):
         lora_rank: Rank of LoRA matrices beside linear layers of the backbone (needs the package peft); 0 for none.
         lora_alpha: Their product is scaled by `lora_alpha / lora_rank`.
         lora_targets: Names of the linear layers with LoRA; None for `q_proj` and `v_proj` (queries and values).
+        tuning: A further tuning method, one that `register_tuning` made known. None: none.
+        tuning_kwargs: Its keywords, as a mapping (on the command line: JSON).
         num_classes: Number of training classes (C); only training needs it.
         num_class_prompts: Prompt tokens that each class has of its own in the first layer, for the semantic pass.
         class_prompt_depth: Number of layers with class prompts; None means all of them (`shallow`: the first).
@@ -86,9 +87,14 @@ class VPTSPConfig(PreTrainedConfig):
         rnn_dropout: Dropout on S before it is normalised.
         proxy_bias_ratio: Share (a) of the original proxies (O) in the proxies, `Q = normalise((1 - a) * S + a * O)`.
         proxy_range: Compare embeddings with the proxies of `all` classes, or of the `batch`'s classes.
-        loss: `proxy_anchor` or `proxy_nca`.
-        loss_alpha: Scale (alpha) of the loss.
-        loss_delta: Margin (delta) of the loss.
+        loss: `proxy_anchor` or `proxy_nca`; `recall_at_k` or `hyperbolic`, which compare images with each other and
+            need `proxy_update` `none`, since they have no proxies; `pml.<Name>`, a loss of pytorch-metric-learning,
+            likewise; or one that `register_loss` made known.
+        loss_alpha: Scale (alpha) of `proxy_anchor` and `proxy_nca`.
+        loss_delta: Margin (delta) of the same.
+        loss_kwargs: Keywords of any other loss, as a mapping (on the command line: JSON).
+        miner: `pml.<Name>`, a miner of pytorch-metric-learning for a loss of it. None: all pairs.
+        miner_kwargs: Keywords of the miner.
         proxy_anchor_reduction: Average the positive term over `all_classes` compared with (the released runs), or
             over the classes that are present (`batch_positives`, the Proxy-Anchor paper).
         format_version: Version of the saved format; older ones are read, newer ones refused.
@@ -123,6 +129,8 @@ class VPTSPConfig(PreTrainedConfig):
     lora_rank: int = 0
     lora_alpha: float = 8.0
     lora_targets: list[str] | None = None
+    tuning: str | None = None
+    tuning_kwargs: dict | None = None
 
     num_classes: int | None = None
     num_class_prompts: int = 3
@@ -140,6 +148,9 @@ class VPTSPConfig(PreTrainedConfig):
     loss: str = "proxy_anchor"
     loss_alpha: float = 32.0
     loss_delta: float = 0.1
+    loss_kwargs: dict | None = None
+    miner: str | None = None
+    miner_kwargs: dict | None = None
     proxy_anchor_reduction: str = "all_classes"
 
     format_version: int = 1
@@ -187,6 +198,11 @@ class VPTSPConfig(PreTrainedConfig):
             _require(self, field, lambda value: 0 <= value <= 1, "in [0, 1]")
         for field in ("loss_alpha", "adapter_scale", "lora_alpha"):
             _require(self, field, lambda value: value > 0, "> 0")
+        # which losses there are is for the training model to know: a retriever loads where its loss is not installed
+        _require(self, "loss", lambda value: isinstance(value, str), "the name of a loss")
+        _require(self, "miner", lambda v: v is None or v.startswith("pml."), "None or pml.<Name>")
+        for field in ("loss_kwargs", "miner_kwargs", "tuning_kwargs"):
+            _require(self, field, lambda v: v is None or isinstance(v, dict), "None or a mapping")
         for field, choices in _CHOICES.items():
             _require(self, field, lambda value, choices=choices: value in choices, "one of " + ", ".join(choices))
         for field in ("prompt_depth", "class_prompt_depth"):
@@ -223,7 +239,7 @@ class VPTSPConfig(PreTrainedConfig):
     @property
     def changes_backbone(self) -> bool:
         """Whether tuning changes what the backbone alone computes."""
-        return self.tune_backbone or self.bitfit or self.lora_rank > 0
+        return self.tune_backbone or self.bitfit or self.lora_rank > 0 or self.tuning is not None
 
     @property
     def prompt_lengths(self) -> tuple[int, ...]:
@@ -263,7 +279,6 @@ _CHOICES = {
     "proxy_update": PROXY_UPDATES,
     "proxy_normalization": PROXY_NORMALIZATIONS,
     "proxy_range": PROXY_RANGES,
-    "loss": LOSSES,
     "proxy_anchor_reduction": PROXY_ANCHOR_REDUCTIONS,
 }
 
@@ -276,7 +291,7 @@ def _require(config, field, accepts, expected):
     value = getattr(config, field)
     try:
         accepted = accepts(value)
-    except TypeError:
+    except (AttributeError, TypeError):
         accepted = False
     if not accepted:
         raise ValueError(f"{field} must be {expected}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Training model of VPTSP: the retriever with class prompts, semantic proxies and a proxy loss.
+"""Training model of VPTSP: the retriever with class prompts, semantic proxies and a loss.
 
 Shapes: B images, M classes in a batch, C training classes, E embedding width.
 """
@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
 from .class_prompts_vptsp import CLASS_PROMPTS_NAME, OffloadedClassPrompts, build_class_prompts
 from .configuration_vptsp import VPTSPConfig
+from .loss_registry_vptsp import build_criterion, check_loss
 from .losses_vptsp import proxy_anchor_loss, proxy_nca_loss
 from .modeling_vptsp import VPTSPModel, VPTSPPreTrainedModel, embedding_head
 from .other_classes_vptsp import others_per_class, others_per_image
@@ -28,7 +30,8 @@ class VPTSPMetricLearningOutput(ModelOutput):
         loss: Scalar, where labels were given.
         embeddings: `(B, E)` float32, L2-normalised (before the embedding dropout's zeros, if any).
         pooler_output: The same tensor.
-        similarity: `(B, M)` cosine similarity of embeddings and the proxies of the batch's classes.
+        similarity: `(B, M)` cosine similarity of embeddings and the proxies of the batch's classes; a registered loss
+            with `proxy_range="all"` has those of all classes, `(B, C)`.
         semantic_vectors: `(B, E)` of the semantic pass, L2-normalised.
         proxy_classes: `(M,)` int64, classes of the batch.
         proxy_rows: `(M, E)` their new rows of the proxy state, to be committed after the backward pass.
@@ -77,18 +80,24 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
 
     `forward` is pure: it returns the proxy state's new rows, and `commit_proxies` writes them once the backward pass
     is over, so that recomputation, gradient accumulation and evaluation can't corrupt the state.
+
+    With a loss that compares images with each other there are no proxies. `criterion` holds a loss that is not one of
+    `losses_vptsp.py`, with its parameters, if it has any.
     """
 
     def __init__(self, config: VPTSPConfig):
         super().__init__(config)
         if config.num_classes is None:
             raise ValueError("num_classes must be set for training, got None")
+        check_loss(config)
         self.vptsp = VPTSPModel(config)
         if config.proxy_update != "none":
             self.class_prompts = build_class_prompts(config)
             if config.proxy_head == "own":
                 self.proxy_head = embedding_head(config)
-        self.proxies = SemanticProxies(config)
+        self.criterion = build_criterion(config)
+        if self.criterion is None or self.criterion.takes == "proxies":
+            self.proxies = SemanticProxies(config)
         self.post_init()
         self.freeze_backbone()
 
@@ -114,11 +123,13 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
         tokens = self.vptsp.embed_patches(pixel_values, interpolate_pos_encoding)
         semantic_pass = labels is not None and self.config.proxy_update != "none"
         first_layer = self.vptsp.project_first_layer(tokens) if semantic_pass else None
-        embeddings = self.vptsp.head(self.vptsp.encode(tokens, self.vptsp.prompts(), first_layer=first_layer))
-        embeddings = self.vptsp.embedding_dropout(embeddings)
+        features = self.vptsp.head.project(self.vptsp.encode(tokens, self.vptsp.prompts(), first_layer=first_layer))
+        embeddings = self.vptsp.embedding_dropout(F.normalize(features, dim=-1))
         if labels is None:
             return VPTSPMetricLearningOutput(embeddings=embeddings, pooler_output=embeddings)
         self._check_labels(labels, len(embeddings), trusted=images_per_class is not None)
+        if self.criterion is not None and self.criterion.takes != "proxies":
+            return self._compare_images(features, embeddings, labels, gather)
         groups = group_by_class(labels, images_per_class)
 
         vectors, rows = None, None
@@ -131,9 +142,14 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
                 rows = self.proxies.new_rows(vectors, groups)
             if gather:
                 embeddings, labels, rows, groups = _gather_batches(embeddings, labels, rows, groups)
-            proxies = self.proxies.proxies(groups.classes, rows, "batch")
+            # the model's own losses go through the other classes in parts; others get what they are to compare with
+            compared = "batch" if self.criterion is None else self.config.proxy_range
+            proxies = self.proxies.proxies(groups.classes, rows, compared)
             similarity = embeddings @ proxies.to(embeddings.dtype).T
-            loss = self._loss(embeddings, similarity, groups)
+            if self.criterion is None:
+                loss = self._loss(embeddings, similarity, groups)
+            else:
+                loss = self.criterion(similarity, labels if compared == "all" else groups.rows)
         return VPTSPMetricLearningOutput(
             loss=loss,
             embeddings=embeddings,
@@ -143,6 +159,15 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
             proxy_classes=groups.classes,
             proxy_rows=rows,
         )
+
+    def _compare_images(self, features, embeddings, labels, gather):
+        """Output of a loss that compares images with each other."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            inputs = features if self.criterion.takes == "features" else embeddings
+            if gather:
+                inputs, labels = _GatherRows.apply(inputs), _GatherRows.apply(labels)
+            loss = self.criterion(inputs, labels)
+        return VPTSPMetricLearningOutput(loss=loss, embeddings=embeddings, pooler_output=embeddings)
 
     def _loss(self, embeddings, similarity, groups):
         config, proxies = self.config, self.proxies

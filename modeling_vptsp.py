@@ -22,6 +22,7 @@ from .backbones_vptsp import append_prompts, family_of, project_prompts, project
 from .configuration_vptsp import VPTSPConfig
 from .lora_vptsp import add_lora
 from .pretrained_vptsp import VPTSPPreTrainedModel, backbone_fingerprint, load_backbone
+from .tuning_vptsp import add_tuning
 
 
 @dataclass
@@ -67,9 +68,13 @@ class EmbeddingHead(nn.Module):
         self.norm = nn.LayerNorm(pooled_dim)
         self.projection = nn.Linear(pooled_dim, embedding_dim)
 
+    def project(self, pooled):
+        """`(B, pooled_dim)` -> `(B, E)`, not yet normalised, in float32 or wider."""
+        return at_least_float32(self.projection(self.norm(pooled)))
+
     def forward(self, pooled):
         """`(B, pooled_dim)` -> `(B, E)`, L2-normalised, in float32 or wider."""
-        return F.normalize(at_least_float32(self.projection(self.norm(pooled))), dim=-1)
+        return F.normalize(self.project(pooled), dim=-1)
 
 
 class DistilledEmbeddingHead(EmbeddingHead):
@@ -81,11 +86,11 @@ class DistilledEmbeddingHead(EmbeddingHead):
         self.distillation_norm = nn.LayerNorm(pooled_dim)
         self.distillation_projection = nn.Linear(pooled_dim, embedding_dim)
 
-    def forward(self, pooled):
-        """`(B, 2, pooled_dim)` -> `(B, E)`, L2-normalised, in float32 or wider."""
+    def project(self, pooled):
+        """`(B, 2, pooled_dim)` -> `(B, E)`, not yet normalised, in float32 or wider."""
         from_cls = self.projection(self.norm(pooled[:, 0]))
         from_distillation = self.distillation_projection(self.distillation_norm(pooled[:, 1]))
-        return F.normalize((at_least_float32(from_cls) + at_least_float32(from_distillation)) / 2, dim=-1)
+        return (at_least_float32(from_cls) + at_least_float32(from_distillation)) / 2
 
 
 def embedding_head(config) -> EmbeddingHead:
@@ -119,6 +124,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
         self.prompts = Prompts(config.prompt_lengths, config.num_prompts, config.backbone_config.hidden_size)
         self.head = embedding_head(config)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        add_tuning(self)
         self._kept_prompts = None
         self.post_init()
         self.freeze_backbone()
@@ -174,7 +180,8 @@ class VPTSPModel(VPTSPPreTrainedModel):
         ):
             return tokens
         layers = self.family.layers(self.backbone)[: len(tokens)]
-        sources = [self.prompts.tokens]
+        # a tuning method may act on prompts too: all that is tuned beside the backbone counts
+        sources = [p for name, part in self.named_children() if name != "backbone" for p in part.parameters()]
         sources += [p for layer in layers for m in self.family.key_value_modules(layer) for p in m.parameters()]
         if any(source.is_inference() for source in sources):  # has no version to tell a change by
             return tokens

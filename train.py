@@ -33,6 +33,8 @@ USAGE = "%(prog)s [CONFIG.yaml] [--FIELD VALUE ...]"
 
 # Fields of VPTSPConfig that follow from the data or the backbone and so are nobody's to set.
 _DERIVED = ("num_classes", "backbone_fingerprint", "format_version")
+# Mappings, which the command line gives as JSON.
+_MAPPINGS = ("backbone_config", "loss_kwargs", "miner_kwargs", "tuning_kwargs")
 
 
 @dataclass
@@ -62,7 +64,7 @@ def model_arguments_class():
     help_texts = documented_fields(VPTSPConfig.__doc__)
     columns = []
     for item in own:
-        kind = "str | None" if item.name == "backbone_config" else item.type
+        kind = "str | None" if item.name in _MAPPINGS else item.type
         default = None if item.default is MISSING else item.default
         text = help_texts[item.name].replace("%", "%%")
         columns.append((item.name, kind, field(default=default, metadata={"help": text})))
@@ -93,11 +95,13 @@ def parse_arguments(argv):
     except ValueError as error:
         raise ConfigError(str(error)) from error
     model_fields = vars(model_args)
-    if isinstance(model_fields["backbone_config"], str):
-        try:
-            model_fields["backbone_config"] = json.loads(model_fields["backbone_config"])
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"backbone_config must be JSON with a model_type: {error}") from error
+    for name in _MAPPINGS:
+        if isinstance(model_fields[name], str):
+            try:
+                model_fields[name] = json.loads(model_fields[name])
+            except json.JSONDecodeError as error:
+                holds = "JSON with a model_type" if name == "backbone_config" else "a JSON mapping"
+                raise ConfigError(f"{name} must be {holds}: {error}") from error
     return model_fields, training_args, data_args, run_args
 
 
@@ -131,6 +135,7 @@ def check_run(model_fields, training_args, data_args, run_args):
         ConfigError or DataError: with the field or folder, and what was expected.
     """
     from vptsp.configuration_vptsp import VPTSPConfig
+    from vptsp.loss_registry_vptsp import check_loss
     from vptsp.open_backbone_vptsp import open_config, resized_config
 
     check_data_arguments(data_args)
@@ -145,7 +150,8 @@ def check_run(model_fields, training_args, data_args, run_args):
         config = VPTSPConfig(**model_fields)
         if config.backbone_config is not None:
             resized_config(config.backbone_config, data_args.image_size)
-    except ValueError as error:
+        check_loss(config)
+    except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
     if training_args.push_to_hub and not model_fields["save_backbone"] and backbone and Path(backbone).is_dir():
         raise ConfigError(

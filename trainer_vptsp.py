@@ -20,7 +20,9 @@ from .data_scripts.sampler import ClassBalancedBatchSampler
 from .data_scripts.streaming import StreamedImages
 from .data_scripts.torch_dataset import UNREADABLE_LABEL, collate_images
 from .eval.metrics import retrieval_metrics
+from .eval.registry import registered_metrics
 from .half_precision_vptsp import frozen_weights_in
+from .loss_registry_vptsp import find_loss
 from .offloading_vptsp import BatchesAhead, prepare_class_prompts
 from .sharing_vptsp import SharesRetriever
 
@@ -60,6 +62,7 @@ class VPTSPTrainer(SharesRetriever, Trainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         if train_dataset is not None:
             self._check_train_dataset()
+            self._check_loss()
         self._mean = torch.tensor(getattr(self.processing_class, "image_mean", None) or [0.5] * 3).view(3, 1, 1)
         self._std = torch.tensor(getattr(self.processing_class, "image_std", None) or [0.5] * 3).view(3, 1, 1)
         self._output = None
@@ -87,6 +90,11 @@ class VPTSPTrainer(SharesRetriever, Trainer):
                     f"got {int(labels.min())}..{int(labels.max())}"
                 )
         self._train_batch_sampler()  # says so now if batches can't be drawn
+
+    def _check_loss(self):
+        loss, images_per_class = self.model.config.loss, self.args.images_per_class
+        if images_per_class < (least := find_loss(loss).min_images_per_class):
+            raise ValueError(f"images_per_class must be >= {least} with the loss {loss!r}, got {images_per_class}")
 
     def _train_batch_sampler(self):
         args, dataset = self.args, self.train_dataset
@@ -201,17 +209,15 @@ class VPTSPTrainer(SharesRetriever, Trainer):
             )
 
     def create_optimizer(self, model=None):
-        """Two groups: the original proxies, with a learning rate of their own, and all else that is tuned."""
+        """Two groups: the original proxies and parameters of the loss, with a learning rate of their own, and all else
+        that is tuned."""
         if self.optimizer is not None:
             return self.optimizer
         model = self.model if model is None else model
         tuned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         groups = [
-            {"params": [p for name, p in tuned if not name.endswith("original_proxies")]},
-            {
-                "params": [p for name, p in tuned if name.endswith("original_proxies")],
-                "lr": self.args.proxy_learning_rate,
-            },
+            {"params": [p for name, p in tuned if not _is_proxy(name)]},
+            {"params": [p for name, p in tuned if _is_proxy(name)], "lr": self.args.proxy_learning_rate},
         ]
         optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         options["weight_decay"] = self.args.weight_decay
@@ -306,6 +312,7 @@ class VPTSPTrainer(SharesRetriever, Trainer):
         num_images = len(labels)
         (embeddings, labels), gallery = _readable(embeddings, labels), _readable(*gallery)
         metrics = retrieval_metrics(embeddings, labels, *gallery, recall_at=tuple(self.args.recall_at))
+        metrics |= registered_metrics(embeddings, labels, *gallery)
         if self._extra_metrics is not None:
             metrics |= self._extra_metrics(EvalPrediction(predictions=embeddings.numpy(), label_ids=labels.numpy()))
         metrics["num_unreadable"] = num_images - len(labels)
@@ -347,6 +354,11 @@ class VPTSPTrainer(SharesRetriever, Trainer):
 
     def _load_best_model(self):
         self.model.load_saved(self.state.best_model_checkpoint)
+
+
+def _is_proxy(name):
+    """Whether a parameter is the original proxies, or (weights and margins of classes) one of the loss."""
+    return name.endswith("original_proxies") or name.startswith("criterion.")
 
 
 class _OneTime:

@@ -17,7 +17,8 @@ class VPTSPTrainingArguments(TrainingArguments):
 
     Args:
         images_per_class: Images (k) of each class in a batch; the batch size must be divisible by it.
-        proxy_learning_rate: Learning rate of the original proxies; `learning_rate` is that of everything else.
+        proxy_learning_rate: Learning rate of the original proxies and of a loss's own parameters; `learning_rate` is
+            that of everything else.
         sgd_momentum: Momentum where `optim` is `sgd`.
         cosine_epochs: Epochs over which the learning rates fall to their minimum, where they stay; None for the whole
             run. Only with `lr_scheduler_type="cosine"`.
@@ -56,7 +57,9 @@ class VPTSPTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every tuned tensor is used."})
 
     images_per_class: int = field(default=2, metadata={"help": "Images (k) of each class in a batch."})
-    proxy_learning_rate: float = field(default=0.01, metadata={"help": "Of the original proxies."})
+    proxy_learning_rate: float = field(
+        default=0.01, metadata={"help": "Of the original proxies and a loss's parameters."}
+    )
     sgd_momentum: float = field(default=0.9, metadata={"help": "Momentum where optim is sgd."})
     cosine_epochs: float | None = field(
         default=None, metadata={"help": "Epochs of the cosine decay, after which the rates stay; default: all."}

@@ -22,14 +22,14 @@ class DatasetEntry(NamedTuple):
     """One data set.
 
     Attributes:
-        builder: `module:Class`, the module relative to this package.
+        builder: `module:Class`, the module relative to this package; or the class itself, for one from elsewhere.
         description: One line.
         options: The options that it takes, beside `data_dir`.
         data_dir: What `data_dir` is: `folder`, `folder or archive`, `folder or none`, or `none`.
         any_of: Paths in `data_dir` of which one must exist (a check that costs nothing); empty: not checked.
     """
 
-    builder: str
+    builder: str | type
     description: str
     options: tuple[str, ...] = ()
     data_dir: str = "folder"
@@ -149,7 +149,10 @@ def builder_class(name: str) -> type:
     Raises:
         DataError: there is no data set of this name.
     """
-    module, _, class_name = find_dataset(name).builder.partition(":")
+    builder = find_dataset(name).builder
+    if isinstance(builder, type):
+        return builder
+    module, _, class_name = builder.partition(":")
     return getattr(importlib.import_module(f".{module}", __package__), class_name)
 
 

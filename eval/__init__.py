@@ -36,6 +36,7 @@ _EXPORTS = {
     "pairwise_f1": "clustering",
     "r_precision": "metrics",
     "recall_at_k": "metrics",
+    "register_metric": "registry",
     "retrieval_metrics": "metrics",
     "retrieval_scores": "metrics",
     "save_neighbour_grid": "pictures",

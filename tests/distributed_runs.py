@@ -38,6 +38,22 @@ RUNS = {
     "offloaded_nca": ({**OFFLOADED, "loss": "proxy_nca"}, {"max_grad_norm": 0.5}),
     # with an epsilon that rounding errors of gradients near zero do not reach
     "offloaded_adamw": (OFFLOADED, {"optim": "adamw_torch", "adam_epsilon": 1e-2, "weight_decay": 0.1}),
+    # softer than by default: steep losses magnify rounding
+    "recall_at_k": ({"loss": "recall_at_k", "loss_kwargs": {"rank_temperature": 0.1}, "proxy_update": "none"}, {}),
+    "hyperbolic": ({"loss": "hyperbolic", "loss_kwargs": {"temperature": 1.0}, "proxy_update": "none"}, {}),
+    "pml_miner": (
+        {"loss": "pml.ContrastiveLoss", "miner": "pml.MultiSimilarityMiner", "proxy_update": "none"},
+        {},
+    ),
+    "pml_parameters": ({"loss": "pml.ProxyAnchorLoss", "proxy_update": "none"}, {"images_per_class": 1}),
+    "pml_memory": (
+        {
+            "loss": "pml.CrossBatchMemory",
+            "loss_kwargs": {"loss": "pml.ContrastiveLoss", "memory_size": 30},
+            "proxy_update": "none",
+        },
+        {},
+    ),
 }
 GLOBAL_BATCH = 12
 

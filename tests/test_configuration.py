@@ -59,7 +59,6 @@ def test_auto_config_with_remote_code(tmp_path):
         ("rnn_dropout", 1.0, r"rnn_dropout must be in \[0, 1\), got 1.0"),
         ("embedding_dropout", "much", "embedding_dropout must be .* got 'much'"),
         ("loss_alpha", 0, "loss_alpha must be > 0, got 0"),
-        ("loss", "triplet", "loss must be one of proxy_anchor, proxy_nca, got 'triplet'"),
         ("backbone_config", {"hidden_size": 4}, "backbone_config must hold a model_type .* got None"),
     ],
 )

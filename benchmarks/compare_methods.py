@@ -1,0 +1,262 @@
+"""All methods on one data set: every row of tables 1 and 2 with several seeds, one table and one plot out.
+
+    python benchmarks/compare_methods.py --output runs/compare --seeds 0 1 2 \\
+        --data_dir CUB_200_2011.tgz --backbone google/vit-base-patch16-224-in21k --num_train_epochs 5
+
+A row is a configuration of `configs/table1` and `configs/table2`, or one that `--configs` names. All other options go
+to `train.py` and win over every row's file. Each run is a process of its own and writes to `OUTPUT/<row>/seed-<n>/`,
+so the command can be stopped and given again: finished runs are kept, others go on from their last checkpoint, and
+failed ones are tried again. `OUTPUT/comparison.{md,json,png}` are written anew after every run.
+
+The weights of the last step are scored, not those that did best on the test classes (`--eval_strategy epoch` would
+choose so). Learning rates are those of the files, which were published for CUB at 224 pixels or chosen by us: on other
+data or for other lengths of training they favour nobody in particular, and no method is tuned.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLES = ("table1", "table2")
+SCORES = {"recall_at_1": "R@1", "recall_at_2": "R@2", "recall_at_4": "R@4", "map_at_r": "MAP@R"}
+# result of train.py -> column, divisor, decimals
+COSTS = {
+    "tuned_parameters": ("tuned (M)", 1e6, 3),
+    "training_only_parameters": ("training only (M)", 1e6, 3),
+    "shipped_megabytes": ("shipped (MB)", 1, 2),
+    "median_step_seconds": ("step (ms)", 1e-3, 0),
+    "peak_memory_megabytes": ("peak memory (MB)", 1, 0),
+}
+
+
+def run_command(config, seed, folder, overrides):
+    """Arguments of `train.py` for one run; later options win over earlier ones."""
+    fixed = ["--seed", str(seed), "--output_dir", str(folder)]
+    return [str(config), "--eval_strategy", "no", "--picture_queries", "0", *overrides, *fixed]
+
+
+def check_earlier_run(folder, arguments):
+    """Refuse a folder that holds a run with other options.
+
+    Raises:
+        ValueError: naming the folder and its options.
+    """
+    path = folder / "arguments.json"
+    if path.is_file() and (earlier := json.loads(path.read_text(encoding="utf-8"))) != arguments:
+        raise ValueError(
+            f"{folder} holds a run with other options; give another --output or remove it. "
+            f"They were: {shlex.join(earlier)}"
+        )
+
+
+def finish(folder, arguments, launch):
+    """Do one run, unless it is done already.
+
+    Args:
+        folder: Of the run.
+        arguments: Of `train.py`.
+        launch: Gets arguments and a log file, and returns the exit status.
+
+    Returns:
+        The run's results, or `{"failure": last line of its log}`.
+    """
+    results = folder / "all_results.json"
+    if not results.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "arguments.json").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
+        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+        resume = ["--resume_from_checkpoint", str(checkpoints[-1])] if checkpoints else []
+        status = launch([*arguments, *resume], folder / "log.txt")
+        if status != 0 or not results.is_file():
+            lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            return {"failure": lines[-1] if lines else f"exit status {status}"}
+    return json.loads(results.read_text(encoding="utf-8"))
+
+
+def launch_process(arguments, log):
+    """`train.py` in a process of its own, so that peak memory is the run's; everything it prints goes to `log`."""
+    with log.open("w", encoding="utf-8") as file:
+        command = [sys.executable, "-m", "vptsp.train", *arguments]
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def summarise(runs):
+    """One row of the table from the results of its seeds.
+
+    Returns:
+        Dict with `seeds` (number of finished runs), `failures` (their texts), and `mean` and `deviation` (of the
+        sample; None for one seed) of each score (0..1) and cost. `frozen` holds the untuned backbone's scores.
+    """
+    finished = [run for run in runs if "failure" not in run]
+    row = {"seeds": len(finished), "failures": [run["failure"] for run in runs if "failure" in run]}
+    if not finished:
+        return row
+    names = {f"final_{score}": score for score in SCORES} | {cost: cost for cost in COSTS}
+    row["frozen"] = {score: finished[0].get(f"frozen_{score}") for score in SCORES}
+    row["mean"], row["deviation"] = {}, {}
+    for key, name in names.items():
+        values = [run[key] for run in finished if run.get(key) is not None]
+        row["mean"][name] = statistics.mean(values) if values else None
+        row["deviation"][name] = statistics.stdev(values) if len(values) > 1 else None
+    return row
+
+
+def markdown(rows):
+    """The table, as text."""
+    header = ["method", "seeds", *SCORES.values(), *(title for title, *_ in COSTS.values())]
+    lines = [" | ".join(header), " | ".join("---" for _ in header)]
+    done = [row for row in rows.values() if row["seeds"]]
+    if done:
+        scores = [_score(done[0]["frozen"][score], None) for score in SCORES]
+        lines.append(" | ".join(["frozen backbone", "", *scores, *["0"] * 3, "", ""]))
+    for name, row in rows.items():
+        if not row["seeds"]:
+            lines.append(" | ".join([name, "failed", *[""] * (len(header) - 2)]))
+            continue
+        scores = [_score(row["mean"][score], row["deviation"][score]) for score in SCORES]
+        costs = [_cost(row["mean"][key], divisor, digits) for key, (_, divisor, digits) in COSTS.items()]
+        lines.append(" | ".join([name, str(row["seeds"]), *scores, *costs]))
+    text = "".join(f"| {line} |\n" for line in lines)
+    failures = [f"- {name}: {failure}\n" for name, row in rows.items() for failure in row["failures"]]
+    text += "\nScores in percent, ± standard deviation over seeds.\n"
+    return text + ("\nFailed runs:\n\n" + "".join(failures) if failures else "")
+
+
+def _score(mean, deviation):
+    if mean is None:
+        return ""
+    return f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+
+def _cost(value, divisor, digits):
+    return "" if value is None else f"{value / divisor:.{digits}f}"
+
+
+def plot(rows, path):
+    """R@1 and MAP@R against what is trained (shipped or for training only), with deviations over seeds."""
+    from matplotlib.figure import Figure
+
+    points = {name: row for name, row in rows.items() if row["seeds"]}
+    if not points:
+        return
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    for axes, score in zip(figure.subplots(1, 2), ("recall_at_1", "map_at_r"), strict=True):
+        bars = []
+        for name, row in points.items():
+            trained = row["mean"]["tuned_parameters"] + row["mean"]["training_only_parameters"]
+            mean, spread = 100 * row["mean"][score], 100 * (row["deviation"][score] or 0)
+            axes.errorbar(trained, mean, spread, fmt="o", capsize=3, color="#22557a", markersize=5)
+            bars.append((name, trained, mean - spread, mean, mean + spread))
+        frozen = 100 * next(iter(points.values()))["frozen"][score]
+        axes.axhline(frozen, color="#888888", linestyle="--", linewidth=1, label="frozen backbone")
+        axes.legend(loc="lower right")
+        axes.set(xscale="log", xlabel="trained parameters", ylabel=f"{SCORES[score]} (%)")
+        axes.margins(x=0.2, y=0.12)
+        axes.grid(alpha=0.3)
+        figure.draw_without_rendering()  # settles where everything is
+        _label(axes, bars)
+    figure.savefig(path, dpi=150)
+
+
+def _label(axes, bars):
+    """Names near their points, each at the nearest place where it covers neither a point, a bar nor another name.
+
+    Args:
+        bars: Of each point, its name, x, and the lower end, middle and upper end of its bar.
+    """
+    from matplotlib.transforms import Bbox
+
+    to_pixels, points_per_pixel = axes.transData.transform, 72 / axes.figure.dpi
+    taken = [Bbox([to_pixels((x, low)) - 6, to_pixels((x, high)) + 6]) for _, x, low, _, high in bars]
+    for name, x, _, y, _ in sorted(bars, key=lambda bar: -bar[3]):
+        text = axes.annotate(
+            name, (x, y), (0, 0), textcoords="offset points", va="center", ha="center", fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
+        )  # fmt: skip
+        box = text.get_window_extent()
+        places = []
+        for distance in range(8, 150, 6):
+            for turn in range(16):
+                right, up = math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)
+                shift = (right * (distance + box.width / 2), up * (distance + box.height / 2))
+                moved = box.translated(*shift)
+                covered = sum(moved.overlaps(other) for other in taken)
+                outside = sum(not axes.bbox.contains(*corner) for corner in (moved.min, moved.max))
+                places.append((covered + outside, math.hypot(*shift) - box.width / 2 * abs(right), shift, moved))
+        _, _, shift, moved = min(places, key=lambda place: place[:2])
+        text.set_position((shift[0] * points_per_pixel, shift[1] * points_per_pixel))
+        taken.append(moved)
+
+
+def find_configs(names):
+    """Configurations by row name.
+
+    Raises:
+        ValueError: there is none, a file is missing, or two have one name.
+    """
+    paths = [Path(name) for name in names] or [
+        p for t in TABLES for p in sorted((ROOT / "configs" / t).glob("*.yaml"))
+    ]
+    configs = {}
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"--configs: there is no file {path}")
+        if configs.setdefault(path.stem, path) is not path:
+            raise ValueError(f"--configs: {path} and {configs[path.stem]} would be one row")
+    if not configs:
+        raise ValueError(f"there is no configuration in {ROOT / 'configs'}/{{{','.join(TABLES)}}}")
+    return configs
+
+
+def compare(configs, seeds, output, overrides, launch=launch_process):
+    """Do all runs that are not done, and write table and plot after each.
+
+    Returns:
+        Row name -> what `summarise` says.
+    """
+    planned = {
+        (name, seed): run_command(path, seed, output / name / f"seed-{seed}", overrides)
+        for name, path in configs.items()
+        for seed in seeds
+    }
+    for (name, seed), arguments in planned.items():
+        check_earlier_run(output / name / f"seed-{seed}", arguments)
+    rows = {}
+    for name in configs:
+        runs = []
+        for seed in seeds:
+            folder = output / name / f"seed-{seed}"
+            runs.append(finish(folder, planned[name, seed], launch))
+            rows[name] = summarise(runs)
+            recall = runs[-1].get("final_recall_at_1", math.nan)
+            print(f"{name:<20} seed {seed}  R@1 {100 * recall:.2f}  {runs[-1].get('failure', '')}", flush=True)
+        (output / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        (output / "comparison.md").write_text(markdown(rows), encoding="utf-8")
+        plot(rows, output / "comparison.png")
+    return rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for runs, table and plot")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every row")
+    parser.add_argument("--configs", nargs="+", default=[], help="YAML files, a row each")
+    args, overrides = parser.parse_known_args(argv)
+    try:
+        rows = compare(find_configs(args.configs), args.seeds, args.output, overrides)
+    except ValueError as error:
+        parser.error(str(error))
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Metrics that every evaluation of the trainer computes beside its own, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+METRICS: dict[str, Callable] = {}
+
+
+def register_metric(name):
+    """Decorator: make a function a metric of every evaluation.
+
+    The function gets `query_embeddings (Q, E)` L2-normalised, `query_labels (Q,)`, and `gallery_embeddings (G, E)` and
+    `gallery_labels (G,)`, which are None where the queries are the gallery; it returns a float. In the results it is
+    `eval_<name>`, and `--metric_for_best_model <name>` chooses checkpoints by it.
+
+    Raises:
+        ValueError: the name is another metric's.
+    """
+
+    def register(function):
+        # a module that is run again may register its function again
+        if name in METRICS and METRICS[name].__qualname__ != function.__qualname__:
+            raise ValueError(f"there is a metric {name!r} already")
+        METRICS[name] = function
+        return function
+
+    return register
+
+
+def registered_metrics(query_embeddings, query_labels, gallery_embeddings=None, gallery_labels=None):
+    """All registered metrics of embeddings, as a dict of name and float."""
+    inputs = (query_embeddings, query_labels, gallery_embeddings, gallery_labels)
+    return {name: float(function(*inputs)) for name, function in METRICS.items()}
+
+
+__all__ = ["METRICS", "register_metric", "registered_metrics"]

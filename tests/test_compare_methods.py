@@ -1,0 +1,168 @@
+"""benchmarks/compare_methods.py on a tiny backbone, and the presets of table 2."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_vit_config
+from PIL import Image
+
+from vptsp import VPTSPConfig, VPTSPForMetricLearning, train
+from vptsp.loss_registry_vptsp import check_loss
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = sorted((ROOT / "configs" / "table2").glob("*.yaml"))
+SPEC = importlib.util.spec_from_file_location("compare_methods", ROOT / "benchmarks" / "compare_methods.py")
+compare_methods = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(compare_methods)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Six classes of four noisy colours."""
+    rng = np.random.default_rng(0)
+    for label in range(6):
+        folder = tmp_path / "images" / f"class{label}"
+        folder.mkdir(parents=True)
+        colour = rng.integers(40, 216, 3)
+        for i in range(4):
+            pixels = np.clip(colour + rng.normal(0, 25, (18, 18, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def overrides(images, backbone_folder, tmp_path):
+    """What makes a run of seconds of the presets of CUB."""
+    values = {
+        "dataset_name": "folder",
+        "data_dir": images,
+        "data_cache_dir": tmp_path / "cache",
+        "backbone": backbone_folder,
+        "image_size": 16,
+        "embedding_dim": 8,
+        "num_prompts": 2,
+        "per_device_train_batch_size": 4,
+        "images_per_class": 2,
+        "max_steps": 4,
+        "disable_tqdm": "true",
+    }
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))] + ["--use_cpu"]
+
+
+def launch(arguments, log, started):
+    """`train.py` in this process."""
+    started.append(arguments)
+    with log.open("w") as file, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(file):
+        try:
+            train.main(arguments)
+        except SystemExit as exit_info:
+            return exit_info.code
+    return 0
+
+
+def test_rows_and_seeds_become_a_table(overrides, tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("num_prompst: 3")
+    recall_at_k = ROOT / "configs" / "table2" / "recall_at_k.yaml"
+    configs = compare_methods.find_configs([str(recall_at_k), str(broken)])
+    output, started = tmp_path / "compare", []
+    rows = compare_methods.compare(configs, [0, 1], output, overrides, lambda *args: launch(*args, started))
+    assert len(started) == 4
+    results = [json.loads((output / "recall_at_k" / f"seed-{s}" / "all_results.json").read_text()) for s in (0, 1)]
+    assert [run["seed"] for run in results] == [0, 1]
+    scores = [run["final_map_at_r"] for run in results]
+    assert rows["recall_at_k"]["mean"]["map_at_r"] == pytest.approx(sum(scores) / 2)
+    assert rows["recall_at_k"]["deviation"]["map_at_r"] == pytest.approx(statistics.stdev(scores))
+    assert rows["recall_at_k"]["mean"]["training_only_parameters"] == 0
+    assert rows["broken"]["seeds"] == 0
+    table = (output / "comparison.md").read_text()
+    frozen = " | ".join(f"{100 * results[0][f'frozen_{name}']:.1f}" for name in compare_methods.SCORES)
+    assert f"| frozen backbone |  | {frozen} | 0 |" in table
+    mean, deviation = 100 * sum(scores) / 2, 100 * statistics.stdev(scores)
+    line = next(line for line in table.splitlines() if line.startswith("| recall_at_k | 2 |"))
+    assert f"| {mean:.1f} ± {deviation:.1f} |" in line
+    assert table.count("broken.yaml: there is no field 'num_prompst'; did you mean 'num_prompts'?") == 2
+    assert json.loads((output / "comparison.json").read_text()) == rows
+    assert Image.open(output / "comparison.png").size == (2100, 1050)
+
+    # once more: what is finished stays, what failed is tried again
+    again = compare_methods.compare(configs, [0, 1], output, overrides, lambda *args: launch(*args, started))
+    assert again == rows
+    assert [Path(arguments[0]).stem for arguments in started[4:]] == ["broken", "broken"]
+    with pytest.raises(ValueError, match=r"seed-0 holds a run with other options; .* --max_steps 4"):
+        compare_methods.compare(configs, [0], output, [*overrides, "--max_steps", "5"], launch)
+
+
+def test_interrupted_run_goes_on_from_its_checkpoint(overrides, tmp_path):
+    configs, started = compare_methods.find_configs([str(PRESETS[0])]), []
+    overrides = [*overrides, "--save_strategy", "steps", "--save_steps", "2"]
+    rows = compare_methods.compare(configs, [0], tmp_path / "whole", overrides, lambda *a: launch(*a, started))
+    folder = tmp_path / "whole" / PRESETS[0].stem / "seed-0"
+    (folder / "all_results.json").unlink()  # as if it had been stopped at its end
+    (folder / "checkpoint-4" / "model.safetensors").rename(tmp_path / "kept")
+    for path in sorted((folder / "checkpoint-4").rglob("*")):
+        path.unlink()
+    (folder / "checkpoint-4").rmdir()
+    resumed = compare_methods.compare(configs, [0], tmp_path / "whole", overrides, lambda *a: launch(*a, started))
+    assert started[1][-2:] == ["--resume_from_checkpoint", str(folder / "checkpoint-2")]
+    name = PRESETS[0].stem
+    assert resumed[name]["mean"]["map_at_r"] == rows[name]["mean"]["map_at_r"]
+    assert (tmp_path / "kept").read_bytes() == (folder / "checkpoint-4" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.distributed
+def test_a_run_is_a_process_and_its_failure_a_line(tmp_path):
+    configs = compare_methods.find_configs([str(PRESETS[0])])
+    rows = compare_methods.compare(configs, [3], tmp_path, ["--data_dir", "nowhere"])
+    assert rows[PRESETS[0].stem]["failures"][0].startswith("train.py: error: ")
+    assert "nowhere" in (tmp_path / "comparison.md").read_text()
+
+
+def test_configs_that_can_not_be_rows(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no file none\.yaml"):
+        compare_methods.find_configs(["none.yaml"])
+    twin = tmp_path / PRESETS[0].name
+    twin.write_text("")
+    with pytest.raises(ValueError, match="would be one row"):
+        compare_methods.find_configs([str(PRESETS[0]), str(twin)])
+    assert set(compare_methods.find_configs([])) >= {path.stem for path in PRESETS}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_of_table_2_parse_and_take_a_step(path):
+    model_fields, training_args, data_args, _ = train.parse_arguments([str(path)])
+    assert model_fields["loss"] == path.stem
+    assert data_args.dataset_name == "cub"
+    assert training_args.per_device_train_batch_size // training_args.images_per_class <= 100  # classes of CUB
+    fields = {**model_fields, "backbone": None, "backbone_config": tiny_vit_config(), "num_classes": 3}
+    check_loss(VPTSPConfig(**fields))
+    model = VPTSPForMetricLearning(VPTSPConfig(**fields))
+    model(torch.randn(6, 3, 16, 16), torch.arange(3).repeat_interleave(2), images_per_class=2).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_keywords_of_a_loss_from_the_command_line():
+    options = ["--loss", "hyperbolic", "--loss_kwargs", '{"temperature": 0.5}', "--proxy_update", "none"]
+    model_fields, *_ = train.parse_arguments(options)
+    assert model_fields["loss_kwargs"] == {"temperature": 0.5}
+    with pytest.raises(train.ConfigError, match="loss_kwargs must be a JSON mapping"):
+        train.parse_arguments(["--loss_kwargs", "temperature: 0.5"])
+
+
+def test_losses_that_can_not_work_are_refused_before_anything_is_loaded(overrides):
+    for options, message in {
+        ("--loss", "tripletloss"): "loss must be one of",
+        ("--loss", "hyperbolic", "--loss_kwargs", '{"tau": 0.5}'): "hyperbolic has no keyword 'tau'",
+        ("--proxy_update", "gru_relu"): "'hyperbolic' has no proxies: proxy_update must be none",
+    }.items():
+        arguments = train.parse_arguments([str(PRESETS[0]), *overrides, *options])
+        with pytest.raises(train.ConfigError, match=message):
+            train.check_run(*arguments)
