@@ -5,9 +5,10 @@
     python benchmarks/metrics.py --items 60000 --device cuda
 
 The pass is the least that any exact evaluation computes: for blocks of queries, the same for both, the similarities
-into memory that is used again, and the best of each row (as many as the largest class asks for). The contenders take turns, and medians of the rounds are compared. On the CPU, processor time is measured, so that other
-work on the machine counts for little. Memory is the growth of the peak of a process of its own, embeddings not
-counted. The data are clusters in 512 dimensions, without ties:
+into memory that is used again, and the best of each row (as many as the largest class asks for). The contenders take
+turns, and medians of the rounds are compared. On the CPU, processor time is measured, so that other work on the
+machine counts for little. Memory is what one call adds to that of a process of its own, at its peak. The data are
+clusters, without ties:
 
     own       items that search one another, 5 of each class
     mixed     the same with 2 to 1,001 items of a class (R from 1 to 1,000), as many classes of each order of magnitude
