@@ -112,7 +112,7 @@ def extra_megabytes(name, sets):
     CONTENDERS[name](*(part[:500] for part in sets))  # loads and starts what is needed
     before = psutil.Process().memory_info().rss
     CONTENDERS[name](*sets)
-    unit = 1 if sys.platform == "darwin" else 1e3  # of the peak
+    unit = 1 if sys.platform == "darwin" else 1024  # of the peak
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before) / 1e6
 
 
@@ -166,6 +166,7 @@ def print_row(row):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--items", type=int, default=20000, help="of each case")
     parser.add_argument("--accuracy_calculator_items", type=int, default=10000, help="0 leaves this comparison out")
     parser.add_argument("--width", type=int, default=512, help="of the embeddings")
@@ -182,8 +183,8 @@ def main():
         return
 
     print(f"{'case':<8} {'items':>7}  {'against':<20} {'vptsp s':>8} {'other s':>8}  ratio  extra memory, theirs")
-    cases = [("pass", case, args.items) for case in CASES]
-    cases += [("accuracy_calculator", case, args.accuracy_calculator_items) for case in CASES]
+    cases = [("pass", case, args.items) for case in args.cases]
+    cases += [("accuracy_calculator", case, args.accuracy_calculator_items) for case in args.cases]
     cases = [(against, case, items) for against, case, items in cases if items]
     # Memory first: a new process is born with its parent's peak, which must not hold embeddings yet.
     megabytes = [
