@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 
+EVAL_METRICS = ("retrieval", "all")
+
+
 @dataclass
 class VPTSPTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with what metric learning needs, and with defaults that suit it.
@@ -22,6 +25,9 @@ class VPTSPTrainingArguments(TrainingArguments):
             run. Only with `lr_scheduler_type="cosine"`.
         min_learning_rate: The minimum, for both learning rates.
         recall_at: The K of Recall@K.
+        eval_metrics: What evaluations compute: `retrieval` (Recall@K, MAP@R, R-precision), or `all`: mAP@1000, NMI
+            and F1 of k-means, distances and spectral decay as well, and confidence intervals.
+        bootstrap_samples: Of the 95 % confidence intervals that come with `all`; 0 for no intervals.
         stream_buffer_size: Rows that the class-balanced batches of a stream are drawn from; None for enough.
 
     Raises:
@@ -57,6 +63,10 @@ class VPTSPTrainingArguments(TrainingArguments):
     )
     min_learning_rate: float = field(default=0.0, metadata={"help": "Where the cosine decay ends, for both rates."})
     recall_at: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "The K of Recall@K."})
+    eval_metrics: str = field(default="retrieval", metadata={"help": "What evaluations compute: retrieval or all."})
+    bootstrap_samples: int = field(
+        default=2000, metadata={"help": "Of the confidence intervals that come with all metrics; 0 for none."}
+    )
     stream_buffer_size: int | None = field(
         default=None, metadata={"help": "Rows that a stream's batches are drawn from; by default enough."}
     )
@@ -71,6 +81,10 @@ class VPTSPTrainingArguments(TrainingArguments):
             )
         if not self.recall_at or min(self.recall_at) < 1:
             raise ValueError(f"recall_at must hold integers >= 1, got {self.recall_at}")
+        if self.eval_metrics not in EVAL_METRICS:
+            raise ValueError(f"eval_metrics must be one of {', '.join(EVAL_METRICS)}, got {self.eval_metrics!r}")
+        if self.bootstrap_samples < 0:
+            raise ValueError(f"bootstrap_samples must be >= 0, got {self.bootstrap_samples}")
         if self.cosine_epochs is not None and self.cosine_epochs <= 0:
             raise ValueError(f"cosine_epochs must be > 0, got {self.cosine_epochs}")
         for name in ("learning_rate", "proxy_learning_rate", "min_learning_rate", "sgd_momentum", "weight_decay"):
@@ -83,4 +97,4 @@ class VPTSPTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False
 
 
-__all__ = ["VPTSPTrainingArguments"]
+__all__ = ["EVAL_METRICS", "VPTSPTrainingArguments"]

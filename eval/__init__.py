@@ -20,6 +20,7 @@ _EXPORTS = {
     "class_distances": "geometry",
     "clustering_metrics": "clustering",
     "compare_paired": "intervals",
+    "compute_retrieval_metrics": "summary",
     "count_relevant": "metrics",
     "embedding_metrics": "summary",
     "geometry_metrics": "geometry",
