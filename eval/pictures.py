@@ -187,12 +187,13 @@ class ImageGrid:
         title: Line above the grid.
         dpi: Pixels per inch.
         gaps: Columns with a wider gap before them.
+        room: Inches left free to the right of the grid.
     """
 
-    def __init__(self, rows, columns, title=None, dpi=150, gaps=(1,)):
+    def __init__(self, rows, columns, title=None, dpi=150, gaps=(1,), room=0.0):
         self.head = _HEAD + (0.3 if title else 0.0)
         self.gaps = gaps
-        self.width = self.left(columns - 1) + _CELL + _MARGIN
+        self.width = self.left(columns - 1) + _CELL + _MARGIN + room
         self.height = 2 * _MARGIN + self.head + rows * (_CELL + _CAPTION) + (rows - 1) * _GAP / 2
         self.figure = new_figure(self.width, self.height, dpi)
         if title:

@@ -83,7 +83,7 @@ def test_run_from_configuration_to_reloaded_retriever(arguments, tmp_path, image
     assert results["steps"] == 2 * 3
     assert {"train_images": 15, "test_images": 15, "train_classes": 3}.items() <= results["dataset"].items()
     assert printed.count("frozen backbone") == 2
-    assert (output / "neighbours.png").is_file()
+    assert (output / "pictures" / "neighbours.png").is_file()
 
     reloaded = AutoModel.from_pretrained(output, trust_remote_code=True)
     processor = AutoImageProcessor.from_pretrained(output)
@@ -215,7 +215,7 @@ def test_streaming_scores_the_backbone_as_the_tables_do(arguments, tmp_path):
         output = tmp_path / f"run-{streaming}"
         train.main([*arguments, "--output_dir", str(output), "--streaming", str(streaming), "--picture_queries", "2"])
         results[streaming] = json.loads((output / "all_results.json").read_text())
-        assert (output / "neighbours.png").is_file()
+        assert (output / "pictures" / "neighbours.png").is_file()
     assert results[True]["frozen_map_at_r"] == results[False]["frozen_map_at_r"]
     assert results[True]["steps"] == results[False]["steps"] == 6
     assert results[True]["dataset"] == results[False]["dataset"]
@@ -256,4 +256,4 @@ def test_picture_needs_no_second_pass_and_takes_query_and_gallery(arguments, tmp
     monkeypatch.setattr(VPTSPTrainer, "embed", lambda self, *args: passes.append(args) or embed(self, *args))
     train.main([*arguments, "--data_dir", str(root), "--eval_strategy", "no", "--picture_queries", "2"])
     assert len(passes) == 4  # queries and gallery, before and after
-    assert (tmp_path / "run" / "neighbours.png").is_file()
+    assert (tmp_path / "run" / "pictures" / "neighbours.png").is_file()
