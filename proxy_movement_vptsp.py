@@ -19,9 +19,9 @@ class ProxyMovement(TrainerCallback):
 
     At every logging step, cosines of each class's
 
-        from_start     proxy Q with itself at the start of training
-        step           proxy Q with itself at the logging step before
-        state_step     state S with itself at the logging step before
+        proxy_start    proxy Q with itself at the start of training
+        proxy_before   proxy Q with itself at the logging step before
+        state_before   state S with itself at the logging step before
         state_original state S with the original proxy O
 
     the latter two only where there are semantic proxies. What is kept is their mean and quantiles over the classes. It
@@ -46,9 +46,9 @@ class ProxyMovement(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if control.should_log:
             now = _proxies(model)
-            cosines = {"from_start": (now["Q"], self._start["Q"]), "step": (now["Q"], self._before["Q"])}
+            cosines = {"proxy_start": (now["Q"], self._start["Q"]), "proxy_before": (now["Q"], self._before["Q"])}
             if "S" in now:
-                cosines |= {"state_step": (now["S"], self._before["S"]), "state_original": (now["S"], now["O"])}
+                cosines |= {"state_before": (now["S"], self._before["S"]), "state_original": (now["S"], now["O"])}
             summary = {name: _summary(F.cosine_similarity(*pair)) for name, pair in cosines.items()}
             self.records.append({"step": state.global_step, "epoch": state.epoch, **summary})
             self._before = now

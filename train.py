@@ -317,7 +317,7 @@ def step_timer():
     return StepTimer(), seconds
 
 
-def draw_pictures(folder, trainer, count):
+def draw_pictures(folder, trainer, frozen, count):
     """Pictures of the evaluation that `trainer` made last, and of its training; says which and where."""
     from vptsp.eval.run_pictures import EvaluatedImages, draw_run
     from vptsp.proxy_movement_vptsp import FILE_NAME, read_proxy_movement
@@ -328,7 +328,7 @@ def draw_pictures(folder, trainer, count):
         EvaluatedImages(trainer.eval_dataset, trainer.last_evaluated),
         trainer.model.retriever.eval(),
         trainer.processing_class,
-        trainer.state.log_history,
+        [{"step": 0, "epoch": 0.0, **frozen}, *trainer.state.log_history],
         read_proxy_movement(movement) if movement.is_file() else [],
         count=count,
         seed=trainer.args.seed,
@@ -419,7 +419,7 @@ def run(model_fields, training_args, data_args, run_args, command):
     (output / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"saved             {output}: retriever, all_results.json", flush=True)
     if run_args.picture_queries and trainer.is_world_process_zero():
-        draw_pictures(output / "pictures", trainer, run_args.picture_queries)
+        draw_pictures(output / "pictures", trainer, frozen, run_args.picture_queries)
     return results
 
 

@@ -14,7 +14,7 @@ from .pictures import COLOURS, font, new_figure, plain_axes, save_figure, shorte
 
 
 _SIDE, _GAP = 1.2, 0.08  # inches: an image's side, the space between two
-_LEFT, _RIGHT, _HEAD, _FOOT = 0.95, 0.75, 0.55, 2.05  # around the images: labels, colour bar, names, chart
+_LEFT, _RIGHT, _HEAD, _FOOT = 0.95, 0.8, 0.55, 2.05  # around the images: labels, colour bar, names, chart
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def save_attention(path, images, names, without, tuned, title=None, dpi=150):
 
     shown = _draw_maps(figure, add_axes, images, names, without, tuned)
     bar = add_axes(width - _RIGHT + 0.13, _HEAD + _SIDE + _GAP, 0.1, 2 * _SIDE + _GAP)
-    figure.colorbar(shown, cax=bar, extend="max")
+    figure.colorbar(shown, cax=bar, extend="both")
     bar.tick_params(labelsize=7)
-    bar.set_title("× uniform", fontproperties=font(7), pad=8)
+    bar.set_ylabel("× uniform attention", fontproperties=font(7.5))
     _draw_shares(add_axes(_LEFT, height - _FOOT + 0.5, width - _LEFT - _RIGHT, _FOOT - 0.95), tuned)
     return save_figure(figure, path)
 
@@ -137,7 +137,7 @@ def _draw_maps(figure, add_axes, images, names, without, tuned):
 
     last = [part.to_patches[:, -1] for part in (without, tuned)]
     maps = [(weights / weights.mean((1, 2), keepdim=True)).numpy() for weights in last]
-    scale = Normalize(0, max(float(np.quantile(np.stack(maps), 0.995)), 1.0))
+    scale = Normalize(*np.quantile(np.stack(maps), (0.005, 0.995)))
     for column, image in enumerate(images):
         for row, label in enumerate(("image", "without\nprompts", "with\nprompts")):
             place = _LEFT + column * (_SIDE + _GAP), _HEAD + row * (_SIDE + _GAP)

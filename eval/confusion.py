@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .checks import check_labels
-from .pictures import GREY, QUERY_COLOUR, WRONG_COLOUR, WRONG_SIGN, ImageGrid, font, save_figure, shorten
+from .pictures import GREY, WRONG_COLOUR, WRONG_SIGN, ImageGrid, font, save_figure, shorten
 
 
 _MATRIX, _NAMES = 3.6, 1.3  # inches: the side of the matrix, and the space of the names beside it
@@ -131,20 +131,19 @@ def save_confusion(path, pairs, query_images, found_images, class_names, classes
             f"{len(pairs)} pairs, {len(query_images)} and {len(found_images)} images"
         )
     rows = max(-(-len(pairs) // 2), 2)  # room for the matrix beside them
-    grid = ImageGrid(rows, 4, title, dpi, gaps=(2,), room=_MATRIX + 2 * _NAMES)
+    grid = ImageGrid(rows, 4, title, dpi, gaps=(2,), room=_NAMES + _MATRIX + 0.1)
     for number, (pair, query, found) in enumerate(zip(pairs, query_images, found_images, strict=True)):
         row, column = number // 2, 2 * (number % 2)
         if row == 0:
             grid.column_head(column, "query")
             grid.column_head(column + 1, "taken for")
-        grid.image(row, column, query, QUERY_COLOUR)
-        grid.caption(row, column, class_names[pair.label], "", QUERY_COLOUR)
+        grid.query(row, column, query, class_names[pair.label])
         grid.image(row, column + 1, found, WRONG_COLOUR)
         share = f"{WRONG_SIGN} {pair.count:,} of {pair.total:,} ({pair.count / pair.total:.0%})"
         grid.caption(row, column + 1, class_names[pair.found], share, WRONG_COLOUR)
     left, top = grid.left(4) + _NAMES, grid.corner(0, 0)[1]
     _draw_matrix(grid, left, top, [str(class_names[label]) for label in classes], shares)
-    return save_figure(grid.figure, path)
+    return save_figure(grid.figure, path, palette=True)
 
 
 def _draw_matrix(grid, left, top, names, shares):
@@ -152,10 +151,11 @@ def _draw_matrix(grid, left, top, names, shares):
     height = min(_MATRIX, grid.height - top - _NAMES)
     bounds = left / grid.width, 1 - (top + height) / grid.height, _MATRIX / grid.width, height / grid.height
     axes = grid.figure.add_axes(bounds)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    darkest = max(shares.max(), 0.01)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
     small = font(6.5)
     for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
-        colour = "white" if shares[row, column] > 0.55 else "black"
+        colour = "white" if shares[row, column] > 0.6 * darkest else "black"
         text = f"{100 * shares[row, column]:.0f}"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontproperties=small)
     short = [shorten(name, _NAMES - 0.1, grid.figure, small) for name in names]
@@ -163,7 +163,7 @@ def _draw_matrix(grid, left, top, names, shares):
     axes.set_xticks(range(len(names) + 1), [*short, "any other"], fontproperties=small, rotation=90, parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title("class of the nearest neighbour, % of the class's queries", fontproperties=font(8), color=GREY)
+    axes.set_title("class of the nearest neighbour, % of each row's queries", fontproperties=font(8), color=GREY)
 
 
 __all__ = ["ConfusedPair", "confused_pairs", "confusion_shares", "save_confusion"]

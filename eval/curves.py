@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from .pictures import COLOURS, GREY, font, new_figure, plain_axes, save_figure
 
 
 SHOWN_SCORES = {"recall_at_1": "R@1", "map_at_r": "MAP@R"}
+_DASHES = (0, (4, 3))
 
 
 def series_of(log_history, name):
@@ -49,9 +51,12 @@ def save_training_curves(path, log_history, title=None, dpi=150):
     epochs, losses = series_of(log_history, "loss")
     if not losses:
         raise ValueError("the log has no loss: nothing was trained, or logging_strategy is 'no'")
-    figure = new_figure(7.2, 2.5, dpi)
-    figure.text(0.01, 0.98, title, fontproperties=font(9, "bold"), va="top")
-    loss_axes, score_axes, rate_axes = (figure.add_axes((x, 0.19, 0.255, 0.6)) for x in (0.062, 0.396, 0.735))
+    head = 0.25 if title else 0.0
+    height = 2.15 + head
+    figure = new_figure(7.2, height, dpi)
+    figure.text(0.01, 1 - 0.06 / height, title, fontproperties=font(9, "bold"), va="top")
+    bottom, tall = 0.4 / height, 1.45 / height
+    loss_axes, score_axes, rate_axes = (figure.add_axes((x, bottom, 0.255, tall)) for x in (0.062, 0.396, 0.735))
     marker = "." if len(losses) < 30 else None
 
     plain_axes(loss_axes, "Training loss", "epoch")
@@ -59,29 +64,30 @@ def save_training_curves(path, log_history, title=None, dpi=150):
     loss_axes.set_ylim(bottom=min(0, *losses))
 
     plain_axes(score_axes, "Scores of unseen classes", "epoch", "%")
-    for number, (name, label) in enumerate(SHOWN_SCORES.items()):
-        colour = COLOURS[(0, 3)[number]]
-        _, frozen = series_of(log_history, f"frozen_{name}")
-        at, scores = series_of([_as_eval(entry) for entry in log_history], f"eval_{name}")
-        if frozen:
-            score_axes.axhline(100 * frozen[-1], color=colour, linewidth=1, linestyle=(0, (4, 3)))
-        if scores:
-            percent = [100 * score for score in scores]
-            score_axes.plot(at, percent, color=colour, linewidth=1.4, marker="os"[number], markersize=3, label=label)
-    score_axes.plot([], [], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="frozen backbone")
-    score_axes.legend(prop=font(6.5), frameon=False, loc="lower right", bbox_to_anchor=(1.03, 1.1), ncols=3, **_TIGHT)
+    _draw_scores(score_axes, log_history)
 
-    plain_axes(rate_axes, "Learning rate", "epoch")
-    rate_axes.plot(*series_of(log_history, "learning_rate"), color=COLOURS[2], linewidth=1.2, marker=marker)
-    rate_axes.set_ylim(bottom=0)
-    rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    rate_axes.yaxis.get_offset_text().set_fontproperties(font(7))
+    at, rates = series_of(log_history, "learning_rate")
+    exponent = math.floor(math.log10(max(rates, default=1) or 1))
+    plain_axes(rate_axes, f"Learning rate × {10.0**-exponent:,.0f}" if exponent else "Learning rate", "epoch")
+    rate_axes.plot(at, [rate / 10.0**exponent for rate in rates], color=COLOURS[2], linewidth=1.2, marker=marker)
     for axes in (loss_axes, score_axes, rate_axes):
         axes.set_xlim(left=0)
+    for axes in (score_axes, rate_axes):
+        axes.set_ylim(bottom=0)
     return save_figure(figure, path)
 
 
-_TIGHT = {"borderaxespad": 0, "handlelength": 1.4, "columnspacing": 0.8, "handletextpad": 0.4}
+def _draw_scores(axes, log_history):
+    evaluations = [_as_eval(entry) for entry in log_history]
+    handles = []
+    for colour, marker, (name, label) in zip((COLOURS[0], COLOURS[3]), "os", SHOWN_SCORES.items(), strict=True):
+        at, scores = series_of(evaluations, f"eval_{name}")
+        percent = [100 * score for score in scores]
+        handles += axes.plot(at, percent, color=colour, linewidth=1.4, marker=marker, markersize=3, label=label)
+        for frozen in series_of(log_history, f"frozen_{name}")[1][-1:]:
+            axes.axhline(100 * frozen, color=colour, linewidth=1, linestyle=_DASHES)
+    handles += axes.plot([], [], color=GREY, linewidth=1, linestyle=_DASHES, label="frozen backbone")
+    axes.legend(handles=handles, prop=font(7), frameon=False, loc="best")
 
 
 def _as_eval(entry):

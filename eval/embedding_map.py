@@ -8,8 +8,8 @@ from .checks import check_embeddings
 from .pictures import COLOURS, choose_queries, font, new_figure, plain_axes, save_figure, shorten
 
 
-_MARKERS = "os^DvP"
-MOST_CLASSES = 2 * len(COLOURS)  # that a legend tells apart
+_MARKERS = "o^"
+MOST_CLASSES = len(_MARKERS) * len(COLOURS)  # that a legend tells apart
 
 
 def map_embeddings(embeddings, method="tsne", seed=0, perplexity=30):
@@ -42,7 +42,8 @@ def map_embeddings(embeddings, method="tsne", seed=0, perplexity=30):
         from sklearn.decomposition import PCA
 
         width = min(2, values.shape[1])
-        points = PCA(width, svd_solver="full").fit_transform(values)
+        with np.errstate(invalid="ignore"):  # shares of the variance, of equal embeddings
+            points = PCA(width, svd_solver="full").fit_transform(values)
         return np.pad(points, ((0, 0), (0, 2 - width)))
     from sklearn.manifold import TSNE
 
@@ -106,22 +107,25 @@ def save_embedding_map(path, points, labels, class_names, classes, title=None, d
     if len(classes) > MOST_CLASSES:
         raise ValueError(f"at most {MOST_CLASSES} classes can be told apart, got {len(classes)}")
     figure = new_figure(6.8, 4.6, dpi)
-    axes = figure.add_axes((0.075, 0.095, 0.62, 0.82))
+    axes = figure.add_axes((0.05, 0.07, 0.685, 0.86))
     name = {"tsne": "t-SNE", "pca": "PCA"}[method]
     plain_axes(axes, title, f"{name} dimension 1", f"{name} dimension 2")
-    size = np.clip(9000 / max(len(points), 1), 5, 26)
+    size = np.clip(18000 / max(len(points), 1), 10, 30)
     other = ~np.isin(labels, classes)
     if other.any():
         count = len(np.unique(labels[other]))
         text = f"{count} other class{'es' if count > 1 else ''}"
-        axes.scatter(*points[other].T, s=0.6 * size, color="#cccccc", linewidths=0, label=text)
+        axes.scatter(*points[other].T, s=0.5 * size, color="#cfcfcf", linewidths=0, label=text)
     for number, label in enumerate(classes):
         members = points[labels == label]
         text = shorten(class_names[label], 1.55, figure, font(7)).replace("$", r"\$")
         colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number // len(COLOURS)]
-        axes.scatter(*members.T, s=size, color=colour, marker=marker, linewidths=0.2, edgecolors="white", label=text)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), prop=font(7), frameon=False, handletextpad=0.2)
-    axes.tick_params(labelbottom=method == "pca", labelleft=method == "pca")  # t-SNE's units mean nothing
+        axes.scatter(*members.T, s=size, color=colour, marker=marker, linewidths=0.3, edgecolors="white", label=text)
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(1.01, 1.0), prop=font(7), frameon=False, handletextpad=0.2, markerscale=1.6
+    )
+    if method == "tsne":  # its units mean nothing
+        axes.set(xticks=[], yticks=[])
     axes.margins(0.03)
     return save_figure(figure, path)
 

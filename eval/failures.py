@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .metrics import check_sets
-from .pictures import QUERY_COLOUR, ImageGrid, save_figure
+from .pictures import ImageGrid, save_figure
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,11 @@ def save_failure_grid(path, query, wrong, right, ranks, title=None, dpi=150):
     for column, text in enumerate(("query", *range(1, last), "first right")):
         grid.column_head(column, str(text))
     for row, (image, name) in enumerate(query):
-        grid.image(row, 0, image, QUERY_COLOUR)
-        grid.caption(row, 0, name, "", QUERY_COLOUR)
+        grid.query(row, 0, image, name)
         for column, neighbour in enumerate(wrong[row], start=1):
             grid.neighbour(row, column, *neighbour, correct=False)
         grid.neighbour(row, last, *right[row], correct=True, note=f", rank {ranks[row]:,}")
-    return save_figure(grid.figure, path)
+    return save_figure(grid.figure, path, palette=True)
 
 
 __all__ = ["Failures", "choose_failures", "find_failures", "save_failure_grid"]

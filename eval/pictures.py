@@ -108,17 +108,17 @@ def shorten(text, room, figure, properties):
     return _shorten(" ".join(str(text).split()), too_wide)
 
 
-def save_figure(figure, path):
+def save_figure(figure, path, palette=False):
     """Write a figure to a file whose suffix says how (`.png`, `.pdf`, `.svg`); its folder is made if need be.
 
-    A PNG gets a palette of 256 colours: photographs then take a third of the space and look the same at this size.
+    With `palette`, a PNG has 256 colours at most: dozens of small photographs then take a third of the space.
 
     Returns:
         The path, as `pathlib.Path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() != ".png":
+    if path.suffix.lower() != ".png" or not palette:
         figure.savefig(path)
         return path
     figure.canvas.draw()
@@ -164,8 +164,7 @@ def save_neighbour_grid(
     for column in range(columns):
         grid.column_head(column + 1, str(column + 1))
     for row in range(rows):
-        grid.image(row, 0, query_images[row], QUERY_COLOUR)
-        grid.caption(row, 0, query_names[row], "", QUERY_COLOUR)
+        grid.query(row, 0, query_images[row], query_names[row])
         for column in range(columns):
             grid.neighbour(
                 row,
@@ -175,7 +174,7 @@ def save_neighbour_grid(
                 similarity[row, column],
                 correct[row, column],
             )
-    return save_figure(grid.figure, path)
+    return save_figure(grid.figure, path, palette=True)
 
 
 class ImageGrid:
@@ -213,7 +212,12 @@ class ImageGrid:
         self.image(row, column, image, colour)
         self.caption(row, column, name, f"{sign} {similarity:.3f}{note}".replace("-", "−"), colour)
 
-    def image(self, row, column, image, colour):
+    def query(self, row, column, image, name):
+        """A query: a thin frame, and its name in bold."""
+        self.image(row, column, image, QUERY_COLOUR, frame=0.8)
+        self.caption(row, column, name, weight="bold")
+
+    def image(self, row, column, image, colour, frame=2.2):
         left, top = self.corner(row, column)
         bounds = left / self.width, 1 - (top + _CELL) / self.height, _CELL / self.width, _CELL / self.height
         axes = self.figure.add_axes(bounds, xticks=[], yticks=[], facecolor="#f4f4f4")
@@ -223,15 +227,14 @@ class ImageGrid:
         axes.imshow(np.asarray(fitted), extent=(x, x + wide, y + tall, y), interpolation="none")
         axes.set(xlim=(0, side), ylim=(side, 0), aspect="auto")
         for spine in axes.spines.values():
-            spine.set(edgecolor=colour, linewidth=2.2 if column else 0.8)
+            spine.set(edgecolor=colour, linewidth=frame)
 
     def column_head(self, column, text):
         left = self.left(column)
         self.text(left + _CELL / 2, _MARGIN + self.head - _HEAD + 0.03, text, _CELL + _GAP, size=8, colour=GREY)
 
-    def caption(self, row, column, name, score, colour):
+    def caption(self, row, column, name, score="", colour=None, weight="normal"):
         left, top = self.corner(row, column)
-        weight = "normal" if column else "bold"
         self.text(left + _CELL / 2, top + _CELL + 0.06, name, _CELL + _GAP / 2, size=7.5, weight=weight)
         if score:
             self.text(left + _CELL / 2, top + _CELL + 0.2, score, _CELL, size=7.5, colour=colour)

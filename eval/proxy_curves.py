@@ -8,8 +8,8 @@ from .pictures import COLOURS, font, new_figure, plain_axes, save_figure
 
 
 _PANELS = (
-    ("Proxies Q", {"from_start": "with the start", "step": "with the logging step before"}),
-    ("State S", {"state_step": "with the logging step before", "state_original": "with the original proxies O"}),
+    ("Proxies Q", {"proxy_start": "with the start", "proxy_before": "with the logging step before"}),
+    ("State S", {"state_before": "with the logging step before", "state_original": "with the original proxies O"}),
 )
 
 
@@ -38,8 +38,11 @@ def save_proxy_movement(path, records, title=None, dpi=150):
         axes = figure.add_axes(((0.62 + 3.45 * number) / width, 0.18, 2.75 / width, 0.62))
         plain_axes(axes, head, "epoch", "cosine")
         for index, (name, label) in enumerate(lines.items()):
-            epochs = [record["epoch"] for record in records if name in record]
-            _, low, median, high = np.array([record[name] for record in records if name in record]).T
+            epochs = [record["epoch"] for record in records]
+            _, low, median, high = np.array([record[name] for record in records]).T
+            if name == "proxy_start":  # where all are 1
+                epochs = [0.0, *epochs]
+                low, median, high = (np.insert(values, 0, 1.0) for values in (low, median, high))
             colour, dashes = COLOURS[(0, 3)[index]], ("-", (0, (5, 2)))[index]
             marker = "os"[index] if len(epochs) < 20 else None
             axes.plot(

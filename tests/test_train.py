@@ -48,6 +48,7 @@ def arguments(images, backbone_folder, tmp_path):
         "per_device_train_batch_size": 4,
         "num_train_epochs": 2,
         "learning_rate": "1e-3",
+        "picture_queries": 0,
         "output_dir": str(tmp_path / "run"),
     }
     path = tmp_path / "run.yaml"
