@@ -47,6 +47,7 @@ class VPTSPTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="recall_at_1", metadata={"help": "What best means."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
+    logging_steps: float = field(default=50, metadata={"help": "Log loss and learning rate every so many steps."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 for no clipping."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave non-finite losses out of the log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: images are decoded lazily."})

@@ -148,6 +148,8 @@ def save_confusion(path, pairs, query_images, found_images, class_names, classes
 
 def _draw_matrix(grid, left, top, names, shares):
     """A square of percentages; rows are classes of queries, columns those of their nearest neighbours."""
+    if not shares[:, -1].any():  # there is no other class
+        shares = shares[:, :-1]
     height = min(_MATRIX, grid.height - top - _NAMES)
     bounds = left / grid.width, 1 - (top + height) / grid.height, _MATRIX / grid.width, height / grid.height
     axes = grid.figure.add_axes(bounds)
@@ -160,7 +162,8 @@ def _draw_matrix(grid, left, top, names, shares):
         axes.text(column, row, text, ha="center", va="center", color=colour, fontproperties=small)
     short = [shorten(name, _NAMES - 0.1, grid.figure, small) for name in names]
     axes.set_yticks(range(len(names)), short, fontproperties=small, parse_math=False)
-    axes.set_xticks(range(len(names) + 1), [*short, "any other"], fontproperties=small, rotation=90, parse_math=False)
+    columns = [*short, "any other"][: shares.shape[1]]
+    axes.set_xticks(range(len(columns)), columns, fontproperties=small, rotation=90, parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title("class of the nearest neighbour, % of each row's queries", fontproperties=font(8), color=GREY)

@@ -222,7 +222,8 @@ class ImageGrid:
         bounds = left / self.width, 1 - (top + _CELL) / self.height, _CELL / self.width, _CELL / self.height
         axes = self.figure.add_axes(bounds, xticks=[], yticks=[], facecolor="#f4f4f4")
         fitted = _fit(_to_rgb(image), round(_CELL * self.figure.dpi))
-        side, (wide, tall) = _CELL * self.figure.dpi, fitted.size
+        side = max(fitted.size)
+        wide, tall = fitted.size
         x, y = (side - wide) / 2, (side - tall) / 2
         axes.imshow(np.asarray(fitted), extent=(x, x + wide, y + tall, y), interpolation="none")
         axes.set(xlim=(0, side), ylim=(side, 0), aspect="auto")

@@ -32,10 +32,10 @@ def save_proxy_movement(path, records, title=None, dpi=150):
         raise ValueError("there is no record of proxy movement: no logging step was reached")
     panels = [(head, lines) for head, lines in _PANELS if any(name in records[-1] for name in lines)]
     width = 0.35 + 3.4 * len(panels)
-    figure = new_figure(width, 2.6, dpi)
+    figure = new_figure(width, 2.75, dpi)
     figure.text(0.1 / width, 0.98, title, fontproperties=font(9, "bold"), va="top")
     for number, (head, lines) in enumerate(panels):
-        axes = figure.add_axes(((0.62 + 3.45 * number) / width, 0.18, 2.75 / width, 0.62))
+        axes = figure.add_axes(((0.62 + 3.45 * number) / width, 0.26, 2.75 / width, 0.58))
         plain_axes(axes, head, "epoch", "cosine")
         for index, (name, label) in enumerate(lines.items()):
             epochs = [record["epoch"] for record in records]
@@ -50,7 +50,7 @@ def save_proxy_movement(path, records, title=None, dpi=150):
             )
             axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.set_xlim(left=0)
-        axes.legend(prop=font(7), frameon=False, loc="best")
+        axes.legend(prop=font(7), frameon=False, loc="upper center", bbox_to_anchor=(0.46, -0.24), ncols=2)
     return save_figure(figure, path)
 
 

@@ -13,7 +13,7 @@ from vptsp.eval import confusion, failures
 from vptsp.eval.confusion import confused_pairs, confusion_shares, save_confusion
 from vptsp.eval.failures import choose_failures, find_failures, save_failure_grid
 from vptsp.eval.metrics import count_relevant
-from vptsp.eval.neighbours import nearest_neighbours
+from vptsp.eval.neighbours import BlockedSimilarity, nearest_neighbours
 from vptsp.eval.pictures import RIGHT_SIGN, WRONG_SIGN
 
 
@@ -72,12 +72,8 @@ def test_a_tie_with_a_right_item_is_no_failure():
 def test_blocks_don_t_change_the_failures(monkeypatch):
     embeddings, labels = normalize(torch.randn(30, 4), dim=1), torch.arange(30) % 6
     whole = find_failures(embeddings, labels)
-    monkeypatch.setattr(failures.check_sets(embeddings, labels, None, None, None)[0].__class__, "block_size", _seven)
+    monkeypatch.setattr(BlockedSimilarity, "block_size", lambda self, k: 7)
     assert find_failures(embeddings, labels).query.equal(whole.query)
-
-
-def _seven(self, k):
-    return 7
 
 
 def test_chosen_failures_are_spread_over_classes():

@@ -67,7 +67,7 @@ def refused(argv, capsys):
 
 
 def test_run_from_configuration_to_reloaded_retriever(arguments, tmp_path, images, capsys, backbone_folder):
-    train.main([*arguments, "--picture_queries", "2"])
+    train.main([*arguments, "--picture_queries", "2", "--logging_steps", "2"])
     printed = capsys.readouterr().out
     output = tmp_path / "run"
     results = json.loads((output / "all_results.json").read_text())
@@ -84,7 +84,13 @@ def test_run_from_configuration_to_reloaded_retriever(arguments, tmp_path, image
     assert results["steps"] == 2 * 3
     assert {"train_images": 15, "test_images": 15, "train_classes": 3}.items() <= results["dataset"].items()
     assert printed.count("frozen backbone") == 2
-    assert (output / "pictures" / "neighbours.png").is_file()
+    names = ("attention", "confusion", "curves", "failures", "map", "neighbours", "proxies")
+    drawn = {path.stem for path in (output / "pictures").iterdir()}
+    assert set(names) >= drawn >= set(names) - {"failures", "confusion"}  # of these there may be none
+    assert results["final_map_at_r_low"] <= results["final_map_at_r"] <= results["final_map_at_r_high"]
+    assert {"final_nmi", "final_map_at_1000", "final_spectral_decay"} <= set(results)
+    assert "frozen_nmi" not in results
+    assert " to " in printed.splitlines()[-3]
 
     reloaded = AutoModel.from_pretrained(output, trust_remote_code=True)
     processor = AutoImageProcessor.from_pretrained(output)
@@ -152,6 +158,11 @@ def test_earlier_results_are_not_overwritten(arguments, tmp_path, capsys):
         (["--per_device_train_batch_size", "5"], "must be divisible by images_per_class, got 5 and 2"),
         (["--test_share", "1.5"], "test_share must be between 0 and 1"),
         (["--image_size", "32"], "image_size is 32, but the backbone takes 16"),
+        (["--final_metrics", "most"], "final_metrics must be one of retrieval, all, got 'most'"),
+        (
+            ["--test_classes", "class5"],
+            "all metrics need at least two test classes whose queries can be answered, got 1",
+        ),
         (["--num_prompts", "-1"], "num_prompts must be an integer >= 0, got -1"),
         (
             ["--prompt_depth", "9"],
