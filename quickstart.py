@@ -60,7 +60,7 @@ with torch.inference_mode():
 similarity, index = nearest_neighbours(embeddings, k=8)
 chosen = choose_queries(labels, 6, seed=seed)
 save_neighbour_grid(
-    f"{folder}/neighbours.png",
+    f"{folder}/pictures/neighbours.png",
     query_images=[images[q] for q in chosen],
     neighbour_images=[[images[n] for n in index[q]] for q in chosen],
     query_names=[names[labels[q]] for q in chosen],
@@ -119,7 +119,7 @@ def main(argv=None) -> None:
         f"tuned retriever   {100 * results['final_recall_at_1']:5.2f}   {100 * results['final_map_at_r']:5.2f}\n"
         f"tuned and shipped: {results['tuned_parameters']:,} of {results['retriever_parameters']:,} parameters "
         f"({results['tuned_share']:.1%}), {results['shipped_megabytes']:.2f} MB\n"
-        f"picture: {output / 'neighbours.png'}\n"
+        f"pictures: {output / 'pictures'}\n"
         f"done in {time.perf_counter() - start:.0f} s"
     )
 

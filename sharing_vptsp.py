@@ -104,7 +104,8 @@ class SharesRetriever:
             text = json.dumps(self.results, indent=2) + "\n"
             (folder / "all_results.json").write_text(text, encoding="utf-8")
             if picture := self.results.get("picture"):
-                shutil.copy(Path(self.args.output_dir, picture), folder)
+                (folder / picture).parent.mkdir(exist_ok=True)
+                shutil.copy(Path(self.args.output_dir, picture), folder / picture)
         self.write_card(folder, **card_options)
         upload = hf_api().upload_folder(
             repo_id=self.hub_model_id,

@@ -6,7 +6,7 @@
 
 The YAML file (or the name of one that the package brings) and the options name fields of `VPTSPConfig` (what the model
 is), `VPTSPTrainingArguments` (how the run goes) and `DataArguments` (what data); options win. `output_dir` gets the
-retriever, `all_results.json` and a picture.
+retriever, `all_results.json` and pictures.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ class RunArguments:
         default=False, metadata={"help": "Write into an output_dir that holds an earlier run's results."}
     )
     picture_queries: int = field(
-        default=8, metadata={"help": "Queries in the picture of neighbours; 0 for no picture."}
+        default=8, metadata={"help": "Queries in the pictures of neighbours; 0 for no pictures at all."}
+    )
+    final_metrics: str = field(
+        default="all", metadata={"help": "What the last evaluation computes; as eval_metrics of those before."}
     )
 
 
@@ -137,8 +140,11 @@ def check_run(model_fields, training_args, data_args, run_args):
     from vptsp.configuration_vptsp import VPTSPConfig
     from vptsp.loss_registry_vptsp import check_loss
     from vptsp.open_backbone_vptsp import open_config, resized_config
+    from vptsp.training_args_vptsp import EVAL_METRICS
 
     check_data_arguments(data_args)
+    if run_args.final_metrics not in EVAL_METRICS:
+        raise ConfigError(f"final_metrics must be one of {', '.join(EVAL_METRICS)}, got {run_args.final_metrics!r}")
     backbone = model_fields["backbone"]
     if backbone is None and model_fields["backbone_config"] is None:
         raise ConfigError("backbone must be the Hub name or the folder of a vision transformer, got None")
@@ -208,6 +214,25 @@ def build_model(model_fields, num_classes, image_size):
     return VPTSPForMetricLearning.from_backbone(backbone, revision=revision, image_size=image_size, **values)
 
 
+def check_classes_answered(trainer):
+    """Refuse, before training, a test set that has no distances between classes and no intervals.
+
+    Raises:
+        ConfigError: fewer than two classes of the queries that `trainer` evaluated last can be answered.
+    """
+    from vptsp.eval.metrics import count_relevant
+    from vptsp.eval.run_pictures import EvaluatedImages
+
+    evaluated = EvaluatedImages(trainer.eval_dataset, trainer.last_evaluated)
+    _, query_labels, *gallery = evaluated.sets
+    answered = query_labels[count_relevant(query_labels, *gallery[1:]) > 0].unique()
+    if len(answered) < 2:
+        raise ConfigError(
+            f"all metrics need at least two test classes whose queries can be answered, got {len(answered)}; "
+            "give more, or --final_metrics retrieval"
+        )
+
+
 def tuned_summary(model) -> dict[str, float]:
     """What is tuned, what is shipped and what only training needs: counts of parameters, and megabytes to ship."""
     retriever = model.retriever
@@ -252,8 +277,15 @@ def _length(dataset) -> int | None:
 
 
 def print_scores(title, metrics, prefix):
-    shown = {k.removeprefix(f"{prefix}_"): v for k, v in metrics.items() if "recall_at" in k or "map_at_r" in k}
-    print(f"{title:<18}" + "  ".join(f"{name} {100 * value:.2f}" for name, value in shown.items()), flush=True)
+    """Recall@K and MAP@R in percent, with their confidence intervals where there are any."""
+    shown = []
+    for name, value in metrics.items():
+        short = name.removeprefix(f"{prefix}_")
+        if short.startswith(("recall_at_", "map_at_r")) and not short.endswith(("_low", "_high")):
+            low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+            interval = "" if low is None else f" ({100 * low:.1f} to {100 * high:.1f})"
+            shown.append(f"{short} {100 * value:.2f}{interval}")
+    print(f"{title:<18}" + "  ".join(shown), flush=True)
 
 
 def versions() -> dict[str, str]:
@@ -302,38 +334,30 @@ def step_timer():
     return StepTimer(), seconds
 
 
-def save_picture(path, trainer, dataset, count):
-    """Grid of queries with their nearest neighbours, of the data set that `trainer` evaluated last."""
-    from vptsp.eval.neighbours import nearest_neighbours
-    from vptsp.eval.pictures import choose_queries, save_neighbour_grid
+def draw_pictures(folder, trainer, frozen, count):
+    """Pictures of the evaluation that `trainer` made last, and of its training; says which and where.
 
-    queries = dataset["query"] if isinstance(dataset, dict) else dataset
-    gallery = dataset["gallery"] if isinstance(dataset, dict) else dataset
-    query_rows, query_embeddings, query_labels = _readable(*trainer.last_evaluated["query"])
-    gallery_rows, gallery_embeddings, gallery_labels = query_rows, None, query_labels
-    if gallery is not queries:
-        gallery_rows, gallery_embeddings, gallery_labels = _readable(*trainer.last_evaluated["gallery"])
-    most = len(gallery_labels) - int(gallery is queries)
-    similarity, index = nearest_neighbours(query_embeddings, min(8, most), gallery_embeddings)
-    chosen = choose_queries(query_labels, count, seed=trainer.args.seed)
-    query_images = queries.open_images(query_rows[chosen].tolist())
-    neighbour_images = gallery.open_images(set(gallery_rows[index[chosen]].flatten().tolist()))
-    save_neighbour_grid(
-        path,
-        query_images=[query_images[int(query_rows[i])] for i in chosen],
-        neighbour_images=[[neighbour_images[int(gallery_rows[j])] for j in index[i]] for i in chosen],
-        query_names=[queries.class_names[int(query_labels[i])] for i in chosen],
-        neighbour_names=[[gallery.class_names[int(gallery_labels[j])] for j in index[i]] for i in chosen],
-        similarity=similarity[chosen],
-        correct=gallery_labels[index[chosen]] == query_labels[chosen][:, None],
-        title="Nearest neighbours of classes that training has not seen",
+    Returns:
+        Names of the files.
+    """
+    from vptsp.eval.run_pictures import EvaluatedImages, draw_run
+    from vptsp.proxy_movement_vptsp import FILE_NAME, read_proxy_movement
+
+    movement = Path(trainer.args.output_dir) / FILE_NAME
+    written, problems = draw_run(
+        folder,
+        EvaluatedImages(trainer.eval_dataset, trainer.last_evaluated),
+        trainer.model.retriever.eval(),
+        trainer.processing_class,
+        [{"step": 0, "epoch": 0.0, **frozen}, *trainer.state.log_history],
+        read_proxy_movement(movement) if movement.is_file() else [],
+        count=count,
+        seed=trainer.args.seed,
     )
-
-
-def _readable(embeddings, labels):
-    """Rows, embeddings and labels without the images that could not be read."""
-    rows = (labels >= 0).nonzero().flatten()
-    return rows, embeddings[rows], labels[rows]
+    print(f"pictures          {folder}: {', '.join(path.name for path in written)}", flush=True)
+    for name, problem in problems.items():
+        print(f"no {name}.png: {problem}", file=sys.stderr)
+    return {path.name for path in written}
 
 
 def prepare(model_fields, training_args, data_args):
@@ -350,6 +374,7 @@ def prepare(model_fields, training_args, data_args):
     from transformers import set_seed
 
     from vptsp.image_processor_vptsp import build_image_processor
+    from vptsp.proxy_movement_vptsp import ProxyMovement
     from vptsp.trainer_vptsp import VPTSPTrainer
 
     images = data_args.image_datasets()
@@ -366,7 +391,7 @@ def prepare(model_fields, training_args, data_args):
             processing_class=build_image_processor(
                 data_args.image_size, data_args.resize_size, model.config.backbone, model.config.backbone_revision
             ),
-            callbacks=[timer],
+            callbacks=[timer, ProxyMovement()],
         )
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
@@ -382,9 +407,11 @@ def run(model_fields, training_args, data_args, run_args, command):
     print_summary(summary, images, training_args, describe_class_prompts(trainer.model))
 
     frozen = trainer.evaluate_backbone()
+    if run_args.final_metrics == "all":
+        check_classes_answered(trainer)
     print_scores("frozen backbone", frozen, "frozen")
     outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    final = trainer.evaluate(metric_key_prefix="final")
+    final = trainer.evaluate(metric_key_prefix="final", eval_metrics=run_args.final_metrics)
     print_scores("frozen backbone", frozen, "frozen")
     print_scores("tuned", final, "final")
     trainer.save_model(_internal_call=True)  # nothing is uploaded before the scores are there
@@ -411,16 +438,15 @@ def run(model_fields, training_args, data_args, run_args, command):
         "median_step_seconds": statistics.median(step_seconds) if step_seconds else None,
         "train_loss": outcome.training_loss,
         "peak_memory_megabytes": peak_memory_megabytes(),
-        "picture": "neighbours.png" if run_args.picture_queries else None,
     }
-    (output / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if trainer.is_world_process_zero():
+        (output / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"saved             {output}: retriever, README.md, all_results.json", flush=True)
+    if run_args.picture_queries and trainer.is_world_process_zero():
+        drawn = draw_pictures(output / "pictures", trainer, frozen, run_args.picture_queries)
+        results["picture"] = "pictures/neighbours.png" if "neighbours.png" in drawn else None
     trainer.results = results
-    written = "retriever, README.md, all_results.json"
-    if results["picture"]:
-        written += f", {results['picture']}"
-        save_picture(output / results["picture"], trainer, trainer.eval_dataset, run_args.picture_queries)
     trainer.create_model_card()
-    print(f"saved             {output}: {written}", flush=True)
     if training_args.push_to_hub and (commit := trainer.push_to_hub()):  # None on all processes but the first
         print(f"pushed            {commit.commit_url}", flush=True)
     return results

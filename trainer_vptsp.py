@@ -21,6 +21,7 @@ from .data_scripts.streaming import StreamedImages
 from .data_scripts.torch_dataset import UNREADABLE_LABEL, collate_images
 from .eval.metrics import retrieval_metrics
 from .eval.registry import registered_metrics
+from .eval.summary import embedding_metrics
 from .half_precision_vptsp import frozen_weights_in
 from .loss_registry_vptsp import find_loss
 from .offloading_vptsp import BatchesAhead, prepare_class_prompts
@@ -287,8 +288,10 @@ class VPTSPTrainer(SharesRetriever, Trainer):
             raise ValueError(f"{description}: there is no image in the data set")
         return torch.cat(tuple(embeddings)), torch.cat(tuple(labels))
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Retrieval metrics of a dataset, or of a dict with `query` and `gallery`.
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", eval_metrics=None):
+        """Metrics of a dataset, or of a dict with `query` and `gallery`.
+
+        `eval_metrics` says which, instead of the argument of that name: `retrieval` or `all`.
 
         The embeddings and labels are kept in `last_evaluated`, a dict of `query` and `gallery` (None twice where the
         queries are the gallery), as `embed` gave them, so that whoever draws them need not embed again.
@@ -311,8 +314,8 @@ class VPTSPTrainer(SharesRetriever, Trainer):
         self.last_evaluated = {"query": (embeddings, labels), "gallery": gallery}
         num_images = len(labels)
         (embeddings, labels), gallery = _readable(embeddings, labels), _readable(*gallery)
-        metrics = retrieval_metrics(embeddings, labels, *gallery, recall_at=tuple(self.args.recall_at))
-        metrics |= registered_metrics(embeddings, labels, *gallery)
+        sets = (embeddings, labels, *gallery)
+        metrics = self._measure(sets, eval_metrics or self.args.eval_metrics) | registered_metrics(*sets)
         if self._extra_metrics is not None:
             metrics |= self._extra_metrics(EvalPrediction(predictions=embeddings.numpy(), label_ids=labels.numpy()))
         metrics["num_unreadable"] = num_images - len(labels)
@@ -321,6 +324,16 @@ class VPTSPTrainer(SharesRetriever, Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _measure(self, sets, eval_metrics):
+        options = {"recall_at": tuple(self.args.recall_at)}
+        if self.args.device.type == "cuda":  # others lack float64
+            options["device"] = self.args.device
+        if eval_metrics == "retrieval":
+            return retrieval_metrics(*sets, **options)
+        if self.args.bootstrap_samples:
+            options |= {"confidence": 0.95, "num_resamples": self.args.bootstrap_samples}
+        return embedding_metrics(*sets, **options, seed=self.args.seed)
 
     def evaluate_backbone(self, eval_dataset=None, metric_key_prefix="frozen"):
         """Retrieval metrics of the backbone alone, without prompts or head: the line to beat. Before training."""

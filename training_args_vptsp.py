@@ -8,6 +8,9 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 
+EVAL_METRICS = ("retrieval", "all")
+
+
 @dataclass
 class VPTSPTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with what metric learning needs, and with defaults that suit it.
@@ -27,6 +30,9 @@ class VPTSPTrainingArguments(TrainingArguments):
         class_prompt_folder: Folder on a fast local disk for class prompts in memory-mapped files, with
             `class_prompt_store="offloaded"`; None for memory, or `output_dir/class_prompts` where they would take more
             than 80 % of what is available.
+        eval_metrics: What evaluations compute: `retrieval` (Recall@K, MAP@R, R-precision), or `all`: mAP@1000, NMI
+            and F1 of k-means, distances and spectral decay as well, and confidence intervals.
+        bootstrap_samples: Of the 95 % confidence intervals that come with `all`; 0 for no intervals.
         stream_buffer_size: Rows that the class-balanced batches of a stream are drawn from; None for enough.
         hub_strategy: With `push_to_hub`, upload the retriever at the `end`, or at `every_save` too. Checkpoints are
             never uploaded.
@@ -48,6 +54,7 @@ class VPTSPTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="recall_at_1", metadata={"help": "What best means."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
+    logging_steps: float = field(default=50, metadata={"help": "Log loss and learning rate every so many steps."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 for no clipping."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave non-finite losses out of the log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: images are decoded lazily."})
@@ -68,6 +75,10 @@ class VPTSPTrainingArguments(TrainingArguments):
     recall_at: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "The K of Recall@K."})
     class_prompt_folder: str | None = field(
         default=None, metadata={"help": "Folder for offloaded class prompts as memory-mapped files."}
+    )
+    eval_metrics: str = field(default="retrieval", metadata={"help": "What evaluations compute: retrieval or all."})
+    bootstrap_samples: int = field(
+        default=2000, metadata={"help": "Of the confidence intervals that come with all metrics; 0 for none."}
     )
     stream_buffer_size: int | None = field(
         default=None, metadata={"help": "Rows that a stream's batches are drawn from; by default enough."}
@@ -90,6 +101,10 @@ class VPTSPTrainingArguments(TrainingArguments):
             )
         if not self.recall_at or min(self.recall_at) < 1:
             raise ValueError(f"recall_at must hold integers >= 1, got {self.recall_at}")
+        if self.eval_metrics not in EVAL_METRICS:
+            raise ValueError(f"eval_metrics must be one of {', '.join(EVAL_METRICS)}, got {self.eval_metrics!r}")
+        if self.bootstrap_samples < 0:
+            raise ValueError(f"bootstrap_samples must be >= 0, got {self.bootstrap_samples}")
         if self.cosine_epochs is not None and self.cosine_epochs <= 0:
             raise ValueError(f"cosine_epochs must be > 0, got {self.cosine_epochs}")
         for name in ("learning_rate", "proxy_learning_rate", "min_learning_rate", "sgd_momentum", "weight_decay"):
@@ -102,4 +117,4 @@ class VPTSPTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False
 
 
-__all__ = ["VPTSPTrainingArguments"]
+__all__ = ["EVAL_METRICS", "VPTSPTrainingArguments"]

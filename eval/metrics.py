@@ -226,7 +226,7 @@ def retrieval_scores(
     Raises:
         TypeError, ValueError: as for [`retrieval_metrics`], but queries that can't be answered are no error.
     """
-    blocks, query_labels, gallery_labels = _check_sets(
+    blocks, query_labels, gallery_labels = check_sets(
         query_embeddings, query_labels, gallery_embeddings, gallery_labels, device
     )
     recall_at, map_at = _check_ranks(recall_at, "recall_at"), _check_ranks(map_at, "map_at")
@@ -394,7 +394,7 @@ def _hits(neighbour_labels, query_labels, num_relevant, extra_columns=None):
     return hits[answerable], num_relevant[answerable]
 
 
-def _check_sets(query_embeddings, query_labels, gallery_embeddings, gallery_labels, device):
+def check_sets(query_embeddings, query_labels, gallery_embeddings, gallery_labels, device):
     """The similarity of two sets that fit together, and both sets' labels on its device."""
     if (gallery_embeddings is None) != (gallery_labels is None):
         missing = "gallery_embeddings" if gallery_embeddings is None else "gallery_labels"

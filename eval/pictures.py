@@ -1,4 +1,4 @@
-"""Pictures of what a retriever finds: queries with their nearest neighbours.
+"""Pictures of what a retriever finds: queries with their nearest neighbours; and what all pictures share.
 
 matplotlib is imported where it is used, and draws straight to a file: no display and no global state.
 """
@@ -13,6 +13,24 @@ from PIL import Image
 
 RIGHT_COLOUR, WRONG_COLOUR, QUERY_COLOUR = "#1a8a4a", "#cc3311", "#333333"
 RIGHT_SIGN, WRONG_SIGN = "✓", "✗"
+GREY = "#666666"
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; without their yellow, too light for lines.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+
+# Those of them that are installed step in for glyphs that matplotlib's own font lacks.
+_MORE_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "WenQuanYi Micro Hei",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Malgun Gothic",
+    "Noto Sans Arabic",
+    "Noto Sans Devanagari",
+    "Arial Unicode MS",
+)
 
 _CELL, _GAP, _QUERY_GAP = 1.2, 0.14, 0.3  # inches: an image's side, the space between two, and after the query
 _HEAD, _CAPTION, _MARGIN = 0.22, 0.42, 0.1  # column numbers, text under an image, border
@@ -49,6 +67,68 @@ def choose_queries(query_labels, count, seed=0):
     return [position for position, _ in zip(in_turn, range(count), strict=False)]
 
 
+def new_figure(width, height, dpi=150):
+    """An empty white figure, in inches, that belongs to no window."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plain_axes(axes, title=None, xlabel=None, ylabel=None):
+    """Give a chart the look that all of ours have: no box, a light grid, small type."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=7, color=GREY)
+    axes.set_title(title, fontproperties=font(8.5, "bold"), loc="left")
+    axes.set_xlabel(xlabel, fontproperties=font(8))
+    axes.set_ylabel(ylabel, fontproperties=font(8))
+
+
+def font(size, weight="normal"):
+    """Type of some size, with what is installed for scripts that matplotlib's own font lacks."""
+    from matplotlib.font_manager import FontProperties, fontManager
+
+    installed = {entry.name for entry in fontManager.ttflist}
+    family = ["DejaVu Sans", *(name for name in _MORE_FONTS if name in installed)]
+    return FontProperties(family=family, size=size, weight=weight)
+
+
+def shorten(text, room, figure, properties):
+    """One line of text, cut with an ellipsis where it is wider than `room` inches."""
+    renderer = figure.canvas.get_renderer()
+
+    def too_wide(line):
+        wide, _, _ = renderer.get_text_width_height_descent(line, properties, ismath=False)
+        return wide > room * figure.dpi
+
+    return _shorten(" ".join(str(text).split()), too_wide)
+
+
+def save_figure(figure, path, palette=False):
+    """Write a figure to a file whose suffix says how (`.png`, `.pdf`, `.svg`); its folder is made if need be.
+
+    With `palette`, a PNG has 256 colours at most: dozens of small photographs then take a third of the space.
+
+    Returns:
+        The path, as `pathlib.Path`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() != ".png" or not palette:
+        figure.savefig(path)
+        return path
+    figure.canvas.draw()
+    pixels = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    if pixels.getcolors(256) is None:
+        pixels = pixels.quantize(256)
+    pixels.save(path, optimize=True, dpi=(figure.dpi, figure.dpi))
+    return path
+
+
 def save_neighbour_grid(
     path, query_images, neighbour_images, query_names, neighbour_names, similarity, correct, title=None, dpi=150
 ):
@@ -78,88 +158,96 @@ def save_neighbour_grid(
     """
     similarity, correct = np.asarray(similarity, dtype=float), np.asarray(correct, dtype=bool)
     _check_grid(query_images, neighbour_images, query_names, neighbour_names, similarity, correct)
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows, columns = similarity.shape
-    head = _HEAD + (0.3 if title else 0.0)
-    width = 2 * _MARGIN + (columns + 1) * _CELL + (columns - 1) * _GAP + _QUERY_GAP
-    height = 2 * _MARGIN + head + rows * (_CELL + _CAPTION) + (rows - 1) * _GAP / 2
-    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
-    grid = _Grid(figure, FigureCanvasAgg(figure).get_renderer(), width, height, head)
-
-    if title:
-        grid.text(_MARGIN, _MARGIN, title, width - 2 * _MARGIN, size=10, weight="bold", align="left")
+    grid = ImageGrid(rows, columns + 1, title, dpi)
     grid.column_head(0, "query")
     for column in range(columns):
         grid.column_head(column + 1, str(column + 1))
     for row in range(rows):
-        grid.image(row, 0, query_images[row], QUERY_COLOUR)
-        grid.caption(row, 0, query_names[row], "", QUERY_COLOUR)
+        grid.query(row, 0, query_images[row], query_names[row])
         for column in range(columns):
-            colour, sign = (RIGHT_COLOUR, RIGHT_SIGN) if correct[row, column] else (WRONG_COLOUR, WRONG_SIGN)
-            grid.image(row, column + 1, neighbour_images[row][column], colour)
-            score = f"{sign} {similarity[row, column]:.3f}".replace("-", "−")
-            grid.caption(row, column + 1, neighbour_names[row][column], score, colour)
+            grid.neighbour(
+                row,
+                column + 1,
+                neighbour_images[row][column],
+                neighbour_names[row][column],
+                similarity[row, column],
+                correct[row, column],
+            )
+    return save_figure(grid.figure, path, palette=True)
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
-    return path
 
+class ImageGrid:
+    """Rows of framed images with captions, placed in inches from the top left corner of a figure of their own.
 
-class _Grid:
-    """Places images and text on a figure, in inches from the top left corner."""
+    Args:
+        rows: Rows of images.
+        columns: Columns of images; column 0 holds the queries.
+        title: Line above the grid.
+        dpi: Pixels per inch.
+        gaps: Columns with a wider gap before them.
+        room: Inches left free to the right of the grid.
+    """
 
-    def __init__(self, figure, renderer, width, height, head):
-        self.figure, self.renderer = figure, renderer
-        self.width, self.height, self.head = width, height, head
+    def __init__(self, rows, columns, title=None, dpi=150, gaps=(1,), room=0.0):
+        self.head = _HEAD + (0.3 if title else 0.0)
+        self.gaps = gaps
+        self.width = self.left(columns - 1) + _CELL + _MARGIN + room
+        self.height = 2 * _MARGIN + self.head + rows * (_CELL + _CAPTION) + (rows - 1) * _GAP / 2
+        self.figure = new_figure(self.width, self.height, dpi)
+        if title:
+            self.text(_MARGIN, _MARGIN, title, self.width - 2 * _MARGIN, size=10, weight="bold", align="left")
+
+    def left(self, column):
+        wide = sum(column >= gap for gap in self.gaps)
+        return _MARGIN + column * (_CELL + _GAP) + wide * (_QUERY_GAP - _GAP)
 
     def corner(self, row, column):
-        """Top left corner of a cell; column 0 holds the queries."""
-        left = _MARGIN + column * (_CELL + _GAP) + (_QUERY_GAP - _GAP if column else 0.0)
-        return left, _MARGIN + self.head + row * (_CELL + _CAPTION + _GAP / 2)
+        """Top left corner of a cell."""
+        return self.left(column), _MARGIN + self.head + row * (_CELL + _CAPTION + _GAP / 2)
 
-    def image(self, row, column, image, colour):
+    def neighbour(self, row, column, image, name, similarity, correct, note=""):
+        """An image that was found, framed and signed as right or wrong."""
+        colour, sign = (RIGHT_COLOUR, RIGHT_SIGN) if correct else (WRONG_COLOUR, WRONG_SIGN)
+        self.image(row, column, image, colour)
+        self.caption(row, column, name, f"{sign} {similarity:.3f}{note}".replace("-", "−"), colour)
+
+    def query(self, row, column, image, name):
+        """A query: a thin frame, and its name in bold."""
+        self.image(row, column, image, QUERY_COLOUR, frame=0.8)
+        self.caption(row, column, name, weight="bold")
+
+    def image(self, row, column, image, colour, frame=2.2):
         left, top = self.corner(row, column)
         bounds = left / self.width, 1 - (top + _CELL) / self.height, _CELL / self.width, _CELL / self.height
         axes = self.figure.add_axes(bounds, xticks=[], yticks=[], facecolor="#f4f4f4")
         fitted = _fit(_to_rgb(image), round(_CELL * self.figure.dpi))
-        side, (wide, tall) = _CELL * self.figure.dpi, fitted.size
+        side = max(fitted.size)
+        wide, tall = fitted.size
         x, y = (side - wide) / 2, (side - tall) / 2
         axes.imshow(np.asarray(fitted), extent=(x, x + wide, y + tall, y), interpolation="none")
         axes.set(xlim=(0, side), ylim=(side, 0), aspect="auto")
         for spine in axes.spines.values():
-            spine.set(edgecolor=colour, linewidth=2.2 if column else 0.8)
+            spine.set(edgecolor=colour, linewidth=frame)
 
     def column_head(self, column, text):
-        left, _ = self.corner(0, column)
-        self.text(left + _CELL / 2, _MARGIN + self.head - _HEAD + 0.03, text, _CELL, size=8, colour="#666666")
+        left = self.left(column)
+        self.text(left + _CELL / 2, _MARGIN + self.head - _HEAD + 0.03, text, _CELL + _GAP, size=8, colour=GREY)
 
-    def caption(self, row, column, name, score, colour):
+    def caption(self, row, column, name, score="", colour=None, weight="normal"):
         left, top = self.corner(row, column)
-        weight = "normal" if column else "bold"
         self.text(left + _CELL / 2, top + _CELL + 0.06, name, _CELL + _GAP / 2, size=7.5, weight=weight)
         if score:
             self.text(left + _CELL / 2, top + _CELL + 0.2, score, _CELL, size=7.5, colour=colour)
 
     def text(self, x, y, text, room, size, weight="normal", colour="#111111", align="center"):
         """One line of text whose top is at y, cut with an ellipsis to `room` inches."""
-        from matplotlib.font_manager import FontProperties
-
-        font = FontProperties(size=size, weight=weight)
-
-        def too_wide(line):
-            wide, _, _ = self.renderer.get_text_width_height_descent(line, font, ismath=False)
-            return wide > room * self.figure.dpi
-
-        line = _shorten(" ".join(str(text).split()), too_wide)
+        properties = font(size, weight)
         self.figure.text(
             x / self.width,
             1 - y / self.height,
-            line,
-            fontproperties=font,
+            shorten(text, room, self.figure, properties),
+            fontproperties=properties,
             color=colour,
             ha=align,
             va="top",
@@ -218,4 +306,17 @@ def _check_grid(query_images, neighbour_images, query_names, neighbour_names, si
             raise ValueError(f"{name} must have {rows} rows of {columns}, got rows of {lengths}")
 
 
-__all__ = ["choose_queries", "save_neighbour_grid"]
+__all__ = [
+    "COLOURS",
+    "GREY",
+    "RIGHT_COLOUR",
+    "WRONG_COLOUR",
+    "ImageGrid",
+    "choose_queries",
+    "font",
+    "new_figure",
+    "plain_axes",
+    "save_figure",
+    "save_neighbour_grid",
+    "shorten",
+]

@@ -9,7 +9,7 @@ import torch
 from .clustering import clustering_metrics
 from .geometry import geometry_metrics
 from .intervals import bootstrap_interval
-from .metrics import mean_scores, retrieval_scores
+from .metrics import mean_scores, retrieval_metrics, retrieval_scores
 
 
 def embedding_metrics(
@@ -82,6 +82,36 @@ def embedding_metrics(
     return metrics
 
 
+def compute_retrieval_metrics(eval_prediction, recall_at=(1, 2, 4, 8), map_at=()):
+    """[`retrieval_metrics`] as the `compute_metrics` of any `transformers.Trainer`.
+
+    For a model whose `forward` returns embeddings (after the loss, if there is one). Options go in by
+    `functools.partial`. `VPTSPTrainer` needs none of this: it computes these metrics by itself, and can evaluate
+    queries against a gallery.
+
+    Args:
+        eval_prediction: A `transformers.EvalPrediction`: `predictions` are the embeddings, `(N, E)` float and
+            L2-normalised, or a tuple that begins with them; `label_ids` the classes, `(N,)` integer.
+        recall_at, map_at: As of [`retrieval_metrics`].
+
+    Returns:
+        Dict of floats in [0, 1] and counts, as of [`retrieval_metrics`].
+
+    Raises:
+        TypeError, ValueError: as for [`retrieval_metrics`].
+
+    Example:
+        >>> from transformers import EvalPrediction
+        >>> prediction = EvalPrediction(torch.eye(2).repeat_interleave(2, dim=0).numpy(), torch.tensor([0, 0, 1, 1]))
+        >>> compute_retrieval_metrics(prediction)["map_at_r"]
+        1.0
+    """
+    predictions = eval_prediction.predictions
+    embeddings = torch.as_tensor(predictions[0] if isinstance(predictions, tuple) else predictions)
+    labels = torch.as_tensor(eval_prediction.label_ids)
+    return retrieval_metrics(embeddings, labels, recall_at=recall_at, map_at=map_at)
+
+
 def metric_folder():
     """Folder of the module for the library `evaluate`: `evaluate.load(metric_folder())`, offline too.
 
@@ -95,4 +125,4 @@ def metric_folder():
     return str(Path(__file__).resolve().parent / "retrieval_metric")
 
 
-__all__ = ["embedding_metrics", "metric_folder"]
+__all__ = ["compute_retrieval_metrics", "embedding_metrics", "metric_folder"]

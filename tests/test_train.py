@@ -48,6 +48,7 @@ def arguments(images, backbone_folder, tmp_path):
         "per_device_train_batch_size": 4,
         "num_train_epochs": 2,
         "learning_rate": "1e-3",
+        "picture_queries": 0,
         "output_dir": str(tmp_path / "run"),
     }
     path = tmp_path / "run.yaml"
@@ -66,7 +67,7 @@ def refused(argv, capsys):
 
 
 def test_run_from_configuration_to_reloaded_retriever(arguments, tmp_path, images, capsys, backbone_folder):
-    train.main([*arguments, "--picture_queries", "2"])
+    train.main([*arguments, "--picture_queries", "2", "--logging_steps", "2"])
     printed = capsys.readouterr().out
     output = tmp_path / "run"
     results = json.loads((output / "all_results.json").read_text())
@@ -83,7 +84,13 @@ def test_run_from_configuration_to_reloaded_retriever(arguments, tmp_path, image
     assert results["steps"] == 2 * 3
     assert {"train_images": 15, "test_images": 15, "train_classes": 3}.items() <= results["dataset"].items()
     assert printed.count("frozen backbone") == 2
-    assert (output / "neighbours.png").is_file()
+    names = ("attention", "confusion", "curves", "failures", "map", "neighbours", "proxies")
+    drawn = {path.stem for path in (output / "pictures").iterdir()}
+    assert set(names) >= drawn >= set(names) - {"failures", "confusion"}  # of these there may be none
+    assert results["final_map_at_r_low"] <= results["final_map_at_r"] <= results["final_map_at_r_high"]
+    assert {"final_nmi", "final_map_at_1000", "final_spectral_decay"} <= set(results)
+    assert "frozen_nmi" not in results
+    assert " to " in printed.splitlines()[-3]
 
     reloaded = AutoModel.from_pretrained(output, trust_remote_code=True)
     processor = AutoImageProcessor.from_pretrained(output)
@@ -161,6 +168,11 @@ def test_earlier_results_are_not_overwritten(arguments, tmp_path, capsys):
         (["--per_device_train_batch_size", "5"], "must be divisible by images_per_class, got 5 and 2"),
         (["--test_share", "1.5"], "test_share must be between 0 and 1"),
         (["--image_size", "20"], "image_size must be a multiple of the backbone's patch size 8, got 20"),
+        (["--final_metrics", "most"], "final_metrics must be one of retrieval, all, got 'most'"),
+        (
+            ["--test_classes", "class5"],
+            "all metrics need at least two test classes whose queries can be answered, got 1",
+        ),
         (["--num_prompts", "-1"], "num_prompts must be an integer >= 0, got -1"),
         (
             ["--prompt_depth", "9"],
@@ -225,7 +237,7 @@ def test_streaming_scores_the_backbone_as_the_tables_do(arguments, tmp_path):
         output = tmp_path / f"run-{streaming}"
         train.main([*arguments, "--output_dir", str(output), "--streaming", str(streaming), "--picture_queries", "2"])
         results[streaming] = json.loads((output / "all_results.json").read_text())
-        assert (output / "neighbours.png").is_file()
+        assert (output / "pictures" / "neighbours.png").is_file()
     assert results[True]["frozen_map_at_r"] == results[False]["frozen_map_at_r"]
     assert results[True]["steps"] == results[False]["steps"] == 6
     assert results[True]["dataset"] == results[False]["dataset"]
@@ -266,7 +278,7 @@ def test_picture_needs_no_second_pass_and_takes_query_and_gallery(arguments, tmp
     monkeypatch.setattr(VPTSPTrainer, "embed", lambda self, *args: passes.append(args) or embed(self, *args))
     train.main([*arguments, "--data_dir", str(root), "--eval_strategy", "no", "--picture_queries", "2"])
     assert len(passes) == 4  # queries and gallery, before and after
-    assert (tmp_path / "run" / "neighbours.png").is_file()
+    assert (tmp_path / "run" / "pictures" / "neighbours.png").is_file()
 
 
 def test_pushing_a_retriever_on_a_local_backbone_is_refused(arguments, capsys, backbone_folder):

@@ -1,0 +1,98 @@
+"""Training curves: loss, scores and learning rate, from the Trainer's log."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from .pictures import COLOURS, GREY, font, new_figure, plain_axes, save_figure
+
+
+SHOWN_SCORES = {"recall_at_1": "R@1", "map_at_r": "MAP@R"}
+_DASHES = (0, (4, 3))
+
+
+def series_of(log_history, name):
+    """Epochs and values of one quantity in a Trainer's log.
+
+    Args:
+        log_history: `trainer.state.log_history`, a list of dicts.
+        name: Such as `loss` or `eval_recall_at_1`.
+
+    Returns:
+        Two lists of equal length. Of entries of the same step, the last counts.
+
+    Example:
+        >>> series_of([{"step": 2, "epoch": 0.5, "loss": 3.0}, {"step": 4, "epoch": 1.0, "loss": 2.0}], "loss")
+        ([0.5, 1.0], [3.0, 2.0])
+    """
+    entries = {entry["step"]: entry for entry in log_history if name in entry}
+    return [entry.get("epoch", 0.0) for entry in entries.values()], [entry[name] for entry in entries.values()]
+
+
+def save_training_curves(path, log_history, title=None, dpi=150):
+    """Draw loss, Recall@1 and MAP@R, and learning rate over the epochs.
+
+    Scores are those of evaluations during training (`eval_...`) and of the last one (`final_...`), with the frozen
+    backbone's (`frozen_...`) as dashed lines where the log has them.
+
+    Args:
+        path: File to write; its suffix says how.
+        log_history: `trainer.state.log_history`.
+        title: Line above.
+        dpi: Pixels per inch.
+
+    Returns:
+        The path, as `pathlib.Path`.
+
+    Raises:
+        ValueError: the log has no loss.
+    """
+    epochs, losses = series_of(log_history, "loss")
+    if not losses:
+        raise ValueError("the log has no loss: nothing was trained, or logging_strategy is 'no'")
+    head = 0.25 if title else 0.0
+    height = 2.15 + head
+    figure = new_figure(7.2, height, dpi)
+    figure.text(0.01, 1 - 0.06 / height, title, fontproperties=font(9, "bold"), va="top")
+    bottom, tall = 0.4 / height, 1.45 / height
+    loss_axes, score_axes, rate_axes = (figure.add_axes((x, bottom, 0.255, tall)) for x in (0.062, 0.396, 0.735))
+    marker = "." if len(losses) < 30 else None
+
+    plain_axes(loss_axes, "Training loss", "epoch")
+    loss_axes.plot(epochs, losses, color=COLOURS[0], linewidth=1.2, marker=marker)
+    loss_axes.set_ylim(bottom=min(0, *losses))
+
+    plain_axes(score_axes, "Scores of unseen classes", "epoch", "%")
+    _draw_scores(score_axes, log_history)
+
+    at, rates = series_of(log_history, "learning_rate")
+    exponent = math.floor(math.log10(max(rates, default=1) or 1))
+    plain_axes(rate_axes, f"Learning rate × {10.0**-exponent:,.0f}" if exponent else "Learning rate", "epoch")
+    rate_axes.plot(at, [rate / 10.0**exponent for rate in rates], color=COLOURS[2], linewidth=1.2, marker=marker)
+    for axes in (loss_axes, score_axes, rate_axes):
+        axes.set_xlim(left=0)
+    for axes in (score_axes, rate_axes):
+        axes.set_ylim(bottom=0)
+    return save_figure(figure, path)
+
+
+def _draw_scores(axes, log_history):
+    evaluations = [_as_eval(entry) for entry in log_history]
+    handles = []
+    for colour, marker, (name, label) in zip((COLOURS[0], COLOURS[3]), "os", SHOWN_SCORES.items(), strict=True):
+        at, scores = series_of(evaluations, f"eval_{name}")
+        percent = [100 * score for score in scores]
+        handles += axes.plot(at, percent, color=colour, linewidth=1.4, marker=marker, markersize=3, label=label)
+        for frozen in series_of(log_history, f"frozen_{name}")[1][-1:]:
+            axes.axhline(100 * frozen, color=colour, linewidth=1, linestyle=_DASHES)
+    handles += axes.plot([], [], color=GREY, linewidth=1, linestyle=_DASHES, label="frozen backbone")
+    axes.legend(handles=handles, prop=font(7), frameon=False, loc="best")
+
+
+def _as_eval(entry):
+    """The entry of the last evaluation under the names of the others."""
+    return {re.sub("^final_", "eval_", name): value for name, value in entry.items()}
+
+
+__all__ = ["save_training_curves", "series_of"]

@@ -1,0 +1,154 @@
+"""Attention maps against attention written out with transformers' own layers, and the pictures of a run."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vptsp import VPTSPModel
+from vptsp.eval import attention
+from vptsp.eval.attention import cls_attention, save_attention
+from vptsp.eval.run_pictures import EvaluatedImages, draw_run
+
+
+def make_retriever(backbone_folder, **fields):
+    return VPTSPModel.from_backbone(backbone_folder, **{"num_prompts": 3, "embedding_dim": 8, **fields}).eval()
+
+
+@torch.no_grad()
+def slow_attention(model, image, with_prompts):
+    """Attention of CLS in each layer of one image, from the eager attention of whole layers: list of `(P + N,)`."""
+    hidden = model.backbone.embeddings(image[None])
+    rows = []
+    for index, layer in enumerate(model.backbone.layers):
+        tables = model.prompts()
+        prompts = tables[index] if with_prompts and index < len(tables) else hidden.new_zeros(0, hidden.shape[-1])
+        joined = torch.cat([prompts[None], hidden], dim=1)
+        own = layer.attention
+        normed = layer.layernorm_before(joined)[0]
+        heads = []
+        for head in range(own.config.num_attention_heads):
+            part = slice(head * own.head_dim, (head + 1) * own.head_dim)
+            query = own.q_proj(normed)[len(prompts), part]
+            key = own.k_proj(normed)[:, part]
+            heads.append(torch.softmax(key @ query / own.head_dim**0.5, dim=0))
+        rows.append(torch.stack(heads).mean(0))
+        hidden = layer(joined)[:, len(prompts) :]
+    return rows
+
+
+@pytest.mark.parametrize("with_prompts", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"prompt_depth": 2, "prompt_step": 1}, {"pooling": "mean"}])
+def test_equals_attention_written_out(backbone_folder, with_prompts, fields):
+    model = make_retriever(backbone_folder, **fields)
+    images = torch.randn(2, 3, 16, 16)
+    got = cls_attention(model, images, with_prompts)
+    assert got.to_patches.shape == (2, 4, 2, 2)
+    for number, image in enumerate(images):
+        for index, weights in enumerate(slow_attention(model, image, with_prompts)):
+            prompts = got.num_prompts[index]
+            assert len(weights) == prompts + got.num_tokens
+            torch.testing.assert_close(got.to_patches[number, index].flatten(), weights[prompts + 1 :])
+            torch.testing.assert_close(got.to_prompts[number, index], weights[:prompts].sum())
+    if not with_prompts:
+        assert got.num_prompts == [0] * 4
+        assert not got.to_prompts.any()
+    elif "prompt_depth" in fields:
+        assert got.num_prompts == [3, 2, 0, 0]
+
+
+def test_looking_changes_nothing(backbone_folder):
+    model = make_retriever(backbone_folder)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        before = model(images).embeddings
+        cls_attention(model, images)
+        assert torch.equal(model(images).embeddings, before)
+
+
+def test_patches_of_wide_images():
+    assert attention._patch_rows(12, 24, 32) == 3
+    assert attention._patch_rows(196, 224, 224) == 14
+
+
+def test_attention_picture(backbone_folder, tmp_path):
+    model = make_retriever(backbone_folder)
+    pixels = torch.randn(2, 3, 16, 16)
+    images = [np.zeros((16, 16, 3), np.uint8)] * 2
+    both = cls_attention(model, pixels, with_prompts=False), cls_attention(model, pixels)
+    svg = save_attention(tmp_path / "attention.svg", images, ["Лён", "costs $5 $6"], *both, "Where").read_text("utf-8")
+    for text in ("Лён", "costs $5 $6", "with", "without", "× uniform", "Where", "layer"):
+        assert text in svg
+    path = save_attention(tmp_path / "attention.png", images, ["a", "b"], *both, dpi=100)
+    assert Image.open(path).size == (431, 644)
+    with pytest.raises(ValueError, match=r"must be as many, at least one, got \[1, 2, 2, 2\]"):
+        save_attention(tmp_path / "no.png", images[:1], ["a", "b"], *both)
+    with pytest.raises(ValueError, match="at least one"):
+        save_attention(tmp_path / "no.png", [], [], *both)
+
+
+class Photos:
+    """A data set of noise, as far as pictures need one."""
+
+    def __init__(self, labels, size=(30, 20)):
+        self.class_names = [f"class {label}" for label in range(10)]
+        rng = np.random.default_rng(0)
+        self.images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in labels]
+        self.opened = []
+
+    def open_images(self, rows):
+        self.opened.append(sorted(rows))
+        return {row: self.images[row] for row in rows}
+
+    @staticmethod
+    def transform(image, rng):
+        return torch.from_numpy(np.array(image.resize((16, 16)))).permute(2, 0, 1)
+
+
+RECORDS = [{"epoch": 0.5, "proxy_start": [0.5] * 4, "proxy_before": [0.5] * 4}]
+LOG = [{"step": 1, "epoch": 0.5, "loss": 1.0, "learning_rate": 0.1}]
+NAMES = ["neighbours", "failures", "confusion", "map", "attention", "curves", "proxies"]
+
+
+@pytest.mark.parametrize("own_gallery", [False, True])
+def test_pictures_of_a_run(backbone_folder, tmp_path, own_gallery):
+    labels = torch.tensor([0, 1, 2, 3] * 5 + [-1])
+    embeddings = torch.nn.functional.normalize(torch.randn(21, 8), dim=1)
+    dataset, evaluated = Photos(labels), {"query": (embeddings, labels), "gallery": (None, None)}
+    if own_gallery:
+        dataset = {"query": dataset, "gallery": Photos(labels)}
+        evaluated["gallery"] = (embeddings.roll(3, 0), labels)
+    evaluated = EvaluatedImages(dataset, evaluated)
+    retriever = make_retriever(backbone_folder)
+    written, problems = draw_run(tmp_path, evaluated, retriever, None, LOG, RECORDS, count=3)
+    assert problems == {}
+    assert [path.name for path in written] == [f"{name}.png" for name in NAMES]
+    assert all(Image.open(path).size[0] > 300 for path in written)
+    assert all(20 not in rows for rows in evaluated.queries.opened)  # could not be read
+    assert len(evaluated.queries.opened) + (len(evaluated.gallery.opened) if own_gallery else 0) == 7
+
+
+def test_a_picture_that_can_t_be_drawn_keeps_none_of_the_others(backbone_folder, tmp_path):
+    labels = torch.tensor([0, 0, 1, 1])
+    embeddings = torch.eye(8)[labels]
+    evaluated = EvaluatedImages(Photos(labels), {"query": (embeddings, labels), "gallery": (None, None)})
+    written, problems = draw_run(tmp_path, evaluated, make_retriever(backbone_folder), None, LOG, [])
+    assert [path.name for path in written] == ["neighbours.png", "attention.png", "curves.png"]
+    assert "at least one" in problems["failures"] and "at least one" in problems["confusion"]
+    assert "at least 5 embeddings" in problems["map"] and "no record" in problems["proxies"]
+
+
+def test_photographs_take_little_room(tmp_path):
+    from vptsp.eval.run_pictures import draw_neighbours
+
+    rng = np.random.default_rng(0)
+    labels = torch.arange(24) % 4
+    photos = Photos(labels)
+    ramp = np.add.outer(np.arange(300), np.arange(300)) % 256
+    noisy = (ramp[..., None] + rng.normal(0, 12, (24, 300, 300, 3))).clip(0, 255).astype(np.uint8)
+    photos.images = [Image.fromarray(pixels) for pixels in noisy]
+    embeddings = torch.nn.functional.normalize(torch.randn(24, 8), dim=1)
+    evaluated = EvaluatedImages(photos, {"query": (embeddings, labels), "gallery": (None, None)})
+    path = draw_neighbours(tmp_path / "neighbours.png", evaluated)
+    assert path.stat().st_size < 900_000  # noise; photographs take less
+    assert Image.open(path).mode == "P"
