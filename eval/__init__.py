@@ -1,4 +1,4 @@
-"""Evaluation: exact neighbours, measures of retrieval, clustering and geometry with intervals, pictures.
+"""Evaluation: exact neighbours, measures of retrieval, clustering and geometry, stores and indexes of embeddings.
 
     from vptsp.eval import embedding_metrics, retrieval_metrics
 
@@ -13,19 +13,33 @@ import importlib
 
 _EXPORTS = {
     "BlockedSimilarity": "neighbours",
+    "Embedder": "embedder",
+    "EmbeddingStore": "store",
+    "Hit": "vector_index",
+    "ImageSource": "sources",
+    "IndexMismatchError": "vector_index",
     "Interval": "intervals",
+    "MilvusIndex": "milvus",
     "PairedComparison": "intervals",
+    "RetrievalIndex": "index",
     "bootstrap_interval": "intervals",
+    "cached_store": "embed",
+    "choose_factory": "factory",
     "choose_queries": "pictures",
     "class_distances": "geometry",
     "clustering_metrics": "clustering",
     "compare_paired": "intervals",
+    "compare_stores": "report",
     "count_relevant": "metrics",
+    "embed_to_store": "embed",
     "embedding_metrics": "summary",
+    "evaluate_stores": "report",
+    "folder_source": "sources",
     "geometry_metrics": "geometry",
     "inter_class_distance": "geometry",
     "intra_class_distance": "geometry",
     "kmeans_clusters": "clustering",
+    "list_source": "sources",
     "map_at_k": "metrics",
     "map_at_r": "metrics",
     "map_at_r_published": "metrics",
@@ -33,6 +47,7 @@ _EXPORTS = {
     "metric_folder": "summary",
     "nearest_neighbours": "neighbours",
     "normalized_mutual_information": "clustering",
+    "open_index": "vector_index",
     "pairwise_f1": "clustering",
     "r_precision": "metrics",
     "recall_at_k": "metrics",
@@ -40,6 +55,8 @@ _EXPORTS = {
     "retrieval_scores": "metrics",
     "save_neighbour_grid": "pictures",
     "spectral_decay": "geometry",
+    "split_source": "sources",
+    "write_report": "report",
 }
 
 

@@ -27,8 +27,19 @@ def atomic_path(path):
         with temporary.open("rb+") as stream:  # what is renamed must be on the disk before its name is
             os.fsync(stream.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder):
+    """Bring renamings to the disk in their order, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_text(path, text):
@@ -37,29 +48,4 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
-def portable_path(path, folder):
-    """How a file in `folder` names `path`: relative if both lie in the same parent folder, so that they can be moved.
-
-    Args:
-        path: Local path, or a name on the Hub; None stays None.
-        folder: Where the name will be written.
-
-    Returns:
-        Text; a Hub name as it is. [`resolve_path`] reads it back.
-    """
-    if path is None or not Path(path).exists():
-        return None if path is None else str(path)
-    path, folder = Path(path).resolve(), Path(folder).resolve()
-    if folder.parent in (path, *path.parents):
-        return f"./{Path(os.path.relpath(path, folder)).as_posix()}"
-    return str(path)
-
-
-def resolve_path(name, folder):
-    """What a name written by [`portable_path`] stands for, as text."""
-    if name is not None and name.startswith("./"):
-        return str((Path(folder) / name).resolve())
-    return name
-
-
-__all__ = ["TEMPORARY_SUFFIX", "atomic_path", "portable_path", "resolve_path", "write_text"]
+__all__ = ["TEMPORARY_SUFFIX", "atomic_path", "write_text"]

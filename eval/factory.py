@@ -62,7 +62,7 @@ def _compressing_factory(num_items, embedding_dim, plain, memory_gb):
     size = max(sizes)
     return (
         f"OPQ{size},IVF{_num_lists(num_items)},PQ{size}",
-        f"{num_items:,} items take {plain:.1f} GB, more than the {memory_gb:g} allowed: compressed to {size} bytes each",
+        f"{num_items:,} items take {plain:.1f} GB, above the {memory_gb:g} allowed: compressed to {size} bytes each",
     )
 
 

@@ -1,7 +1,10 @@
 """An index of embeddings in one folder: faiss for the vectors, Parquet for ids and metadata.
 
-    index = RetrievalIndex.build(store.ids, store.embeddings, {"class_name": store.class_names}, model=store.info.model)
+    store = EmbeddingStore.open("runs/photos/embeddings")
+    metadata = {"class_name": store.class_names}
+    index = RetrievalIndex.build(store.ids, store.embeddings, metadata, model=store.info.model)
     index.save("runs/photos/index")
+
     index = RetrievalIndex.open("runs/photos/index", embedder=Embedder.from_pretrained("runs/photos"))
     index.search_images(["query.jpg"], k=10, where={"class_name": ["red_mug", "blue_mug"]})
 
@@ -15,8 +18,7 @@ are data: faiss's own format, Parquet and JSON, nothing that can run code.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import faiss
@@ -28,8 +30,9 @@ import torch
 import torch.nn.functional as F
 
 from ..data_scripts.errors import DataError, some
-from .atomic import TEMPORARY_SUFFIX, atomic_path, portable_path, resolve_path, write_text
+from .atomic import TEMPORARY_SUFFIX, atomic_path
 from .factory import choose_factory, effort_of, graph_of, inverted_lists, tune_effort
+from .records import load_record, save_record
 from .vector_index import Hit, VectorIndex, check_items
 
 
@@ -189,9 +192,7 @@ class RetrievalIndex(VectorIndex):
         expected = self._table.column_names[2:]
         if sorted(columns) != sorted(expected):
             raise ValueError(f"metadata must have the columns {expected}, got {sorted(columns)}")
-        present = [name for name in ids if name in self._key_of]
-        if present:
-            raise ValueError(f"{len(present)} ids are in the index already: {some(present)}")
+        self.refuse_present(ids)
         keys = np.arange(self.info.next_key, self.info.next_key + len(ids))
         for start in range(0, len(ids), _ADD_ROWS):
             self._index.add_with_ids(vectors[start : start + _ADD_ROWS], keys[start : start + _ADD_ROWS])
@@ -285,7 +286,7 @@ class RetrievalIndex(VectorIndex):
         return self._table_keys if mask is None else self._table_keys[mask.to_numpy()]
 
     def use_gpus(self):
-        """Search on the GPUs that faiss sees, from now on; filters and changes stay on the CPU.
+        """Search on the GPUs that faiss sees, until the index is changed; filters stay on the CPU.
 
         Raises:
             ValueError: faiss sees none (the package `faiss-cpu` never does), or can't run this index on one.
@@ -309,7 +310,7 @@ class RetrievalIndex(VectorIndex):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / INDEX_FILE).is_file():
-            self.info.generation = _load_info(folder).generation + 1
+            self.info.generation = load_record(IndexInfo, folder / INDEX_FILE, "index").generation + 1
         elif others := [p.name for p in folder.iterdir() if not p.name.startswith((".", "index-", "metadata-"))]:
             raise DataError(f"{folder} must be a new or empty folder or an index, got one with {some(sorted(others))}")
         self.info.num_items = len(self)
@@ -317,7 +318,7 @@ class RetrievalIndex(VectorIndex):
             faiss.write_index(self._index, str(path))
         with atomic_path(folder / self.info.metadata_name) as path:
             pq.write_table(self._table, path, compression="zstd")
-        _save_info(folder, self.info)
+        save_record(folder / INDEX_FILE, self.info)
         kept = {INDEX_FILE, self.info.index_name, self.info.metadata_name}
         for pattern in ("index-*.faiss", "metadata-*.parquet", f".*{TEMPORARY_SUFFIX}"):
             for path in folder.glob(pattern):
@@ -339,7 +340,7 @@ class RetrievalIndex(VectorIndex):
             IndexMismatchError: the embedder is not the model that made the embeddings.
         """
         folder = Path(folder)
-        info = _load_info(folder)
+        info = load_record(IndexInfo, folder / INDEX_FILE, "index")
         flags = 0
         if mmap and "fs" in info.factory.rpartition("PQ")[2]:
             raise ValueError(f"faiss can't memory-map {info.factory}: open it with mmap=False")
@@ -348,7 +349,8 @@ class RetrievalIndex(VectorIndex):
             flags = lists if "IVF" in info.factory else faiss.IO_FLAG_MMAP_IFC
         try:
             index = faiss.read_index(str(folder / info.index_name), flags)
-            table = pq.read_table(folder / info.metadata_name)
+            with pq.ParquetFile(folder / info.metadata_name) as file:
+                table = file.read()
         except (OSError, RuntimeError, pa.ArrowInvalid) as error:
             raise DataError(f"the index in {folder} can't be read: {error}") from error
         if not index.ntotal == len(table) == info.num_items:
@@ -374,12 +376,12 @@ class RetrievalIndex(VectorIndex):
             self._ids_to_keys = dict(zip(self.ids, self._table_keys.tolist(), strict=True))
         return self._ids_to_keys
 
+    def present(self, ids):
+        """See [`VectorIndex.present`]."""
+        return {name for name in ids if name in self._key_of}
+
     def _keys(self, ids):
-        ids = [ids] if isinstance(ids, str) else list(ids)
-        unknown = [name for name in ids if name not in self._key_of]
-        if unknown:
-            raise ValueError(f"{len(unknown)} ids are not in the index: {some(unknown)}")
-        return np.array([self._key_of[name] for name in ids], dtype=np.int64)
+        return np.array([self._key_of[name] for name in self.require(ids)], dtype=np.int64)
 
     def _refuse_mapped(self, verb):
         if self._mapped:
@@ -397,29 +399,6 @@ def _empty_index(factory, embedding_dim):
     except RuntimeError as error:
         raise ValueError(f"faiss can't make {factory!r} for width {embedding_dim}: {error}") from error
     return index if isinstance(index, faiss.IndexIDMap2) else faiss.IndexIDMap2(index)
-
-
-def _save_info(folder, info):
-    values = {**asdict(info), "image_root": portable_path(info.image_root, folder)}
-    if info.model is not None:
-        values["model"] = {**info.model, "name": portable_path(info.model["name"], folder)}
-    write_text(folder / INDEX_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def _load_info(folder):
-    path = Path(folder) / INDEX_FILE
-    if not path.is_file():
-        raise DataError(f"{folder} is no index: it has no {INDEX_FILE}")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if values.get("format_version") != FORMAT_VERSION:
-        raise DataError(f"{path} must have format_version {FORMAT_VERSION}, got {values.get('format_version')!r}")
-    unknown = {item.name for item in fields(IndexInfo)} ^ set(values)
-    if unknown:
-        raise DataError(f"{path} has missing or unknown fields: {some(sorted(unknown))}")
-    values["image_root"] = resolve_path(values["image_root"], folder)
-    if values["model"] is not None:
-        values["model"] = {**values["model"], "name": resolve_path(values["model"]["name"], folder)}
-    return IndexInfo(**values)
 
 
 __all__ = ["IndexInfo", "RetrievalIndex"]

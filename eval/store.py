@@ -17,7 +17,7 @@ the rows from 3 * shard_size. They appear under their names only when they are c
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 import torch
 
 from ..data_scripts.errors import DataError, some
-from .atomic import TEMPORARY_SUFFIX, atomic_path, portable_path, resolve_path, write_text
+from .atomic import TEMPORARY_SUFFIX, atomic_path
+from .records import load_record, save_record
 
 
 FORMAT_VERSION = 1
@@ -38,7 +39,7 @@ _SKIPPED = b"skipped"
 
 @dataclass
 class StoreInfo:
-    """What `store.json` says.
+    """What `store.json` says. Paths are relative to its folder where both lie in the same parent folder.
 
     Attributes:
         model: Who made the embeddings: `name`, `kind`, `fingerprint`, `dtype`; see `Embedder.description`.
@@ -75,26 +76,14 @@ class StoreInfo:
         """The rows of the data that a shard holds, a range."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
 
-    def save(self, folder):
-        values = {**asdict(self), "image_root": portable_path(self.image_root, folder)}
-        values["model"] = {**self.model, "name": portable_path(self.model["name"], folder)}
-        write_text(Path(folder) / STORE_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
-    @classmethod
-    def load(cls, folder):
-        path = Path(folder) / STORE_FILE
-        if not path.is_file():
-            raise DataError(f"{folder} is no store of embeddings: it has no {STORE_FILE}")
-        values = json.loads(path.read_text(encoding="utf-8"))
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
-            raise DataError(f"{path} must have format_version {FORMAT_VERSION}, got {version!r}")
-        unknown = {item.name for item in fields(cls)} ^ set(values)
-        if unknown:
-            raise DataError(f"{path} has missing or unknown fields: {some(sorted(unknown))}")
-        values["image_root"] = resolve_path(values["image_root"], folder)
-        values["model"] = {**values["model"], "name": resolve_path(values["model"]["name"], folder)}
-        return cls(**values)
+def load_store_info(folder):
+    """The [`StoreInfo`] of a folder.
+
+    Raises:
+        DataError: it is no store.
+    """
+    return load_record(StoreInfo, Path(folder) / STORE_FILE, "store of embeddings")
 
 
 def begin_store(folder, info):
@@ -115,13 +104,13 @@ def begin_store(folder, info):
     for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         leftover.unlink()
     if (folder / STORE_FILE).is_file():
-        found = StoreInfo.load(folder)
+        found = load_store_info(folder)
         _refuse_other(folder, found, info)
         return found
     others = sorted(path.name for path in folder.iterdir())
     if others:
         raise DataError(f"{folder} must be a new or empty folder or a store, got one with {some(others)}")
-    info.save(folder)
+    save_record(Path(folder) / STORE_FILE, info)
     return info
 
 
@@ -184,12 +173,12 @@ def finish_store(folder, info):
         raise DataError(f"{folder}: {len(missing)} of {info.num_shards} shards are missing, the first is {missing[0]}")
     info.skipped = []
     for shard in range(info.num_shards):
-        metadata = pq.read_schema(Path(folder) / info.shard_name(shard)).metadata
-        info.skipped += json.loads(metadata[_SKIPPED])
+        schema = pq.read_schema(Path(folder) / info.shard_name(shard))
+        info.skipped += json.loads(schema.metadata[_SKIPPED])
     if len(info.skipped) == info.num_images:
         raise DataError(f"{folder}: none of the {info.num_images} images can be read")
     info.complete = True
-    info.save(folder)
+    save_record(Path(folder) / STORE_FILE, info)
 
 
 class EmbeddingStore:
@@ -211,7 +200,7 @@ class EmbeddingStore:
         Raises:
             DataError: the folder is no store, or its embedding was interrupted.
         """
-        info = StoreInfo.load(folder)
+        info = load_store_info(folder)
         if not info.complete:
             done = info.num_shards - len(missing_shards(folder, info))
             raise DataError(
@@ -224,9 +213,11 @@ class EmbeddingStore:
         return self.info.num_images - len(self.info.skipped)
 
     def _read(self, columns):
-        shards = range(self.info.num_shards)
-        tables = [pq.read_table(self.folder / self.info.shard_name(shard), columns=columns) for shard in shards]
-        return pa.concat_tables(tables)
+        return pa.concat_tables([self._read_shard(shard, columns) for shard in range(self.info.num_shards)])
+
+    def _read_shard(self, shard, columns):
+        with pq.ParquetFile(self.folder / self.info.shard_name(shard)) as file:
+            return file.read(columns)
 
     @cached_property
     def _names(self):
@@ -253,8 +244,7 @@ class EmbeddingStore:
         block = torch.empty(len(self), self.info.embedding_dim)
         start = 0
         for shard in range(self.info.num_shards):
-            column = pq.read_table(self.folder / self.info.shard_name(shard), columns=["embedding"]).column(0)
-            for chunk in column.chunks:
+            for chunk in self._read_shard(shard, ["embedding"]).column(0).chunks:
                 block[start : start + len(chunk)] = torch.from_numpy(_as_matrix(chunk, self.info.embedding_dim))
                 start += len(chunk)
         return block

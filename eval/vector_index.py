@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+from ..data_scripts.errors import some
 from .checks import check_embeddings
 
 
@@ -114,9 +115,26 @@ class VectorIndex(ABC):
             ValueError: an id is not in the index.
         """
 
+    @abstractmethod
+    def present(self, ids):
+        """Those of some ids that are in the index, a set."""
+
+    def require(self, ids):
+        """Ids as a list, all of them in the index; else a ValueError that names those that are not."""
+        ids = [ids] if isinstance(ids, str) else list(ids)
+        present = self.present(ids)
+        if unknown := [name for name in ids if name not in present]:
+            raise ValueError(f"{len(unknown)} ids are not in the index: {some(unknown)}")
+        return ids
+
+    def refuse_present(self, ids):
+        """A ValueError if some of these ids are in the index already."""
+        if present := self.present(ids):
+            raise ValueError(f"{len(present)} ids are in the index already: {some(sorted(present))}")
+
     def search_ids(self, ids, k=10, where=None):
         """The items most similar to items of the index, each without itself; see `search`."""
-        ids = list(ids)
+        ids = self.require(ids)
         found = self.search(self.embeddings_of(ids), k + 1, where)
         return [[hit for hit in hits if hit.id != own][:k] for own, hits in zip(ids, found, strict=True)]
 
