@@ -113,8 +113,11 @@ def _parser() -> argparse.ArgumentParser:
         evaluate.add_argument(f"--no_{name}", action="store_true", help=f"leave out the measures of {name}")
     for name in ("embed", "evaluate", "compare", "index"):
         _add_data_options(parts[name])
-    for name in ("embed", "evaluate", "compare", "index", "search"):
+    for name in COMMANDS:
         _add_model_options(parts[name])
+    for name in ("embed", "evaluate", "index", "search"):
+        parts[name].add_argument("--revision", help="commit, tag or branch of the model on the Hub")
+    compare.set_defaults(revision=None)
     return parser
 
 
@@ -138,7 +141,6 @@ def _add_data_options(parser):
 
 def _add_model_options(parser):
     group = parser.add_argument_group("how the model runs")
-    group.add_argument("--revision", help="commit, tag or branch of the model on the Hub")
     group.add_argument("--resize_size", type=int, help="short side in pixels before the crop, of a bare backbone")
     group.add_argument("--batch_size", type=int, default=64)
     group.add_argument("--device", help="such as cuda:1; default: the accelerator, or the CPU")

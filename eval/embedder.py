@@ -134,14 +134,13 @@ class Embedder:
             OSError: a file is not to be had.
             ValueError: neither a retriever nor a supported backbone, or `resize_size` with a retriever.
         """
-        from transformers import AutoImageProcessor, PreTrainedConfig
+        from transformers import AutoImageProcessor
 
         from ..image_processor_vptsp import build_image_processor
         from ..modeling_vptsp import VPTSPModel
 
         name = str(name)
-        model_type = PreTrainedConfig.get_config_dict(name, revision=revision or "main")[0].get("model_type")
-        if model_type == "vptsp":
+        if is_retriever(name, revision):
             if resize_size is not None:
                 raise ValueError(
                     f"resize_size is for bare backbones: the retriever {name} has its own image processor"
@@ -193,6 +192,17 @@ class Embedder:
         }
 
 
+def is_retriever(name, revision=None):
+    """Whether a folder or Hub name holds a retriever of this project, and not a bare backbone.
+
+    Raises:
+        OSError: there is no configuration to be had.
+    """
+    from transformers import PreTrainedConfig
+
+    return PreTrainedConfig.get_config_dict(name, revision=revision or "main")[0].get("model_type") == "vptsp"
+
+
 def default_device():
     """This process's accelerator (of several, that of `LOCAL_RANK`), or the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -237,4 +247,12 @@ def model_fingerprint(model, processor, backbone_only=False):
     return digest.hexdigest()
 
 
-__all__ = ["Embedder", "ImageError", "ImagePreprocessor", "default_device", "model_fingerprint", "read_image"]
+__all__ = [
+    "Embedder",
+    "ImageError",
+    "ImagePreprocessor",
+    "default_device",
+    "is_retriever",
+    "model_fingerprint",
+    "read_image",
+]

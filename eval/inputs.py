@@ -14,15 +14,18 @@ def load_embedder(name, options):
     import torch
     from transformers.utils import logging
 
-    from .embedder import Embedder
+    from .embedder import Embedder, is_retriever
 
     if "://" not in name and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise DataError(f"model: there is no folder {name}")
+    resize_size = options.resize_size
+    if options.command == "compare" and is_retriever(name, options.revision):
+        resize_size = None  # meant for the other one
     with _no_progress_bars(logging):
         return Embedder.from_pretrained(
             name,
             revision=options.revision,
-            resize_size=options.resize_size,
+            resize_size=resize_size,
             batch_size=options.batch_size,
             device=options.device,
             dtype=getattr(torch, options.dtype),
