@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--id", nargs="+", default=[], metavar="ID", help="items of the index as queries")
     search.add_argument("--k", type=int, default=10, help="results per query (default 10)")
     search.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="only items with this value")
+    search.add_argument("--containing", metavar="TEXT", help="only items with this text in their id or class")
     search.add_argument("--model", help="folder or Hub name, where it isn't where the index says")
     search.add_argument("--json", action="store_true", help="print JSON")
     search.add_argument("--mmap", action="store_true", help="leave the vectors on disk")

@@ -19,13 +19,17 @@ def run(options):
         index.use_gpus()
     results = {}
     if options.id:
-        results |= dict(zip(options.id, index.search_ids(options.id, options.k, where), strict=True))
+        results |= dict(
+            zip(options.id, index.search_ids(options.id, options.k, where, options.containing), strict=True)
+        )
     if options.image:
         name = options.model or (index.model or {}).get("name")
         if name is None:
             raise DataError(f"{options.index} doesn't say which model made its embeddings: give --model")
         index.use_embedder(load_embedder(name, options))
-        results |= dict(zip(options.image, index.search_images(options.image, options.k, where), strict=True))
+        results |= dict(
+            zip(options.image, index.search_images(options.image, options.k, where, options.containing), strict=True)
+        )
     print(_as_json(results) if options.json else _as_text(results))
 
 

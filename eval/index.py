@@ -19,6 +19,7 @@ are data: faiss's own format, Parquet and JSON, nothing that can run code.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import faiss
@@ -218,11 +219,11 @@ class RetrievalIndex(VectorIndex):
 
     # ---- Searching
 
-    def search(self, embeddings, k=10, where=None):
+    def search(self, embeddings, k=10, where=None, containing=None):
         """See [`VectorIndex.search`]. Among equal similarities the item that was added first comes first."""
         queries = self._check_queries(embeddings, k).numpy()
         k = min(k, len(self))
-        keys = None if where is None else self._keys_where(where)
+        keys = self._keys_that_pass(where, containing) if where or containing else None
         if k == 0 or (keys is not None and not len(keys)):
             return [[] for _ in queries]
         similarity, found = self._search_keys(queries, k, keys)
@@ -275,15 +276,19 @@ class RetrievalIndex(VectorIndex):
     def _vectors(self, keys):
         return self._index.reconstruct_batch(np.ascontiguousarray(keys))
 
-    def _keys_where(self, where):
-        mask = None
-        for name, values in where.items():
-            if name not in self._table.column_names[1:]:
-                raise ValueError(f"there is no column {name!r}; the columns are {self._table.column_names[1:]}")
+    def _keys_that_pass(self, where, containing):
+        """Keys of the items that pass a filter, ascending."""
+        columns = self._table.column_names[1:]
+        masks = []
+        for name, values in (where or {}).items():
+            if name not in columns:
+                raise ValueError(f"there is no column {name!r}; the columns are {columns}")
             values = [values] if isinstance(values, str) else list(values)
-            here = pc.is_in(self._table.column(name), pa.array(values, pa.string()))
-            mask = here if mask is None else pc.and_(mask, here)
-        return self._table_keys if mask is None else self._table_keys[mask.to_numpy()]
+            masks.append(pc.is_in(self._table.column(name), pa.array(values, pa.string())))
+        if containing:
+            found = [pc.match_substring(self._table.column(name), containing, ignore_case=True) for name in columns]
+            masks.append(reduce(pc.or_, found))
+        return self._table_keys[reduce(pc.and_, masks).to_numpy()]
 
     def use_gpus(self):
         """Search on the GPUs that faiss sees, until the index is changed; filters stay on the CPU.
@@ -379,6 +384,11 @@ class RetrievalIndex(VectorIndex):
     def present(self, ids):
         """See [`VectorIndex.present`]."""
         return {name for name in ids if name in self._key_of}
+
+    def sample_ids(self, count):
+        """See [`VectorIndex.sample_ids`]; spread evenly over the index."""
+        rows = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
+        return self._table.column("id").take(pa.array(rows)).to_pylist()
 
     def _keys(self, ids):
         return np.array([self._key_of[name] for name in self.require(ids)], dtype=np.int64)

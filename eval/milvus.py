@@ -125,14 +125,14 @@ class MilvusIndex(VectorIndex):
         for start in range(0, len(ids), _BATCH_ROWS):
             self._client.delete(self._collection, ids=ids[start : start + _BATCH_ROWS])
 
-    def search(self, embeddings, k=10, where=None):
-        """See [`VectorIndex.search`]."""
+    def search(self, embeddings, k=10, where=None, containing=None):
+        """See [`VectorIndex.search`]; in `containing`, `%` stands for any text and `_` for any letter."""
         queries = self._check_queries(embeddings, k)
         found = self._client.search(
             self._collection,
             data=queries.tolist(),
             limit=k,
-            filter=self._expression(where),
+            filter=self._expression(where, containing),
             output_fields=self._columns,
             search_params={"metric_type": "IP"},
         )
@@ -149,14 +149,21 @@ class MilvusIndex(VectorIndex):
         """Disconnect."""
         self._client.close()
 
-    def _expression(self, where):
+    def sample_ids(self, count):
+        """See [`VectorIndex.sample_ids`]."""
+        return [row["id"] for row in self._client.query(self._collection, limit=count, output_fields=["id"])]
+
+    def _expression(self, where, containing=None):
         """Milvus's filter; values are written as JSON texts, which its grammar shares."""
-        parts = []
+        parts, columns = [], ["id", *self._columns]
         for name, values in (where or {}).items():
-            if name not in ["id", *self._columns]:
-                raise ValueError(f"there is no column {name!r}; the columns are {['id', *self._columns]}")
+            if name not in columns:
+                raise ValueError(f"there is no column {name!r}; the columns are {columns}")
             values = [values] if isinstance(values, str) else list(values)
             parts.append(f"{name} in {json.dumps(values, ensure_ascii=False)}")
+        if containing:
+            pattern = json.dumps(f"%{containing}%", ensure_ascii=False)
+            parts.append(f"({' or '.join(f'{name} like {pattern}' for name in columns)})")
         return " and ".join(parts)
 
     def present(self, ids):

@@ -92,13 +92,14 @@ class VectorIndex(ABC):
         """
 
     @abstractmethod
-    def search(self, embeddings, k=10, where=None):
+    def search(self, embeddings, k=10, where=None, containing=None):
         """The items most similar to each query.
 
         Args:
             embeddings: `(Q, E)` floating point, L2-normalised.
             k: >= 1.
             where: Column -> value or list of values: only items with one of them in every column. None: all items.
+            containing: Only items with this text in their id or in a column, in any case (in Milvus: in this case).
 
         Returns:
             Q lists of at most k [`Hit`], most similar first.
@@ -132,18 +133,22 @@ class VectorIndex(ABC):
         if present := self.present(ids):
             raise ValueError(f"{len(present)} ids are in the index already: {some(sorted(present))}")
 
-    def search_ids(self, ids, k=10, where=None):
+    @abstractmethod
+    def sample_ids(self, count):
+        """At most `count` of the ids, the same each time."""
+
+    def search_ids(self, ids, k=10, where=None, containing=None):
         """The items most similar to items of the index, each without itself; see `search`."""
         ids = self.require(ids)
-        found = self.search(self.embeddings_of(ids), k + 1, where)
+        found = self.search(self.embeddings_of(ids), k + 1, where, containing)
         return [[hit for hit in hits if hit.id != own][:k] for own, hits in zip(ids, found, strict=True)]
 
-    def search_images(self, images, k=10, where=None):
+    def search_images(self, images, k=10, where=None, containing=None):
         """The items most similar to images; see `search`.
 
         Args:
             images: Paths, bytes, PIL images or tensors, as `Embedder.embed_images` takes them.
-            k, where: As for `search`.
+            k, where, containing: As for `search`.
 
         Raises:
             ImageError: an image can't be read.
@@ -151,7 +156,7 @@ class VectorIndex(ABC):
         """
         if self.embedder is None:
             raise ValueError("searching by image needs a model: open the index with embedder=..., or use_embedder")
-        return self.search(self.embedder.embed_images(images), k, where)
+        return self.search(self.embedder.embed_images(images), k, where, containing)
 
     def _check_queries(self, embeddings, k):
         if k < 1:

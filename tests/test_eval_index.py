@@ -91,6 +91,8 @@ def test_filter_equals_search_among_those_that_pass(embeddings, factory):
     assert found_ids(index.search(queries[:1], 5, where={"id": ["item 4", "item 9"], "class_name": ["class 0"]})) == [
         ["item 9"]
     ]
+    found = {hit.id for hit in index.search(queries[:1], 5, where={"class_name": "class 1"}, containing="ITEM 22")[0]}
+    assert found == {"item 22", "item 220", "item 223", "item 226", "item 229"}
     with pytest.raises(ValueError, match="no column 'colour'"):
         index.search(queries, 5, where={"colour": "red"})
 
