@@ -28,11 +28,17 @@ _MISSING = (225, 225, 225)
 _CSS = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
 .gradio-container main { width: 100%; }
+#results .grid-wrap { height: auto; max-height: none; }
+#results .thumbnail-item.selected:not(:hover) { border-color: var(--border-color-primary); box-shadow: none; }
 #results .thumbnail-item { display: flex; flex-direction: column; aspect-ratio: auto; height: 100%; }
 #results .thumbnail-item img { aspect-ratio: 1; height: auto; }
 #results .caption-label {
     position: static; max-width: 100%; border: none; background: none;
     font-size: 0.8rem; line-height: 1.25; white-space: normal; text-align: left; opacity: 1;
+}
+@media (max-width: 700px) {
+    #page { flex-direction: column; }
+    #results .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 }
 """
 
@@ -132,7 +138,7 @@ def build_page(page):
     with gr.Blocks(title="Image search", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(f"# Image search\n{len(page.index):,} images · {Path(model).name or model}", elem_id="title")
         query, names = gr.State(None), gr.State([])
-        with gr.Row():
+        with gr.Row(elem_id="page"):
             with gr.Column(scale=1, min_width=280):
                 image = gr.Image(
                     label="Query",

@@ -193,7 +193,7 @@ def test_page_in_a_browser(place, tmp_path):
         expect(status).to_contain_text("Nothing found")
 
         (tmp_path / "broken.png").write_bytes(b"no image")
-        tab.locator("#query").get_by_label("Clear").click()
+        tab.locator("#query").get_by_label("Remove Image").click()
         expect(status).to_contain_text("search the 15 images")
         tab.set_input_files("#query input[type=file]", tmp_path / "broken.png")
         expect(status).to_contain_text("broken.png: can't read this image")

@@ -1,8 +1,11 @@
 """`python -m vptsp.eval`: what the commands write, print and refuse."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from vptsp import VPTSPModel
 from vptsp.data_scripts import EvalTransform, ImageDataset, load_splits
 from vptsp.eval import EmbeddingStore, RetrievalIndex, embedding_metrics, retrieval_metrics
-from vptsp.eval.__main__ import main
+from vptsp.eval.__main__ import _parser, main
 from vptsp.image_processor_vptsp import build_image_processor
 
 
@@ -232,3 +235,13 @@ def test_help_is_quick_and_imports_nothing_heavy():
     )
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert outcome.stderr.strip() == "0"
+
+
+def test_documented_commands_exist():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "search.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^ +python -m vptsp\.eval (.*(?:\\\n.*)?)$", text, re.MULTILINE)
+    commands = [shlex.split(command.replace("\\\n", " "), comments=False) for command in commands]
+    commands = [words for words in commands if "--help" not in words]
+    assert len(commands) >= 9
+    for words in commands:
+        _parser().parse_args(words)
