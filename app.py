@@ -11,6 +11,7 @@ import argparse
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -214,7 +215,13 @@ def write_space(folder, index, image_root):
     Raises:
         DataError: the folder holds something, or an image of the index is missing.
     """
+    import gradio
+
+    from vptsp.eval.index import RetrievalIndex
+
     folder, page = Path(folder), SearchPage(index, image_root)
+    if not isinstance(index, RetrievalIndex):
+        raise DataError("write_space: a Space holds its index, which must be a folder and not in Milvus")
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"write_space: {folder} must be a new or empty folder")
     for name in index.ids:
@@ -223,16 +230,18 @@ def write_space(folder, index, image_root):
             raise DataError(f"write_space: the image {source} is missing")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-    embedder = index.embedder
+    embedder, model = index.embedder, dict(index.model)
     if not embedder.backbone_only:  # a bare backbone stays where it is on the Hub
         local = Path(embedder.model.config.backbone or ".").is_dir()
         embedder.model.save_pretrained(folder / "model", save_backbone=local)
         embedder.preprocess.processor.save_pretrained(folder / "model")
-        index.info.model = {**index.info.model, "name": str(folder / "model")}
-    index.info.image_root = str(folder / "images")
-    index.save(folder / "index")
-    import gradio
-
+        model["name"] = str(folder / "model")
+    original = index.info
+    try:
+        index.info = replace(original, model=model, image_root=str(folder / "images"))
+        index.save(folder / "index")
+    finally:
+        index.info = original
     files = {
         "app.py": 'from vptsp.app import main\n\n\nmain(["--index", "index", "--host", "0.0.0.0"])\n',
         "requirements.txt": f"vptsp[app]=={__version__}\n",

@@ -78,29 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("first", "second"):
         compare.add_argument(name, help="retriever or backbone (folder or Hub name), or a store of embeddings")
 
-    index = parts["index"]
-    index.add_argument("--index", required=True, help="folder, FILE.db or http://HOST:PORT (Milvus; #COLLECTION)")
-    index.add_argument("--store", help="stored embeddings instead of a model and data")
-    index.add_argument("--model", help="retriever or backbone: folder or Hub name")
-    index.add_argument("--split", default="test", help="split of the data set (default test)")
-    index.add_argument("--factory", default="auto", help="faiss's name of the index; auto chooses by size, says why")
-    index.add_argument("--target_recall", type=float, default=0.95, help="of an approximate index (default 0.95)")
-    index.add_argument("--memory_gb", type=float, default=16.0, help="what auto may take (default 16)")
-    index.add_argument("--add", action="store_true", help="add to the index that is there; ids it has are passed over")
-    index.add_argument("--remove", nargs="+", metavar="ID", help="remove items instead")
-
-    search = parts["search"]
-    search.add_argument("--index", required=True, help="what `index` wrote")
-    search.add_argument("--image", nargs="+", default=[], metavar="FILE", help="queries")
-    search.add_argument("--id", nargs="+", default=[], metavar="ID", help="items of the index as queries")
-    search.add_argument("--k", type=int, default=10, help="results per query (default 10)")
-    search.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="only items with this value")
-    search.add_argument("--containing", metavar="TEXT", help="only items with this text in their id or class")
-    search.add_argument("--model", help="folder or Hub name, where it isn't where the index says")
-    search.add_argument("--json", action="store_true", help="print JSON")
-    search.add_argument("--mmap", action="store_true", help="leave the vectors on disk")
-    search.add_argument("--gpu", action="store_true", help="search on the GPUs, with faiss-gpu")
-
+    _add_index_options(parts["index"])
+    _add_search_options(parts["search"])
     for name in ("evaluate", "compare"):
         parts[name].add_argument("--output", required=True, metavar="FOLDER", help="where JSON and Markdown go")
         parts[name].add_argument("--split", help="split; default: test, or query against gallery where there are")
@@ -120,6 +99,31 @@ def _parser() -> argparse.ArgumentParser:
         parts[name].add_argument("--revision", help="commit, tag or branch of the model on the Hub")
     compare.set_defaults(revision=None)
     return parser
+
+
+def _add_index_options(index):
+    index.add_argument("--index", required=True, help="folder, FILE.db or http://HOST:PORT (Milvus; #COLLECTION)")
+    index.add_argument("--store", help="stored embeddings instead of a model and data")
+    index.add_argument("--model", help="retriever or backbone: folder or Hub name")
+    index.add_argument("--split", default="test", help="split of the data set (default test)")
+    index.add_argument("--factory", default="auto", help="faiss's name of the index; auto chooses by size, says why")
+    index.add_argument("--target_recall", type=float, default=0.95, help="of an approximate index (default 0.95)")
+    index.add_argument("--memory_gb", type=float, default=16.0, help="what auto may take (default 16)")
+    index.add_argument("--add", action="store_true", help="add to the index that is there; ids it has are passed over")
+    index.add_argument("--remove", nargs="+", metavar="ID", help="remove items instead")
+
+
+def _add_search_options(search):
+    search.add_argument("--index", required=True, help="what `index` wrote")
+    search.add_argument("--image", nargs="+", default=[], metavar="FILE", help="queries")
+    search.add_argument("--id", nargs="+", default=[], metavar="ID", help="items of the index as queries")
+    search.add_argument("--k", type=int, default=10, help="results per query (default 10)")
+    search.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="only items with this value")
+    search.add_argument("--containing", metavar="TEXT", help="only items with this text in their id or class")
+    search.add_argument("--model", help="folder or Hub name, where it isn't where the index says")
+    search.add_argument("--json", action="store_true", help="print JSON")
+    search.add_argument("--mmap", action="store_true", help="leave the vectors on disk")
+    search.add_argument("--gpu", action="store_true", help="search on the GPUs, with faiss-gpu")
 
 
 def _add_data_options(parser):

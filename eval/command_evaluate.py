@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from ..data_scripts.errors import DataError
-from .inputs import is_main_rank, stores_of
+from .inputs import is_main_rank, model_or_store, stores_of
 from .report import evaluate_stores, write_report
 
 
 def run(options):
     """Evaluate, write the report and print its table."""
-    if (options.model is None) == (options.store is None):
-        got = "neither" if options.model is None else "both"
-        raise DataError(f"give either --model (and images) or --store, got {got}")
-    queries, gallery = stores_of(options.model or options.store, options, options.gallery_store)
+    name = model_or_store(options)
+    if options.gallery_store is not None and options.store is None:
+        raise DataError("--gallery_store goes with --store; a data set brings its own gallery")
+    queries, gallery = stores_of(name, options, options.gallery_store)
     if is_main_rank():
         report = evaluate_stores(
             queries,

@@ -5,25 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..data_scripts.errors import DataError
-from .inputs import is_main_rank, stores_of
+from .inputs import is_main_rank, model_or_store, stores_of
 from .vector_index import is_milvus, open_index
 
 
 def run(options):
     """Build or change an index, and print what it is."""
-    sources = [name for name in ("model", "store") if getattr(options, name) is not None]
-    if len(sources) + (options.remove is not None) != 1:
-        raise DataError("give one of --model (and images), --store and --remove")
+    if is_milvus(options.index) and options.factory != "auto":
+        raise DataError("--factory is for faiss: Milvus chooses its index itself")
     if options.remove is not None:
+        if options.model is not None or options.store is not None or options.add:
+            raise DataError("--remove goes without --model, --store and --add")
         index = open_index(options.index)
         index.remove(options.remove)
         _save(index, options.index)
         print(f"{options.index}: removed {len(options.remove):,}, {len(index):,} items")
         return
-    store, gallery = stores_of(getattr(options, sources[0]), options)
+    store, _ = stores_of(model_or_store(options), options)
     if not is_main_rank():
         return
-    store = store if gallery is None else gallery
     if options.add:
         _add(open_index(options.index), store, options.index)
     else:

@@ -13,6 +13,8 @@ def run(options):
     """Search, and print the results."""
     if not options.image and not options.id:
         raise DataError("give --image or --id, got neither")
+    if is_milvus(options.index) and (options.mmap or options.gpu):
+        raise DataError("--mmap and --gpu are for faiss: Milvus decides that itself")
     where = parse_where(options.where)
     index = open_index(options.index, **({} if is_milvus(options.index) else {"mmap": options.mmap}))
     if options.gpu:

@@ -205,10 +205,9 @@ def is_retriever(name, revision=None):
 
 def default_device():
     """This process's accelerator (of several, that of `LOCAL_RANK`), or the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
+    if not torch.accelerator.is_available():
         return torch.device("cpu")
-    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def model_fingerprint(model, processor, backbone_only=False):

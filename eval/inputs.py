@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from ..data_scripts.errors import DataError
@@ -94,6 +95,20 @@ def store_options(options):
     }
 
 
+def model_or_store(options):
+    """The model or the store that a command is to take embeddings from.
+
+    Raises:
+        DataError: neither or both were given, or images with a store, which holds what is made of its own.
+    """
+    if (options.model is None) == (options.store is None):
+        got = "neither" if options.model is None else "both"
+        raise DataError(f"give either --model (and images) or --store, got {got}")
+    if options.store is not None and (options.images is not None or options.data):
+        raise DataError("--images and the options of data sets go with --model; a store has its own images")
+    return options.model or options.store
+
+
 def stores_of(name, options, gallery_store=None):
     """Stored embeddings of queries and gallery (or None), from a store or by embedding with a model.
 
@@ -117,9 +132,15 @@ def stores_of(name, options, gallery_store=None):
 
 def is_main_rank():
     """Whether this process, of those that `torchrun` started, is the one that prints and writes reports."""
-    import os
-
     return int(os.environ.get("RANK", "0")) == 0
 
 
-__all__ = ["choose_sets", "is_main_rank", "load_embedder", "load_sources", "store_options", "stores_of"]
+__all__ = [
+    "choose_sets",
+    "is_main_rank",
+    "load_embedder",
+    "load_sources",
+    "model_or_store",
+    "store_options",
+    "stores_of",
+]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -134,7 +135,29 @@ def _file_source(paths, root, description):
     class_names = sorted(set(classes) - {""})
     numbers = {name: number for number, name in enumerate(class_names)} | {"": UNLABELLED}
     labels = np.array([numbers[name] for name in classes], dtype=np.int64)
-    return ImageSource(paths, labels, class_names, lambda row: str(root / paths[row]), description, str(root))
+    return ImageSource(paths, labels, class_names, _Files(str(root), paths), description, str(root))
+
+
+class _Files(NamedTuple):
+    """`ImageSource.stored` of files; picklable, as workers need it."""
+
+    root: str
+    paths: list[str]
+
+    def __call__(self, row):
+        return f"{self.root}/{self.paths[row]}"
+
+
+class _TableRows(NamedTuple):
+    """`ImageSource.stored` of rows of `datasets`."""
+
+    table: object
+    description: str
+
+    def __call__(self, row):
+        from ..data_scripts.torch_dataset import stored_image
+
+        return stored_image(self.table[row]["image"], f"{self.description}, row {row}", "image")[0]
 
 
 def split_source(split, description, data_dir=None):
@@ -153,7 +176,7 @@ def split_source(split, description, data_dir=None):
     """
     import datasets
 
-    from ..data_scripts.torch_dataset import ImageColumns, stored_image
+    from ..data_scripts.torch_dataset import ImageColumns
 
     columns = ImageColumns.find(split.features, "image", "label")
     table = (
@@ -165,10 +188,6 @@ def split_source(split, description, data_dir=None):
     paths = [path for chunk in images for path in chunk.field("path").to_pylist()]
     on_disk = all(chunk.field("bytes").null_count == len(chunk) for chunk in images)
     class_names = columns.class_names or [str(number) for number in range(int(labels.max(initial=-1)) + 1)]
-
-    def stored(row):
-        return stored_image(table[row]["image"], f"{description}, row {row}", "image")[0]
-
     root = None
     if on_disk and paths and None not in paths:
         root = _common_root(paths, data_dir)
@@ -177,6 +196,7 @@ def split_source(split, description, data_dir=None):
         ids = paths
     else:
         ids = [f"row {row}" for row in range(len(paths))]
+    stored = _TableRows(table, description)
     return ImageSource(ids, labels, class_names, stored, description, None if root is None else str(root))
 
 

@@ -207,7 +207,12 @@ def test_what_does_not_fit_is_refused(store, retriever, photos, tmp_path, capsys
         ("there is no folder", {**embed, "model": retriever, "images": tmp_path / "absent"}),
         ("unknown dataset_name 'foldr', did you mean", {**embed, "model": retriever, "dataset_name": "foldr"}),
         ("data_dir is missing", {**evaluate, "model": retriever, "dataset_name": "cub"}),
-        ("give one of --model (and images), --store and --remove", index),
+        ("give either --model (and images) or --store, got neither", index),
+        ("--images and the options of data sets go with --model", {**index, "store": store, "images": photos}),
+        ("--gallery_store goes with --store", {**evaluate, "model": retriever, "gallery_store": store}),
+        ("--remove goes without --model, --store and --add", {**index, "remove": ["a"], "add": True}),
+        ("--factory is for faiss", {**index, "index": "a.db", "store": store, "factory": "Flat"}),
+        ("--mmap and --gpu are for faiss", {**search, "index": "a.db", "id": ["a"], "gpu": True}),
         ("is no index: it has no index.json", {**search, "id": ["a"]}),
         ("give --image or --id, got neither", search),
         ("where must be COLUMN=VALUE, got 'a'", {**search, "id": ["a"], "where": ["a"]}),
@@ -239,9 +244,8 @@ def test_help_is_quick_and_imports_nothing_heavy():
 
 def test_documented_commands_exist():
     text = (Path(__file__).resolve().parents[1] / "docs" / "search.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^ +python -m vptsp\.eval (.*(?:\\\n.*)?)$", text, re.MULTILINE)
-    commands = [shlex.split(command.replace("\\\n", " "), comments=False) for command in commands]
-    commands = [words for words in commands if "--help" not in words]
+    commands = re.findall(r"^ +python -m vptsp\.eval (.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    commands = [shlex.split(command) for command in commands if "--help" not in command]
     assert len(commands) >= 9
     for words in commands:
         _parser().parse_args(words)
