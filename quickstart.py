@@ -5,7 +5,8 @@ Scikit-learn's 1,797 scanned digits in three groups of classes that never meet:
 1. a small vision transformer is trained from scratch on the digits 0 to 2, as a stand-in for a pretrained backbone;
 2. VPTSP-G tunes prompts on the frozen backbone, on the digits 3 to 6 (`configs/quickstart.yaml`, through `train.py`);
 3. retrieval is scored on the digits 7 to 9, which neither has seen: the backbone alone against the tuned retriever;
-4. a new process loads what was saved, by `AutoModel.from_pretrained`, and draws queries with their neighbours.
+4. a new process loads what was saved, by `AutoModel.from_pretrained`, and draws queries with their neighbours;
+5. the images that it embedded are indexed, for `python -m vptsp.app`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -38,6 +40,7 @@ BACKBONE_ARGUMENTS = {
 # What a user of a shared retriever writes; it runs in a process of its own.
 RETRIEVE = """
 import sys
+from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
@@ -71,6 +74,11 @@ save_neighbour_grid(
 )
 recall = (labels[index[:, 0]] == labels).double().mean().item()
 print(f"reloaded          recall_at_1 {100 * recall:.2f}")
+
+for row in test:  # as files, for the search page
+    path = Path(folder, "images", row["image"]["path"].removeprefix("digits/"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(row["image"]["bytes"])
 """
 
 
@@ -112,6 +120,11 @@ def main(argv=None) -> None:
         "python -c '... AutoModel.from_pretrained(..., trust_remote_code=True) ...'",
     )
 
+    shutil.rmtree(output / "index", ignore_errors=True)  # of an earlier run
+    places = {"images": "images", "embeddings_cache": "embeddings", "index": "index"}
+    words = options({"model": output, **{name: output / place for name, place in places.items()}})
+    run([sys.executable, "-m", "vptsp.eval", "index", *words], "python -m vptsp.eval index " + " ".join(words))
+
     results = json.loads((output / "all_results.json").read_text(encoding="utf-8"))
     print(
         f"\n{'':18}R@1     MAP@R   (digits 7, 8, 9; no training saw them)\n"
@@ -120,6 +133,7 @@ def main(argv=None) -> None:
         f"tuned and shipped: {results['tuned_parameters']:,} of {results['retriever_parameters']:,} parameters "
         f"({results['tuned_share']:.1%}), {results['shipped_megabytes']:.2f} MB\n"
         f"pictures: {output / 'pictures'}\n"
+        f"search page: python -m vptsp.app --index {output / 'index'}\n"
         f"done in {time.perf_counter() - start:.0f} s"
     )
 

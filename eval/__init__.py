@@ -1,4 +1,4 @@
-"""Evaluation: exact neighbours, measures of retrieval, clustering and geometry with intervals, pictures.
+"""Evaluation: exact neighbours, measures of retrieval, clustering and geometry, stores and indexes of embeddings.
 
     from vptsp.eval import embedding_metrics, retrieval_metrics
 
@@ -13,15 +13,25 @@ import importlib
 
 _EXPORTS = {
     "BlockedSimilarity": "neighbours",
+    "Embedder": "embedder",
+    "EmbeddingStore": "store",
     "EvaluatedImages": "run_pictures",
+    "Hit": "vector_index",
+    "ImageSource": "sources",
+    "IndexMismatchError": "vector_index",
     "Interval": "intervals",
+    "MilvusIndex": "milvus",
     "PairedComparison": "intervals",
+    "RetrievalIndex": "index",
     "bootstrap_interval": "intervals",
+    "cached_store": "embed",
+    "choose_factory": "factory",
     "choose_queries": "pictures",
     "class_distances": "geometry",
     "cls_attention": "attention",
     "clustering_metrics": "clustering",
     "compare_paired": "intervals",
+    "compare_stores": "report",
     "compute_retrieval_metrics": "summary",
     "confused_pairs": "confusion",
     "confusion_shares": "confusion",
@@ -34,12 +44,16 @@ _EXPORTS = {
     "draw_neighbours": "run_pictures",
     "draw_proxies": "run_pictures",
     "draw_run": "run_pictures",
+    "embed_to_store": "embed",
     "embedding_metrics": "summary",
+    "evaluate_stores": "report",
     "find_failures": "failures",
+    "folder_source": "sources",
     "geometry_metrics": "geometry",
     "inter_class_distance": "geometry",
     "intra_class_distance": "geometry",
     "kmeans_clusters": "clustering",
+    "list_source": "sources",
     "map_at_k": "metrics",
     "map_at_r": "metrics",
     "map_at_r_published": "metrics",
@@ -48,6 +62,7 @@ _EXPORTS = {
     "metric_folder": "summary",
     "nearest_neighbours": "neighbours",
     "normalized_mutual_information": "clustering",
+    "open_index": "vector_index",
     "pairwise_f1": "clustering",
     "r_precision": "metrics",
     "recall_at_k": "metrics",
@@ -62,6 +77,8 @@ _EXPORTS = {
     "save_proxy_movement": "proxy_curves",
     "save_training_curves": "curves",
     "spectral_decay": "geometry",
+    "split_source": "sources",
+    "write_report": "report",
 }
 
 

@@ -210,12 +210,12 @@ def test_run_pushes_retriever_card_scores_and_picture_only(story):
     assert len(repository.commits) >= 3  # made, during training, at the end
     files = story.hub.files("ann/run")
     retriever = set(story.hub.files("ann/retriever"))
-    assert set(files) == retriever | {"all_results.json", "neighbours.png"}
+    assert set(files) == retriever | {"all_results.json", "pictures/neighbours.png"}
     for commit in repository.commits:
         assert set(story.hub.files("ann/run", commit)) <= set(files)
     assert torch.equal(story.embeddings["online"]["run"], story.expected["run"])
     assert f"pushed            {story.hub.endpoint}/ann/run/commit/{repository.branches['main']}" in story.printed
-    assert {path.name for path in (story.folder / "run").iterdir()} >= {"README.md", "neighbours.png"}
+    assert {path.name for path in (story.folder / "run").iterdir()} >= {"README.md", "pictures"}
 
 
 def test_card_of_a_run(story):
@@ -229,7 +229,7 @@ def test_card_of_a_run(story):
         assert scores[metric] == pytest.approx(results[f"final_{metric}"], abs=1e-6)
         assert f"| {100 * results[f'frozen_{metric}']:.2f} | {100 * scores[metric]:.2f} |" in card.text
     assert f"{results['tuned_parameters']:,} of {results['retriever_parameters']:,} parameters" in card.text
-    assert "](neighbours.png)" in card.text
+    assert "](pictures/neighbours.png)" in card.text
     assert "--hub_token HIDDEN" in card.text
     assert str(story.folder / "images") in card.text  # the command as it was typed
     assert "| learning_rate | 0.0005 |" in card.text

@@ -23,7 +23,7 @@ RESULTS = {
     "final_num_queries": 1234,
     "final_num_unanswerable": 3,
     "final_runtime": 9.0,
-    "picture": "neighbours.png",
+    "picture": "pictures/neighbours.png",
 }
 
 
@@ -64,7 +64,7 @@ def test_all_that_a_run_knows(model, tmp_path):
     assert "--hub_token HIDDEN --push_to_hub true" in card.text
     assert "abc" not in card.text
     assert 'name, revision = "ann/birds", "<commit>"' in card.text
-    assert "](neighbours.png)" in card.text
+    assert "](pictures/neighbours.png)" in card.text
     assert "arxiv.org/abs/2402.02340" in card.text
 
     again = ModelCard(str(card))  # as a reader parses it

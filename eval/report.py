@@ -1,0 +1,224 @@
+"""Scores of stored embeddings, and of two models on the same images, as JSON and as Markdown.
+
+report = evaluate_stores(EmbeddingStore.open("runs/photos/embeddings"), confidence=0.95)
+write_report("runs/photos/evaluation", report)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..data_scripts.errors import DataError
+from .atomic import write_text
+from .intervals import compare_paired
+from .metrics import retrieval_scores
+from .sources import UNLABELLED
+from .summary import embedding_metrics
+
+
+DEFINITIONS = {
+    "recall_at": "share of queries with an item of their class among the first K",
+    "map_at_r": "mean average precision at R, the other items of the class (Musgrave et al., ECCV 2020)",
+    "map_at_r_published": "the same over R + 1 items, as the published numbers of VPTSP are computed",
+    "r_precision": "share of hits among the first R",
+    "map_at": "mean average precision of the first K",
+    "nmi": "normalised mutual information of k-means clusters and classes",
+    "pairwise_f1": "F1 of pairs that share a cluster, against pairs that share a class",
+    "intra_class_distance": "root mean square distance within classes",
+    "inter_class_distance": "root mean square distance between the means of classes",
+    "intra_inter_ratio": "the former by the latter",
+    "spectral_decay": "KL divergence of the normalised singular values from uniform",
+    "num_queries": "queries that can be answered",
+    "num_unanswerable": "queries left out, since their class has no other item",
+    "num_clusters": "clusters of k-means",
+}
+_FRACTIONS = ("recall_at", "map_at", "r_precision", "nmi", "pairwise_f1")
+
+
+def labelled_sets(queries, gallery=None):
+    """Embeddings and labels of stores, as [`retrieval_scores`] takes them.
+
+    Args:
+        queries: [`EmbeddingStore`], all of its items with a class.
+        gallery: Another of the same model, or None. Classes of the same name are the same class.
+
+    Returns:
+        Query embeddings `(Q, E)`, query labels `(Q,)`, gallery embeddings and labels or None twice.
+
+    Raises:
+        DataError: an item has no class, or the stores are of two models.
+    """
+    for store in (queries, gallery):
+        unlabelled = 0 if store is None else int((store.labels == UNLABELLED).sum())
+        if unlabelled:
+            raise DataError(
+                f"{store.folder}: scores need the class of every image, {unlabelled} of {len(store)} have none "
+                "(images that lie in no class folder)"
+            )
+    if gallery is None:
+        return queries.embeddings, queries.labels, None, None
+    if queries.info.model["fingerprint"] != gallery.info.model["fingerprint"]:
+        raise DataError(
+            f"queries and gallery must be embeddings of one model, got {queries.info.model['name']} in "
+            f"{queries.folder} and {gallery.info.model['name']} in {gallery.folder}"
+        )
+    numbers = {name: i for i, name in enumerate(sorted({*queries.class_names, *gallery.class_names}))}
+    labels = [torch.tensor([numbers[name] for name in store.class_names]) for store in (queries, gallery)]
+    return queries.embeddings, labels[0], gallery.embeddings, labels[1]
+
+
+def evaluate_stores(queries, gallery=None, **options):
+    """All measures of a store of embeddings, or of queries against a gallery.
+
+    Args:
+        queries, gallery: As for [`labelled_sets`]. Without a gallery each query's own row is excluded.
+        **options: As for [`embedding_metrics`].
+
+    Returns:
+        Dict of `model`, `data` (what was embedded, and how many images) and `metrics`.
+
+    Raises:
+        DataError: an item has no class, or the stores don't fit together.
+    """
+    metrics = embedding_metrics(*labelled_sets(queries, gallery), **options)
+    return {"model": queries.info.model, "data": _described(queries, gallery), "metrics": metrics}
+
+
+def compare_stores(
+    first, second, first_gallery=None, second_gallery=None, recall_at=(1,), resample="classes", confidence=0.95, seed=0
+):
+    """Whether the first of two models retrieves better, on the same images; see [`compare_paired`].
+
+    Args:
+        first, second: [`EmbeddingStore`] of the same images with the same classes.
+        first_gallery, second_gallery: The galleries that belong to them, or None twice.
+        recall_at: The K of Recall@K.
+        resample: What is drawn and whose signs are flipped: `classes` or single `queries`.
+        confidence: Of the intervals.
+        seed: Of the draws.
+
+    Returns:
+        Dict of `first` and `second` (models), `data`, `resample`, and `comparison`: measure -> fields of
+        `PairedComparison`.
+
+    Raises:
+        DataError: the stores are of different images, or an item has no class.
+        ValueError: an option is none of the above.
+    """
+    if resample not in ("classes", "queries"):
+        raise ValueError(f"resample must be 'classes' or 'queries', got {resample!r}")
+    for one, other in ((first, second), (first_gallery, second_gallery)):
+        if (one is None) != (other is None):
+            raise DataError("a comparison needs the galleries of both models or of none, got one")
+        if one is not None and (one.ids != other.ids or one.class_names != other.class_names):
+            raise DataError(
+                f"a comparison needs the same images with the same classes in the same order, got others in "
+                f"{one.folder} and {other.folder}"
+            )
+    sets = [labelled_sets(first, first_gallery), labelled_sets(second, second_gallery)]
+    scores = [retrieval_scores(*arguments, recall_at=recall_at) for arguments in sets]
+    clusters = sets[0][1] if resample == "classes" else None
+    comparison = {
+        name: asdict(compare_paired(values, scores[1][name], clusters, confidence, seed=seed))
+        for name, values in scores[0].items()
+    }
+    return {
+        "first": first.info.model,
+        "second": second.info.model,
+        "data": _described(first, first_gallery),
+        "resample": resample,
+        "comparison": comparison,
+    }
+
+
+def _described(queries, gallery):
+    sets = {"queries": queries} if gallery is None else {"queries": queries, "gallery": gallery}
+    return {
+        name: {**store.info.data, "images": len(store), "skipped": len(store.info.skipped)}
+        for name, store in sets.items()
+    }
+
+
+def write_report(folder, report):
+    """Write `metrics.json` and `metrics.md` (or `comparison.json` and `.md`) into a folder; returns the Markdown."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    name, text = (
+        ("metrics", metrics_table(report)) if "metrics" in report else ("comparison", comparison_table(report))
+    )
+    write_text(folder / f"{name}.json", json.dumps(_finite(report), indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / f"{name}.md", text)
+    return text
+
+
+def metrics_table(report):
+    """Markdown of what [`evaluate_stores`] returned; shares in percent."""
+    model, metrics = report["model"], report["metrics"]
+    lines = [f"# {model['name']}", "", f"{model['kind']}, fingerprint {model['fingerprint'][:12]}", ""]
+    lines += _data_lines(report)
+    with_intervals = any(name.endswith("_low") for name in metrics)
+    columns = ["measure", "value", *(["interval"] if with_intervals else []), "what it is"]
+    lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for name, value in metrics.items():
+        if name.endswith(("_low", "_high")):
+            continue
+        cells = [name, _shown(name, value)]
+        if with_intervals:
+            low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+            cells.append("" if low is None else f"{_shown(name, low)} to {_shown(name, high)}")
+        lines.append(f"| {' | '.join([*cells, _definition(name)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def comparison_table(report):
+    """Markdown of what [`compare_stores`] returned; shares in percent."""
+    lines = [
+        f"# {report['first']['name']} against {report['second']['name']}",
+        "",
+        *_data_lines(report),
+        "",
+        f"Paired bootstrap and sign-flip test over {report['resample']}.",
+        "",
+        "| measure | first | second | difference | interval | p |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, values in report["comparison"].items():
+        first, second = _shown(name, values["first_mean"]), _shown(name, values["second_mean"])
+        difference, low, high = (f"{100 * values[key]:+.2f}" for key in ("difference", "low", "high"))
+        lines.append(f"| {name} | {first} | {second} | {difference} | {low} to {high} | {values['p_value']:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _data_lines(report):
+    return [
+        f"- {name}: {data['description']}, {data['images']:,} images"
+        + (f", {data['skipped']:,} skipped" if data["skipped"] else "")
+        for name, data in report["data"].items()
+    ]
+
+
+def _finite(value):
+    """The same with None for numbers that JSON doesn't know, as the ratio of distances of collapsed embeddings."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shown(name, value):
+    if name.startswith(_FRACTIONS):
+        return f"{100 * value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _definition(name):
+    if name in DEFINITIONS:
+        return DEFINITIONS[name]
+    return DEFINITIONS.get(name.rstrip("0123456789").rstrip("_"), "")
+
+
+__all__ = ["compare_stores", "comparison_table", "evaluate_stores", "labelled_sets", "metrics_table", "write_report"]
