@@ -25,6 +25,7 @@ import yaml
 
 from vptsp.configuration_vptsp import VPTSPConfig
 from vptsp.data_scripts import DataArguments, DataError, check_data_arguments
+from vptsp.run_errors_vptsp import CheckpointError, CheckpointWriteError, TrainingInterrupted
 
 
 # Fields of VPTSPConfig that follow from the data or the backbone and so are nobody's to set.
@@ -360,19 +361,24 @@ def prepare(model_fields, training_args, data_args):
 
 def run(model_fields, training_args, data_args, run_args, command):
     """Train, evaluate and save; returns the results that `all_results.json` gets."""
+    from accelerate.utils import gather_object
+
     trainer, images, step_seconds = prepare(model_fields, training_args, data_args)
+    checkpoint = trainer.checkpoint_to_resume(training_args.resume_from_checkpoint)
+    if checkpoint is None and run_args.overwrite_output:
+        trainer.delete_checkpoints()
+    is_main = trainer.is_world_process_zero()
     summary = tuned_summary(trainer.model)
-    print_summary(summary, images, training_args)
+    if is_main:
+        print_summary(summary, images, training_args)
 
     frozen = trainer.evaluate_backbone()
-    print_scores("frozen backbone", frozen, "frozen")
-    outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if is_main:
+        print_scores("frozen backbone", frozen, "frozen")
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
     final = trainer.evaluate(metric_key_prefix="final")
-    print_scores("frozen backbone", frozen, "frozen")
-    print_scores("tuned", final, "final")
     trainer.save_model()
-
-    output = Path(training_args.output_dir)
+    skipped = set(gather_object([name for part in images.values() for name in part.skipped]))
     results = {
         "command": command,
         "seed": training_args.seed,
@@ -381,7 +387,7 @@ def run(model_fields, training_args, data_args, run_args, command):
             "name": data_args.dataset_name,
             "train_classes": trainer.train_dataset.num_classes,
             **{f"{name}_images": _length(part) for name, part in images.items()},
-            "skipped_images": sorted({name for part in images.values() for name in part.skipped}),
+            "skipped_images": sorted(skipped),
         },
         **summary,
         **frozen,
@@ -393,25 +399,46 @@ def run(model_fields, training_args, data_args, run_args, command):
         "train_loss": outcome.training_loss,
         "peak_memory_megabytes": peak_memory_megabytes(),
     }
+    if is_main:
+        print_scores("frozen backbone", frozen, "frozen")
+        print_scores("tuned", final, "final")
+        write_results(results, trainer, run_args)
+    return results
+
+
+def write_results(results, trainer, run_args):
+    """Write what the run came to into `output_dir`."""
+    output = Path(trainer.args.output_dir)
     (output / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     written = "retriever, all_results.json"
     if run_args.picture_queries:
         written += ", neighbours.png"
         save_picture(output / "neighbours.png", trainer, trainer.eval_dataset, run_args.picture_queries)
     print(f"saved             {output}: {written}", flush=True)
-    return results
 
 
 def main(argv=None):
-    """Entry point; exit status 2 and one line on stderr where the configuration can't work."""
+    """Entry point.
+
+    Exit status 2 and a line on stderr where the configuration can't work, 1 where a checkpoint can't be written, and
+    130 (143) after Ctrl-C (SIGTERM).
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         arguments = parse_arguments(argv)
         check_run(*arguments)
         run(*arguments, command=shlex.join(["train.py", *argv]))
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, CheckpointError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except CheckpointWriteError as error:
+        print(f"train.py: error: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except TrainingInterrupted:  # has said all
+        raise
+    except KeyboardInterrupt:
+        print("train.py: interrupted outside of training; nothing was saved", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -12,13 +12,15 @@ from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, speed_metrics
+from transformers.trainer_utils import EvalPrediction, speed_metrics
 
+from .checkpoints_vptsp import is_checkpoint_folder
 from .data_scripts.sampler import ClassBalancedBatchSampler
 from .data_scripts.streaming import StreamedImages
 from .data_scripts.torch_dataset import UNREADABLE_LABEL, collate_images
 from .eval.metrics import retrieval_metrics
+from .interruption_vptsp import leave_signals_to_main_process
+from .resumable_trainer_vptsp import ResumableTrainer
 
 
 class ClassBalancedDataLoader(DataLoader):
@@ -28,8 +30,8 @@ class ClassBalancedDataLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-class VPTSPTrainer(Trainer):
-    """`transformers.Trainer` for [`VPTSPForMetricLearning`].
+class VPTSPTrainer(ResumableTrainer):
+    """`transformers.Trainer` for [`VPTSPForMetricLearning`], whose runs can be interrupted ([`ResumableTrainer`]).
 
     Args:
         model: A `VPTSPForMetricLearning`.
@@ -108,6 +110,7 @@ class VPTSPTrainer(Trainer):
             "num_workers": self.args.dataloader_num_workers,
             "pin_memory": self.args.dataloader_pin_memory,
             "prefetch_factor": self.args.dataloader_prefetch_factor,
+            "worker_init_fn": leave_signals_to_main_process,
         }
 
     def _prepare_inputs(self, inputs):
@@ -278,8 +281,7 @@ class VPTSPTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         """Checkpoint folders get all that training needs; any other folder gets the retriever, ready to be shared."""
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-        model = self.model if is_checkpoint else self.model.retriever
+        model = self.model if is_checkpoint_folder(folder) else self.model.retriever
         model.save_pretrained(folder, is_main_process=self.args.should_save)
         if self.processing_class is not None and self.args.should_save:
             self.processing_class.save_pretrained(folder)
