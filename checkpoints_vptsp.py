@@ -213,12 +213,17 @@ def rotate(root, limit, keep):
     keep = {Path(folder).name for folder in keep if folder is not None}
     deletable = [folder for folder in checkpoints if folder.name not in keep]
     for folder in deletable[: max(len(checkpoints) - max(limit, len(keep)), 0)]:
-        delete_checkpoint(folder)
+        _delete(folder)
 
 
-def delete_checkpoint(folder):
+def delete_checkpoints(root):
+    """Delete all checkpoints in `root`."""
+    for folder in checkpoints_in(root):
+        _delete(folder)
+
+
+def _delete(folder):
     """Delete a checkpoint; if that is cut short, no half of it is left under its name."""
-    folder = Path(folder)
     doomed = folder.with_name(f".{folder.name}.deleted")
     folder.rename(doomed)
     _remove(doomed)
@@ -345,4 +350,4 @@ def _read_json(path):
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-__all__ = ["check_checkpoint", "checkpoints_in", "delete_checkpoint", "last_checkpoint"]
+__all__ = ["check_checkpoint", "checkpoints_in", "delete_checkpoints", "last_checkpoint"]

@@ -17,8 +17,7 @@ from .checkpoints_vptsp import (
     check_checkpoint,
     checkpoint_name,
     checkpoint_step,
-    checkpoints_in,
-    delete_checkpoint,
+    delete_checkpoints,
     discard_partial,
     last_checkpoint,
     load_tree,
@@ -115,8 +114,7 @@ class ResumableTrainer(Trainer):
 
     def delete_checkpoints(self):
         """Delete all checkpoints in `output_dir`, before a new run that is to take the place of an earlier one."""
-        for folder in checkpoints_in(self.args.output_dir):
-            self._together(delete_checkpoint, folder, writer_only=True)
+        self._together(delete_checkpoints, self.args.output_dir, writer_only=True)
 
     def _progress(self):
         """Where this process is, beyond what model, optimiser and `TrainerState` say."""

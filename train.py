@@ -437,7 +437,7 @@ def main(argv=None):
     except TrainingInterrupted:  # has said all
         raise
     except KeyboardInterrupt:
-        print("train.py: interrupted outside of training; nothing was saved", file=sys.stderr)
+        print("train.py: interrupted; what was saved before stays", file=sys.stderr)
         raise SystemExit(130) from None
 
 

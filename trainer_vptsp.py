@@ -217,7 +217,8 @@ class VPTSPTrainer(ResumableTrainer):
         """
         rank, world_size = self.args.process_index, self.args.world_size
         batches = islice(dataset.evaluation_batches(self.args.eval_batch_size), rank, None, world_size)
-        loader = DataLoader(dataset, batch_sampler=_OneTime(batches), **self._loader_options())
+        # tqdm asks a loader for two iterators, but these batches come once
+        loader = iter(DataLoader(dataset, batch_sampler=_OneTime(batches), **self._loader_options()))
         self.model.to(self.args.device).eval()
         embeddings, labels = [], []
         for batch in tqdm(loader, description, disable=self.args.disable_tqdm or rank > 0, leave=False):
