@@ -91,6 +91,23 @@ def test_its_configuration_leads_to_the_backbone(finished, backbone_folder):
     ).samefile(backbone_folder)
 
 
+def test_at_an_epoch_s_end_it_has_the_epoch_s_evaluation(build, tmp_path):
+    build(tmp_path, eval_strategy="epoch", save_steps=7, num_train_epochs=2, load_best_model_at_end=False).train()
+    for step in (7, 14):
+        log = json.loads((tmp_path / f"checkpoint-{step}/trainer_state.json").read_text())["log_history"]
+        assert [entry["step"] for entry in log if "eval_map_at_r" in entry] == list(range(7, step + 1, 7))
+
+
+def test_the_gradient_scaler_goes_on(build, tmp_path):
+    trainer = build(tmp_path, max_steps=2, save_steps=1, eval_strategy="no")
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=3.0)
+    trainer.train()
+    other = build(tmp_path, max_steps=2, save_steps=1, eval_strategy="no")
+    other.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=5.0)
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert other.accelerator.scaler.get_scale() == 3.0
+
+
 def test_trees_come_back_as_they_were(tmp_path):
     tree = {
         "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(2, 3, dtype=torch.bfloat16).T}, 1: {}},

@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,7 +212,8 @@ def train_command(images, backbone, output, **options):
         "num_train_epochs": 8,
         "optim": "sgd",
         "learning_rate": 1e-3,
-        "per_device_eval_batch_size": 3,
+        "per_device_eval_batch_size": 5,
+        "skip_corrupt": "true",
         "picture_queries": 2,
         "disable_tqdm": "true",
         "use_cpu": "true",
@@ -222,9 +224,14 @@ def train_command(images, backbone, output, **options):
 
 @pytest.mark.distributed
 def test_two_processes_of_train_py_are_interrupted_go_on_and_equal_one(images, backbone_folder, tmp_path):
+    """With 23 images that can be read for evaluation, in 5 batches, of which one process gets 3 and the other 2."""
+    images = shutil.copytree(images, tmp_path / "images")
+    for name in ("class0/2.png", "class6/4.png"):  # one to train on, one to evaluate
+        (images / name).write_bytes(b"no picture")
     train.main(train_command(images, backbone_folder, tmp_path / "one", per_device_train_batch_size=4))
     expected = json.loads((tmp_path / "one" / "all_results.json").read_text())
-    assert (expected["final_num_queries"], expected["steps"]) == (24, 8 * 6)
+    assert (expected["final_num_queries"], expected["final_num_unreadable"], expected["steps"]) == (23, 1, 8 * 6)
+    assert len(expected["dataset"]["skipped_images"]) == 2
 
     output = tmp_path / "two"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
@@ -243,6 +250,7 @@ def test_two_processes_of_train_py_are_interrupted_go_on_and_equal_one(images, b
     assert finished.stdout.count("tuned ") == 2  # said once: what is tuned, and the score
     results = json.loads((output / "all_results.json").read_text())
     assert (output / "neighbours.png").is_file()
+    assert results["dataset"] == expected["dataset"]
     same = [name for name in expected if name.startswith(("final_", "frozen_")) or name in ("steps", "train_loss")]
     same = [name for name in same if not name.endswith(("runtime", "per_second"))]
     assert len(same) > 10
