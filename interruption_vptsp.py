@@ -59,12 +59,17 @@ class InterruptionCallback(TrainerCallback):
     def _note(self, signum, frame):
         if self._received is None:
             self._received, self._received_at = signum, time.monotonic()
-            # not print: a handler may have interrupted one
-            name = signal.Signals(signum).name
-            os.write(2, f"\n{name}: stopping with a checkpoint after this step; again to stop at once\n".encode())
+            if os.environ.get("RANK", "0") == "0":  # not print: a handler may have interrupted one
+                name = signal.Signals(signum).name
+                os.write(2, f"\n{name}: stopping with a checkpoint after this step; again to stop at once\n".encode())
         elif time.monotonic() - self._received_at >= SECOND_SIGNAL_AFTER:
             self._give_back(signum)
             signal.raise_signal(signum)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the next checkpoint is the last."""
+        return self._stopping is not None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.world_size > 1 and self._group is None:
@@ -72,11 +77,11 @@ class InterruptionCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self._stopping = self._received if args.world_size == 1 else self._agreed()
-        if self._stopping is not None:
+        if self.is_stopping:
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
-        if self._stopping is None:
+        if not self.is_stopping:
             return
         self._settle()
         interrupted = TrainingInterrupted(self._stopping, state.global_step)
@@ -90,7 +95,7 @@ class InterruptionCallback(TrainerCallback):
         raise interrupted
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._settle()
+        self._received = self._settle() or self._received  # too late, for all processes
 
     def _agreed(self):
         """The signal that some process had received by the end of the step before; the same on all, None for none."""

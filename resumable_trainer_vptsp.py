@@ -97,7 +97,7 @@ class ResumableTrainer(Trainer):
         self._together(rotate, root, self.args.save_total_limit, keep, writer_only=True)
 
     def _write_checkpoint(self, partial, progress):
-        if not self.args.save_only_model:
+        if not self.args.save_only_model or self._interruption.is_stopping:
             scaler = getattr(self.accelerator, "scaler", None)
             optimizer = {
                 "optimizer": self.optimizer.state_dict(),

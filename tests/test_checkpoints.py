@@ -72,6 +72,7 @@ RUNS = {
             "num_train_epochs": 3,
             "gradient_accumulation_steps": 2,
             "save_steps": 3,
+            "logging_steps": 5,  # never when a checkpoint is saved
             "eval_strategy": "steps",
             "eval_steps": 3,
             "save_total_limit": 1,
@@ -101,20 +102,18 @@ RUNS = {
 }
 
 
-def kill_and_go_on(start, output, request, counts, seed, kills):
-    """Kill a run and the runs that go on from it at random moments; then let it end. How many were killed."""
+def kill_and_go_on(start, output, request, counts, seed):
+    """Kill a run in its middle, then twice what goes on from it, at random moments; let the rest come to its end."""
     rng = random.Random(seed)
-    killed, moments = 0, []
-    while True:
-        what = rng.choice(["batch", "file", "file"])
-        die = [what, rng.randint(1, counts[what] // 3)] if killed < kills else None
-        moments.append(die)
-        started = any(output.glob("checkpoint-*"))
-        statuses = start(output, **request, die=die, resume=True if started else None)
-        if statuses == [0] * len(statuses):
-            return killed
-        assert statuses[0] == -signal.SIGKILL, (moments, printed(output)[-3000:])
-        killed += 1
+    kinds = ["batch", "file", rng.choice(["batch", "file"])]
+    for kind, low, high in zip(kinds, (0.4, 0.0, 0.0), (0.8, 0.3, 0.3), strict=True):
+        moment = 1 + int(rng.uniform(low, high) * counts[kind])
+        resume = any(output.glob("checkpoint-*"))
+        statuses = start(output, **request, die=[kind, moment], resume=resume)
+        assert statuses[0] == -signal.SIGKILL, (kind, moment, printed(output)[-3000:])
+    assert resume
+    statuses = start(output, **request, resume=True)
+    assert statuses == [0] * len(statuses), printed(output)[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +134,7 @@ def whole(start, tmp_path_factory):
 )
 def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(start, whole, tmp_path, name):
     counts = json.loads((whole(name) / "counts.json").read_text())
-    assert kill_and_go_on(start, tmp_path, RUNS[name], counts, seed=name, kills=3) >= 2
+    kill_and_go_on(start, tmp_path, RUNS[name], counts, seed=name)
     assert_same_outcome(tmp_path, whole(name), RUNS[name].get("ranks", 1))
     assert not list(tmp_path.glob(".checkpoint-*"))
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
@@ -164,6 +163,13 @@ def test_interrupted_it_saves_says_how_to_go_on_and_goes_on(start, whole, tmp_pa
     assert (tmp_path / f"checkpoint-{saved}").is_dir()
     assert start(tmp_path, **request, resume=True) == [0] * ranks
     assert_same_outcome(tmp_path, whole(name), ranks)
+
+
+def test_an_interrupted_run_saves_whatever_it_was_told_to_save(start, tmp_path):
+    for name, fields in {"none": {"save_strategy": "no"}, "model": {"save_only_model": True}}.items():
+        request = {"training": {**fields, "num_train_epochs": 1}}
+        assert start(tmp_path / name, **request, signals={"2": ["SIGINT"]}) == [130], printed(tmp_path / name)
+        assert start(tmp_path / name, **request, resume=True) == [0], printed(tmp_path / name)
 
 
 def test_a_second_signal_stops_at_once(start, tmp_path):
