@@ -26,6 +26,7 @@ import yaml
 
 from vptsp.command_help import documented_fields, help_text, option_groups
 from vptsp.data_scripts import DataArguments, DataError, check_data_arguments
+from vptsp.run_errors_vptsp import CheckpointError, CheckpointWriteError, TrainingInterrupted
 
 
 USAGE = "%(prog)s [CONFIG.yaml] [--FIELD VALUE ...]"
@@ -400,23 +401,28 @@ def prepare(model_fields, training_args, data_args):
 
 def run(model_fields, training_args, data_args, run_args, command):
     """Train, evaluate and save; returns the results that `all_results.json` gets."""
+    from accelerate.utils import gather_object
+
     from vptsp.offloading_vptsp import describe_class_prompts
 
     trainer, images, step_seconds = prepare(model_fields, training_args, data_args)
+    checkpoint = trainer.checkpoint_to_resume(training_args.resume_from_checkpoint)
+    if checkpoint is None and run_args.overwrite_output:
+        trainer.delete_checkpoints()
+    is_main = trainer.is_world_process_zero()
     summary = tuned_summary(trainer.model)
-    print_summary(summary, images, training_args, describe_class_prompts(trainer.model))
+    if is_main:
+        print_summary(summary, images, training_args, describe_class_prompts(trainer.model))
 
     frozen = trainer.evaluate_backbone()
     if run_args.final_metrics == "all":
         check_classes_answered(trainer)
-    print_scores("frozen backbone", frozen, "frozen")
-    outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if is_main:
+        print_scores("frozen backbone", frozen, "frozen")
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
     final = trainer.evaluate(metric_key_prefix="final", eval_metrics=run_args.final_metrics)
-    print_scores("frozen backbone", frozen, "frozen")
-    print_scores("tuned", final, "final")
     trainer.save_model(_internal_call=True)  # nothing is uploaded before the scores are there
-
-    output = Path(training_args.output_dir)
+    skipped = set(gather_object([name for part in images.values() for name in part.skipped]))
     results = {
         "command": command,
         "seed": training_args.seed,
@@ -427,7 +433,7 @@ def run(model_fields, training_args, data_args, run_args, command):
             "revision": data_args.dataset_revision,
             **{f"{name}_classes": part.num_classes for name, part in images.items()},
             **{f"{name}_images": _length(part) for name, part in images.items()},
-            "skipped_images": sorted({name for part in images.values() for name in part.skipped}),
+            "skipped_images": sorted(skipped),
         },
         **summary,
         **frozen,
@@ -439,12 +445,10 @@ def run(model_fields, training_args, data_args, run_args, command):
         "train_loss": outcome.training_loss,
         "peak_memory_megabytes": peak_memory_megabytes(),
     }
-    if trainer.is_world_process_zero():
-        (output / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"saved             {output}: retriever, README.md, all_results.json", flush=True)
-    if run_args.picture_queries and trainer.is_world_process_zero():
-        drawn = draw_pictures(output / "pictures", trainer, frozen, run_args.picture_queries)
-        results["picture"] = "pictures/neighbours.png" if "neighbours.png" in drawn else None
+    if is_main:
+        print_scores("frozen backbone", frozen, "frozen")
+        print_scores("tuned", final, "final")
+        write_results(results, trainer, run_args)
     trainer.results = results
     trainer.create_model_card()
     if training_args.push_to_hub and (commit := trainer.push_to_hub()):  # None on all processes but the first
@@ -452,8 +456,22 @@ def run(model_fields, training_args, data_args, run_args, command):
     return results
 
 
+def write_results(results, trainer, run_args):
+    """Write scores and pictures into `output_dir`; `results` gets the name of the picture that is to be shared."""
+    output = Path(trainer.args.output_dir)
+    (output / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"saved             {output}: retriever, README.md, all_results.json", flush=True)
+    if run_args.picture_queries:
+        drawn = draw_pictures(output / "pictures", trainer, results, run_args.picture_queries)
+        results["picture"] = "pictures/neighbours.png" if "neighbours.png" in drawn else None
+
+
 def main(argv=None):
-    """Entry point; exit status 2 and one line on stderr where the configuration can't work."""
+    """Entry point.
+
+    Exit status 2 and a line on stderr where the configuration can't work, 1 where a checkpoint can't be written, and
+    130 (143) after Ctrl-C (SIGTERM).
+    """
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(help_text("train.py", USAGE, __doc__, option_groups(_DERIVED, RunArguments)))
@@ -464,9 +482,17 @@ def main(argv=None):
         arguments = parse_arguments(argv)
         check_run(*arguments)
         run(*arguments, command=without_tokens(["train.py", *argv], arguments[1].hub_token))
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, CheckpointError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except CheckpointWriteError as error:
+        print(f"train.py: error: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except TrainingInterrupted:  # has said all
+        raise
+    except KeyboardInterrupt:
+        print("train.py: interrupted; what was saved before stays", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

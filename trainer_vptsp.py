@@ -12,9 +12,9 @@ from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, speed_metrics
+from transformers.trainer_utils import EvalPrediction, speed_metrics
 
+from .checkpoints_vptsp import is_checkpoint_folder
 from .class_prompts_vptsp import CLASS_PROMPT_STATES_NAME
 from .data_scripts.sampler import ClassBalancedBatchSampler
 from .data_scripts.streaming import StreamedImages
@@ -23,8 +23,10 @@ from .eval.metrics import retrieval_metrics
 from .eval.registry import registered_metrics
 from .eval.summary import embedding_metrics
 from .half_precision_vptsp import frozen_weights_in
+from .interruption_vptsp import leave_signals_to_main_process
 from .loss_registry_vptsp import find_loss
 from .offloading_vptsp import BatchesAhead, prepare_class_prompts
+from .resumable_trainer_vptsp import ResumableTrainer
 from .sharing_vptsp import SharesRetriever
 
 
@@ -35,8 +37,8 @@ class ClassBalancedDataLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-class VPTSPTrainer(SharesRetriever, Trainer):
-    """`transformers.Trainer` for [`VPTSPForMetricLearning`].
+class VPTSPTrainer(SharesRetriever, ResumableTrainer):
+    """`transformers.Trainer` for [`VPTSPForMetricLearning`], whose runs can be interrupted ([`ResumableTrainer`]).
 
     Args:
         model: A `VPTSPForMetricLearning`.
@@ -126,6 +128,7 @@ class VPTSPTrainer(SharesRetriever, Trainer):
             "num_workers": self.args.dataloader_num_workers,
             "pin_memory": self.args.dataloader_pin_memory,
             "prefetch_factor": self.args.dataloader_prefetch_factor,
+            "worker_init_fn": leave_signals_to_main_process,
         }
 
     def _prepare_input(self, data):
@@ -273,7 +276,8 @@ class VPTSPTrainer(SharesRetriever, Trainer):
         """
         rank, world_size = self.args.process_index, self.args.world_size
         batches = islice(dataset.evaluation_batches(self.args.eval_batch_size), rank, None, world_size)
-        loader = DataLoader(dataset, batch_sampler=_OneTime(batches), **self._loader_options())
+        # tqdm asks a loader for two iterators, but these batches come once
+        loader = iter(DataLoader(dataset, batch_sampler=_OneTime(batches), **self._loader_options()))
         self.model.to(self.args.device).eval()
         embeddings, labels = [], []
         for batch in tqdm(loader, description, disable=self.args.disable_tqdm or rank > 0, leave=False):
@@ -350,7 +354,7 @@ class VPTSPTrainer(SharesRetriever, Trainer):
     def _save(self, output_dir=None, state_dict=None):
         """Checkpoint folders get all that training needs; any other folder gets the retriever, ready to be shared."""
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        is_checkpoint = is_checkpoint_folder(folder)
         model = self.model if is_checkpoint else self.model.retriever
         model.save_pretrained(folder, is_main_process=self.args.should_save)
         if self.processing_class is not None and self.args.should_save:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -38,7 +39,8 @@ class VPTSPTrainingArguments(TrainingArguments):
             never uploaded.
 
     Raises:
-        ValueError: a value is out of range, or the batch size is not divisible by `images_per_class`.
+        ValueError: a value is out of range, the batch size is not divisible by `images_per_class`, or FSDP or
+            DeepSpeed is asked for.
     """
 
     output_dir: str | None = field(
@@ -62,6 +64,10 @@ class VPTSPTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Must be false: S is exchanged apart."}
     )
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every tuned tensor is used."})
+
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Callbacks such as early stopping go on counting where a run was interrupted."}
+    )
 
     images_per_class: int = field(default=2, metadata={"help": "Images (k) of each class in a batch."})
     proxy_learning_rate: float = field(
@@ -87,11 +93,16 @@ class VPTSPTrainingArguments(TrainingArguments):
     hub_strategy: HubStrategy | str = field(default="end", metadata={"help": "When to upload: end or every_save."})
 
     def __post_init__(self):
+        self._refuse_sharding()
         if HubStrategy(self.hub_strategy) not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
                 f"hub_strategy must be end or every_save, got {HubStrategy(self.hub_strategy).value}: checkpoints are "
                 "not for sharing"
             )
+        if self.enable_jit_checkpoint:
+            raise ValueError("enable_jit_checkpoint must be false: SIGTERM and Ctrl-C save a checkpoint in any case")
+        if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # as the command line gives it
+            self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"
         if self.images_per_class < 1:
             raise ValueError(f"images_per_class must be >= 1, got {self.images_per_class}")
         if self.per_device_train_batch_size % self.images_per_class:
@@ -115,6 +126,24 @@ class VPTSPTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":  # pinned memory speeds up copies to an accelerator, and warns without one
             self.dataloader_pin_memory = False
+
+    def _refuse_sharding(self):
+        """FSDP and DeepSpeed, however they were asked for."""
+        asked = {
+            "fsdp": self.fsdp or self.fsdp_config or _is_on("ACCELERATE_USE_FSDP"),
+            "deepspeed": self.deepspeed or _is_on("ACCELERATE_USE_DEEPSPEED"),
+        }
+        for name, value in asked.items():
+            if value:
+                raise ValueError(
+                    f"{name} is not supported: it shards weights, gradients and optimiser states, but here the "
+                    "backbone is frozen, and a retriever tunes a few megabytes. Start the same command without it, "
+                    "with torchrun or accelerate launch --multi_gpu: several processes then share the batch (DDP)"
+                )
+
+
+def _is_on(variable):
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes", "y", "on", "t")
 
 
 __all__ = ["EVAL_METRICS", "VPTSPTrainingArguments"]

@@ -172,6 +172,10 @@ class StreamedImages(Dataset):
             f"read: {some(row.name for row in rows)}"
         )
 
+    def fingerprint(self) -> dict[str, int | None]:
+        """What tells this data set from another, as far as can be said without reading it."""
+        return {"images": self.num_rows, "shards": self.stream.num_shards}
+
     def batch_sampler(self, batch_size: int, images_per_class: int, seed: int, **options: Any) -> "StreamBatchSampler":
         """The batch sampler that reads this stream; see `StreamBatchSampler` for the arguments."""
         return StreamBatchSampler(self, batch_size, images_per_class, seed, **options)

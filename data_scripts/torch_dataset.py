@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from .decoding import EncodedImage
 from .errors import DataError, ImageError, some
+from .fingerprint import digest, evenly_spaced, image_contents, relative_names
 from .images import open_image
 from .sampler import SampleKey
 from .skipped import SkippedImages
@@ -181,6 +182,19 @@ class ImageDataset(Dataset):
     def open_images(self, indices: Iterable[int]) -> "dict[int, Image.Image]":
         """`open_image` of several rows, by row."""
         return {int(index): self.open_image(index) for index in indices}
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What tells this data set from another, wherever it lies: the number of images, and digests of their labels,
+        of their names, and of the contents of some of them."""
+        paths = self.hf_dataset.flatten().select_columns([f"{self.image_column}.path"]).with_format("arrow")[:]
+        names = relative_names(paths.column(0).to_pylist())
+        rows = evenly_spaced(len(self))
+        return {
+            "images": len(self),
+            "labels": digest([self.labels.tobytes()]),
+            "names": digest(str(name).encode() for name in names),
+            "contents": digest(image_contents(self._stored(row)[0]) for row in rows),
+        }
 
     def evaluation_batches(self, batch_size: int) -> Iterator[list[int]]:
         """Batches of all rows in order, for a `DataLoader`'s `batch_sampler`; the last may be short."""
