@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from vptsp import VPTSPForMetricLearning, VPTSPTrainer, VPTSPTrainingArguments
 from vptsp.data_scripts import ClassBalancedBatchSampler
 from vptsp.offloading_vptsp import ClassPromptCallback, describe_class_prompts
+from vptsp.run_errors_vptsp import CheckpointError
 
 
 NUM_CLASSES = 7
@@ -182,7 +183,7 @@ def test_checkpoints_hold_table_and_states_and_miss_nothing_silently(backbone_fo
     assert not (tmp_path / "class_prompts.safetensors").exists(), "a retriever has no class prompts"
     for name in ("class_prompts_optimizer.safetensors", "class_prompts.safetensors"):
         (checkpoint / name).unlink()
-        with pytest.raises(FileNotFoundError, match=name):
+        with pytest.raises(CheckpointError, match=name):
             make_trainer(backbone_folder, tmp_path, fields).train(resume_from_checkpoint=str(checkpoint))
 
 
