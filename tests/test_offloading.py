@@ -51,7 +51,7 @@ def make_args(folder, **fields):
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
         "images_per_class": 2,
-        "num_train_epochs": 3,
+        "num_train_epochs": 2,
         "learning_rate": 1e-2,
         "proxy_learning_rate": 1e-1,
         "eval_strategy": "no",
@@ -245,10 +245,10 @@ def test_rows_from_files_are_always_read_ahead(backbone_folder, tmp_path, monkey
     monkeypatch.setattr(trainer, "training_step", lambda *a: steps.append(len(store._coming)) or begin(*a))
     trainer.train()
     per_epoch = len(trainer.get_train_dataloader())
-    assert taken == [True] * 3 * per_epoch
+    assert taken == [True] * 2 * per_epoch
     assert max(steps) == 1, "at most this batch and the next are held"
     assert [name for size, name in readers if size == 2].count("MainThread") <= len(steps) / 2
-    assert sum(name.startswith("class_prompts") for _, name in readers) == 3 * per_epoch
+    assert sum(name.startswith("class_prompts") for _, name in readers) == 2 * per_epoch
     assert not store._coming
 
 
