@@ -211,6 +211,7 @@ def test_summary_says_what_is_shipped(capsys):
         "tuned             194,688 of 21,860,352 parameters (0.89%)",
         "to ship           194,688 parameters, 0.78 MB",
         "for training only 1,569,408 parameters (proxies, and what updates them)",
+        "class prompts     none",
         f"results           {training_args.output_dir}",
     ]
 
