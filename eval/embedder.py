@@ -23,6 +23,17 @@ from ..data_scripts.images import open_image, upright_rgb
 
 # Entries of a saved image processor that say how it is run, not what it computes.
 _NOT_PREPROCESSING = ("image_processor_type", "processor_class", "return_tensors", "device", "backend")
+# Fields of configurations that change embeddings without changing tensors.
+_BACKBONE_FIELDS = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "image_size", "patch_size")
+_TUNING_FIELDS = (
+    "prompt_mode",
+    "adapter_mode",
+    "adapter_norm",
+    "adapter_scale",
+    "lora_alpha",
+    "tuning",
+    "tuning_kwargs",
+)
 
 
 class ImagePreprocessor:
@@ -230,12 +241,12 @@ def model_fingerprint(model, processor, backbone_only=False):
         for key, value in processor.to_dict().items()
         if not key.startswith("_") and key not in _NOT_PREPROCESSING and value is not None
     }
-    architecture = {
-        "backbone": config.backbone_config.model_type,
-        "pooling": config.pooling,
-        "prompts": None if backbone_only else list(config.prompt_lengths),
-        "preprocessing": preprocessing,
-    }
+    # what changes the embeddings, but neither names nor values of tensors
+    architecture = {name: getattr(config.backbone_config, name) for name in _BACKBONE_FIELDS}
+    architecture |= {"pooling": config.pooling, "preprocessing": preprocessing}
+    if not backbone_only:
+        architecture["prompts"] = list(config.prompt_lengths)
+        architecture |= {name: getattr(config, name) for name in _TUNING_FIELDS}
     digest = hashlib.blake2b(digest_size=32)
     digest.update(json.dumps(architecture, sort_keys=True, default=str).encode())
     state_dict = (model.backbone if backbone_only else model).state_dict()

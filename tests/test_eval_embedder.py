@@ -74,7 +74,14 @@ def test_fingerprint_knows_weights_and_preprocessing(retriever_folder, backbone_
         fingerprints.add(Embedder(model, first.preprocess.processor, "changed").fingerprint)
     model = VPTSPModel.from_pretrained(retriever_folder)
     fingerprints.add(Embedder(model, build_image_processor(16, 17), "changed").fingerprint)
-    assert len(fingerprints) == 6
+    for name, value in (("adapter_scale", 0.5), ("prompt_mode", "shallow")):
+        model = VPTSPModel.from_pretrained(retriever_folder)
+        setattr(model.config, name, value)
+        fingerprints.add(Embedder(model, first.preprocess.processor, "changed").fingerprint)
+    model = VPTSPModel.from_pretrained(retriever_folder)
+    model.config.backbone_config.num_attention_heads = 6
+    fingerprints.add(Embedder(model, first.preprocess.processor, "changed").fingerprint)
+    assert len(fingerprints) == 9
 
 
 def test_half_precision_is_close(retriever_folder, picture):
