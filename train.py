@@ -462,7 +462,8 @@ def write_results(results, trainer, run_args):
     (output / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"saved             {output}: retriever, README.md, all_results.json", flush=True)
     if run_args.picture_queries:
-        drawn = draw_pictures(output / "pictures", trainer, results, run_args.picture_queries)
+        frozen = {name: value for name, value in results.items() if name.startswith("frozen_")}
+        drawn = draw_pictures(output / "pictures", trainer, frozen, run_args.picture_queries)
         results["picture"] = "pictures/neighbours.png" if "neighbours.png" in drawn else None
 
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -284,3 +285,13 @@ def test_picture_needs_no_second_pass_and_takes_query_and_gallery(arguments, tmp
 def test_pushing_a_retriever_on_a_local_backbone_is_refused(arguments, capsys, backbone_folder):
     error = refused([*arguments, "--push_to_hub", "true", "--hub_model_id", "ann/birds"], capsys)
     assert f"push_to_hub: the backbone is the local folder {backbone_folder}, which others don't have" in error
+
+
+def test_the_curves_begin_with_the_frozen_backbone(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(train, "draw_pictures", lambda folder, trainer, frozen, count: given.append(frozen) or set())
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path))
+    results = {"frozen_recall_at_1": 0.1, "final_recall_at_1": 0.2, "seed": 0}
+    train.write_results(results, trainer, train.RunArguments(picture_queries=2))
+    assert given == [{"frozen_recall_at_1": 0.1}]
+    assert results["picture"] is None
