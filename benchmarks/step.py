@@ -8,6 +8,9 @@ A step is forward, backward, optimiser and proxies of one batch. Contenders take
 slows the machine down hits all alike; given are medians. Peak memory is that of a process of each contender's own.
 `useful` counts the operations that the fast path needs (not recomputation) per second, as a share of the fastest
 matrix product that this device was seen to do. Weights are random: speed does not depend on them.
+
+Beside ours, the naive step and full fine-tuning there are `compiled`, ours through `torch.compile`, and `blas`, ours
+with the matrix products of `torch.nn.functional.linear` on CPUs: what the layout of the computation alone brings.
 """
 
 import argparse
@@ -25,7 +28,7 @@ import yaml
 from report import peak_host_megabytes, write_report
 from transformers import ViTConfig
 
-from vptsp import VPTSPConfig, VPTSPForMetricLearning
+from vptsp import VPTSPConfig, VPTSPForMetricLearning, linear_vptsp
 from vptsp.half_precision_vptsp import frozen_weights_in
 from vptsp.losses_vptsp import proxy_anchor_loss
 
@@ -36,6 +39,7 @@ CLASSES = {"cub": 100, "cars": 98, "sop": 11_318, "inshop": 3_997, "inaturalist"
 SETTINGS = [f"{name}_vit{size}16" for name in ("cub", "cars", "sop", "inshop") for size in "sb"]
 SETTINGS.append("inaturalist_vitb16")
 SIZES = {"s": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}, "b": {}}
+ONEDNN_LINEAR = linear_vptsp._ONEDNN_LINEAR
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,12 +59,12 @@ class Contender:
         tuned = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD if fields["optim"] == "sgd" else torch.optim.AdamW
         options = {"momentum": 0.9} if fields["optim"] == "sgd" else {}
-        self.optimizer = optimizer(tuned, lr=1e-4, fused=True if kind == "ours" else None, **options)
+        self.optimizer = optimizer(tuned, lr=1e-4, fused=None if kind in ("naive", "full") else True, **options)
         scaled = args.precision == "fp16" and self.device != "cpu"
         self.scaler = torch.amp.GradScaler(self.device, enabled=scaled)
         self.forward = torch.compile(self.model) if kind == "compiled" else self.model
         self.precision = nullcontext()
-        if kind in ("ours", "compiled"):
+        if kind not in ("naive", "full"):
             self.precision = frozen_weights_in(self.dtype, self.model)
         self.precision.__enter__()
 
@@ -87,6 +91,7 @@ class Contender:
 
     def __call__(self):
         """One step."""
+        linear_vptsp._ONEDNN_LINEAR = None if self.kind == "blas" else ONEDNN_LINEAR
         self.optimizer.zero_grad(set_to_none=True)
         device = torch.device(self.device).type
         with torch.autocast(device, self.dtype, enabled=self.dtype is not None):
@@ -205,7 +210,7 @@ def compare(setting, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", default=SETTINGS, choices=SETTINGS)
-    kinds = ("ours", "naive", "full", "compiled")
+    kinds = ("ours", "naive", "full", "blas", "compiled")
     parser.add_argument("--contenders", nargs="+", default=kinds[:3], choices=kinds, help="ours must be among them")
     parser.add_argument("--batch_size", type=int, help="images; default: as published")
     parser.add_argument("--max_classes", type=int, default=1000, help="dense class prompts grow with the classes")
