@@ -59,7 +59,7 @@ class Contender:
         tuned = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD if fields["optim"] == "sgd" else torch.optim.AdamW
         options = {"momentum": 0.9} if fields["optim"] == "sgd" else {}
-        self.optimizer = optimizer(tuned, lr=1e-4, fused=None if kind in ("naive", "full") else True, **options)
+        self.optimizer = optimizer(tuned, lr=1e-4, fused=True, **options)
         scaled = args.precision == "fp16" and self.device != "cpu"
         self.scaler = torch.amp.GradScaler(self.device, enabled=scaled)
         self.forward = torch.compile(self.model) if kind == "compiled" else self.model
