@@ -127,7 +127,7 @@ def _add_search_options(search):
 
 
 def _add_data_options(parser):
-    group = parser.add_argument_group("images", "--images, or --dataset_name and what it needs")
+    group = parser.add_argument_group("images", "--images, or --dataset_name (default folder) and what it needs")
     group.add_argument("--images", metavar="PLACE", help="folder of images, or a .txt file with a path per line")
     types = {item.name: item for item in fields(DataArguments)}
     for name in DATA_OPTIONS:

@@ -47,13 +47,14 @@ def load_sources(options):
     """The images that a command names: dict of split -> `ImageSource`; `images` for a folder or a list.
 
     Raises:
-        DataError: neither `--images` nor `--dataset_name` was given, or both, or the split is not there.
+        DataError: neither `--images` nor a data set was given, or both, or the split is not there.
     """
     from .sources import folder_source, list_source, split_source
 
-    if (options.images is None) == ("dataset_name" not in options.data):
+    names_data = bool({"dataset_name", "data_dir"} & set(options.data))  # a place alone is class folders
+    if (options.images is None) == (not names_data):
         got = "neither" if options.images is None else "both"
-        raise DataError(f"give either --images (a folder or a list) or --dataset_name, got {got}")
+        raise DataError(f"give either --images (a folder or a list) or --dataset_name or --data_dir, got {got}")
     if options.images is not None:
         place = Path(options.images).expanduser()
         return {"images": list_source(place) if place.suffix == ".txt" else folder_source(place)}

@@ -81,7 +81,8 @@ def test_evaluate_a_store(store, tmp_path, capsys):
 def test_evaluate_a_split_equals_what_training_computes(retriever, photos, tmp_path):
     """The retriever on the split `test`, from pixels that training's transform made."""
     data = {"data_dir": photos, "class_split": "alternate", "data_cache_dir": tmp_path / "tables"}
-    options = {"dataset_name": "folder", "embeddings_cache": tmp_path / "cache", "output": tmp_path / "scores", **data}
+    # as in train.py, a place alone is class folders
+    options = {"embeddings_cache": tmp_path / "cache", "output": tmp_path / "scores", **data}
     assert run("evaluate", model=retriever, no_clustering=True, no_geometry=True, map_at=[], **options) == 0
     report = json.loads((tmp_path / "scores" / "metrics.json").read_text())
 
@@ -200,7 +201,10 @@ def test_what_does_not_fit_is_refused(store, retriever, photos, tmp_path, capsys
     embed, evaluate = ({"command": name, "output": tmp_path / "out"} for name in ("embed", "evaluate"))
     index, search = {"command": "index", "index": tmp_path}, {"command": "search", "index": tmp_path}
     for message, options in [
-        ("give either --images (a folder or a list) or --dataset_name, got neither", {**embed, "model": retriever}),
+        (
+            "give either --images (a folder or a list) or --dataset_name or --data_dir, got neither",
+            {**embed, "model": retriever},
+        ),
         ("give either --model (and images) or --store, got neither", evaluate),
         ("give either --model (and images) or --store, got both", {**evaluate, "model": "m", "store": store}),
         ("model: there is no folder ./absent", {**embed, "model": "./absent", "images": photos}),
