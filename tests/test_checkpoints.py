@@ -22,6 +22,14 @@ from vptsp.interruption_vptsp import InterruptionCallback
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(scope="module", autouse=True)
+def heed_ctrl_c():
+    """In a shell's background job Ctrl-C is ignored, here and in all processes that are started from here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return write_colours(tmp_path_factory.mktemp("data") / "images")
