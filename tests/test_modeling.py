@@ -210,7 +210,8 @@ save_file({"e": model(**load_file("images.safetensors")).embeddings.detach()}, "
 """
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
     embeddings = load_file(tmp_path / "embeddings.safetensors")["e"]
-    assert torch.equal(embeddings, retriever(pixel_values).embeddings)
+    # not to the bit: how kernels round depends on the number of threads and on where tensors lie in memory
+    torch.testing.assert_close(embeddings, retriever(pixel_values).embeddings, rtol=0, atol=1e-6)
 
 
 def test_auto_model_reload_is_identical(retriever, tmp_path, pixel_values):
