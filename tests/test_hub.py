@@ -22,6 +22,11 @@ TESTS = Path(__file__).resolve().parent
 TOKEN = "hf_" + "Zx9" * 12
 
 
+def same(embeddings, expected):
+    """But for rounding, which differs between processes: it depends on where tensors lie in memory."""
+    return torch.allclose(embeddings, expected, rtol=0, atol=1e-6)
+
+
 def run(script, *words, environment, cwd):
     """Run a script in a process of its own; returns what it printed."""
     names = ("HF_", "TRANSFORMERS_", "PYTHONPATH")
@@ -130,7 +135,7 @@ def test_retriever_on_a_local_backbone_is_refused_or_pushed_whole(story):
     assert "ann/local" not in story.hub.repositories
     config = json.loads(story.hub.files("ann/whole")["config.json"])
     assert (config["backbone"], config["save_backbone"]) == (None, True)
-    assert torch.equal(story.embeddings["online"]["whole"], story.expected["whole"])
+    assert same(story.embeddings["online"]["whole"], story.expected["whole"])
 
 
 def test_no_permission_is_an_error(story):
@@ -147,7 +152,7 @@ def test_readers_never_import_the_package(story):
 @pytest.mark.parametrize("revision", ["first", "second", "tag", "cpu", "auto"])
 def test_revisions_and_placements_give_the_pushed_embeddings(story, revision):
     expected = story.expected["first" if revision in ("first", "tag") else "second"]
-    assert torch.equal(story.embeddings["online"][revision], expected)
+    assert same(story.embeddings["online"][revision], expected)
     assert not torch.allclose(story.expected["first"], story.expected["second"], atol=0.1)
 
 
@@ -173,7 +178,7 @@ def test_pipeline_gives_the_embeddings(story):
 
 def test_private_needs_the_token(story):
     assert "If this is a private repository, make sure to pass a token" in story.found["online"]["private_error"]
-    assert torch.equal(story.embeddings["online"]["private"], story.expected["private"])
+    assert same(story.embeddings["online"]["private"], story.expected["private"])
 
 
 def test_cache_dir(story):
@@ -183,7 +188,7 @@ def test_cache_dir(story):
 
 @pytest.mark.parametrize("mode", ["local_files_only", "hub_offline"])
 def test_offline_from_the_cache(story, mode):
-    assert torch.equal(story.embeddings[mode]["second"], story.expected["second"])
+    assert same(story.embeddings[mode]["second"], story.expected["second"])
     assert story.found[mode]["absent_error"].startswith("OSError")
 
 
@@ -201,7 +206,7 @@ def test_downloaded_configuration_can_not_point_at_local_folders(story, name):
 
 
 def test_the_reader_may_point_at_a_local_folder(story):
-    assert torch.equal(story.embeddings["online"]["own_choice"], story.expected["second"])
+    assert same(story.embeddings["online"]["own_choice"], story.expected["second"])
     assert "give its place with backbone=" in story.found["online"]["nameless_error"]
 
 
@@ -213,7 +218,7 @@ def test_run_pushes_retriever_card_scores_and_picture_only(story):
     assert set(files) == retriever | {"all_results.json", "pictures/neighbours.png"}
     for commit in repository.commits:
         assert set(story.hub.files("ann/run", commit)) <= set(files)
-    assert torch.equal(story.embeddings["online"]["run"], story.expected["run"])
+    assert same(story.embeddings["online"]["run"], story.expected["run"])
     assert f"pushed            {story.hub.endpoint}/ann/run/commit/{repository.branches['main']}" in story.printed
     assert {path.name for path in (story.folder / "run").iterdir()} >= {"README.md", "pictures"}
 
@@ -246,7 +251,7 @@ def test_remote_code_can_push_what_it_loaded(story):
     again, first = story.hub.files("ann/again"), story.hub.files("ann/retriever")
     assert set(again) == set(first) - {"README.md", "preprocessor_config.json"}
     assert all(again[name] == first[name] for name in again if name.endswith(".py"))
-    assert torch.equal(story.embeddings["online"]["again"], story.expected["second"])
+    assert same(story.embeddings["online"]["again"], story.expected["second"])
 
 
 def test_tokens_are_nowhere(story):
