@@ -69,7 +69,7 @@ class ClassPrompts(nn.Module):
 
 
 class OffloadedClassPrompts(nn.Module):
-    """[`ClassPrompts`] in host memory, for tables that would not fit on the device (paper section 4, SOP and larger).
+    """[`ClassPrompts`] in host memory, for tables that would not fit on the device: released runs, SOP and larger.
 
     `forward` brings the rows of a batch's classes to the device. Their gradients are kept until `step`, which updates
     these rows and their optimiser states in place, in host memory, and no others: a class that is not in the batch
@@ -130,7 +130,7 @@ class OffloadedClassPrompts(nn.Module):
 
     def fits_in_memory(self, num_states):
         """Whether table and states, of all processes here, take at most `MEMORY_SHARE` of the available memory."""
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        processes = _processes_here()
         held = 0 if self._tokens is None or self.folder is not None else self.num_bytes(0)
         available = psutil.virtual_memory().available + held * processes
         return processes * self.num_bytes(num_states) <= MEMORY_SHARE * available
@@ -150,11 +150,12 @@ class OffloadedClassPrompts(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        needed, free = self.num_bytes(num_states), shutil.disk_usage(folder).free
+        processes = _processes_here()  # each makes files of its own, which take their room as they fill
+        needed, free = processes * self.num_bytes(num_states), shutil.disk_usage(folder).free
         if needed > free:
             raise OSError(
-                f"class_prompt_folder {folder} has {free / 2**30:.1f} GiB left, "
-                f"class prompts and their optimiser states need {needed / 2**30:.1f} GiB"
+                f"class_prompt_folder {folder} has {free / 2**30:.1f} GiB left, class prompts and their optimiser "
+                f"states need {needed / 2**30:.1f} GiB ({processes} processes)"
             )
         self.discard_prefetched()
         self.folder = folder
@@ -396,6 +397,11 @@ class _Prefetched(NamedTuple):
     classes: torch.Tensor
     future: Future
     updated: list
+
+
+def _processes_here():
+    """Processes of the run on this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @functools.cache

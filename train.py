@@ -392,7 +392,7 @@ def prepare(model_fields, training_args, data_args):
             processing_class=build_image_processor(
                 data_args.image_size, data_args.resize_size, model.config.backbone, model.config.backbone_revision
             ),
-            callbacks=[timer, ProxyMovement()],
+            callbacks=[timer, ProxyMovement()] if hasattr(model, "proxies") else [timer],
         )
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error

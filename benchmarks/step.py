@@ -67,6 +67,8 @@ class Contender:
     def _model(self, setting, fields, num_classes, args):
         model_fields = {name: value for name, value in fields.items() if name in VPTSPConfig.__dataclass_fields__}
         model_fields.pop("backbone")
+        if self.kind == "naive":
+            model_fields["class_prompt_store"] = "dense"
         size = setting.partition("_vit")[2][0]
         config = VPTSPConfig(**model_fields, num_classes=num_classes, backbone_config=ViTConfig(**SIZES[size]))
         if self.kind == "full":
@@ -90,8 +92,12 @@ class Contender:
         with torch.autocast(device, self.dtype, enabled=self.dtype is not None):
             output = self._output()
         self.scaler.scale(output.loss).backward()
+        scale = self.scaler.get_scale()  # 1 where nothing is scaled
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.model.offloaded_class_prompts is not None:
+            self.model.offloaded_class_prompts.reduce_gradients(scale=scale)
+            self.model.offloaded_class_prompts.step(self.optimizer)
         self.model.commit_proxies(output)
 
     def _output(self):

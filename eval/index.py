@@ -240,7 +240,9 @@ class RetrievalIndex(VectorIndex):
         if not self.is_exact and len(keys) <= _COMPARE_ALL:
             similarity, found = faiss.knn(queries, self._vectors(keys), k, metric=faiss.METRIC_INNER_PRODUCT)
             return similarity, keys[found]
-        return self._index.search(queries, k, params=self._parameters(faiss.IDSelectorBatch(keys)))
+        # faiss's additions for torch, which other packages import, replace `search` by one without `params`
+        search = getattr(self._index, "search_numpy", self._index.search)
+        return search(queries, k, params=self._parameters(faiss.IDSelectorBatch(keys)))
 
     def _parameters(self, selector):
         """Search parameters of the index's type that carry a selector and leave its effort as it is."""

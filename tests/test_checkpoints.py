@@ -255,7 +255,7 @@ def test_two_processes_of_train_py_are_interrupted_go_on_and_equal_one(images, b
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stdout.count("tuned ") == 2  # said once: what is tuned, and the score
     results = json.loads((output / "all_results.json").read_text())
-    assert (output / "neighbours.png").is_file()
+    assert (output / "pictures" / "neighbours.png").is_file()
     assert results["dataset"] == expected["dataset"]
     same = [name for name in expected if name.startswith(("final_", "frozen_")) or name in ("steps", "train_loss")]
     same = [name for name in same if not name.endswith(("runtime", "per_second"))]

@@ -182,6 +182,11 @@ def test_what_does_not_fit_is_refused_with_a_way_out(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"class_prompt_folder .* left, .* need"):
         patch.setattr(stores.shutil, "disk_usage", lambda folder: disk)
         store.place(tmp_path, num_states=1)
+    disk.free *= 2
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"\(2 processes\)"):
+        patch.setattr(stores.shutil, "disk_usage", lambda folder: disk)
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        store.place(tmp_path, num_states=1)
     store = make_store()
     torch.manual_seed(0)
     store.place(tmp_path)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -75,6 +77,16 @@ def test_k_beyond_the_index_gives_all(embeddings):
     index = build(embeddings[:4])
     assert len(index.search(embeddings[:1], 10)[0]) == 4
     assert len(index.search_ids("item 1", 10)[0]) == 3
+
+
+def test_filter_beside_packages_that_patch_faiss(embeddings):
+    code = (
+        "import faiss.contrib.torch_utils, torch; from vptsp.eval import RetrievalIndex;"
+        "index = RetrievalIndex.build(['a', 'b', 'c', 'd'], torch.eye(4), {'class_name': ['x', 'y', 'x', 'y']});"
+        "print([hit.id for hit in index.search(torch.eye(4)[:1], 3, where={'class_name': 'x'})[0]])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1:] == ["['a', 'c']"], result.stderr
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "HNSW16", "PCA12,IVF8,PQ6x4"])

@@ -205,12 +205,13 @@ def test_counts_at_full_size(name):
 
 def test_summary_says_what_is_shipped(capsys):
     _, training_args, _ = parsed("table1/vptsp_m")
-    train.print_summary(counts("table1/vptsp_m"), {"train": range(5), "test": range(7)}, training_args)
+    train.print_summary(counts("table1/vptsp_m"), {"train": range(5), "test": range(7)}, training_args, "none")
     assert capsys.readouterr().out.splitlines() == [
         "images            train 5, test 7",
         "tuned             194,688 of 21,860,352 parameters (0.89%)",
         "to ship           194,688 parameters, 0.78 MB",
         "for training only 1,569,408 parameters (proxies, and what updates them)",
+        "class prompts     none",
         f"results           {training_args.output_dir}",
     ]
 

@@ -481,3 +481,18 @@ def test_backbone_alone_is_not_evaluated_after_its_biases_were_tuned(
     trainer.train()
     with pytest.raises(ValueError, match="must come before training"):
         trainer.evaluate_backbone()
+
+
+def test_compiled_training_is_the_same(backbone_folder, tmp_path, train_dataset):
+    """Of the compiler, everything but the code generator, which takes minutes: one graph, and the same steps."""
+    final = {}
+    for compiled in (False, True):
+        model = make_model(backbone_folder)
+        options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
+        args = make_args(tmp_path, optim="sgd", learning_rate=1e-3, num_train_epochs=1, **options)
+        torch._dynamo.utils.counters.clear()
+        VPTSPTrainer(model=model, args=args, train_dataset=train_dataset).train()
+        assert not torch._dynamo.utils.counters["graph_break"]
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1) == compiled
+        final[compiled] = model
+    assert_same_state(final[True], final[False], rtol=1e-4, atol=1e-5)
