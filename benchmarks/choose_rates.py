@@ -37,10 +37,15 @@ def hold_back_classes(config, overrides, output):
 
     Returns:
         Options that put the lists in place of the data set's own split.
+
+    Raises:
+        DataError: the data set takes no lists of classes.
     """
+    from vptsp.data_scripts.registry import refuse_unknown_options
     from vptsp.train import parse_arguments
 
     _, _, data_args, _ = parse_arguments(run_command(config, 0, output, overrides))
+    refuse_unknown_options(data_args.dataset_name, ("train_classes", "test_classes"))
     names = data_args.load_splits()["train"].features["label"].names
     options = []
     for option, classes in {

@@ -116,6 +116,13 @@ def test_only_training_classes_are_seen(choose_rates, backbone_folder, tmp_path)
     assert results[f"rate-{chosen:.2g}"]["final_map_at_r"] == best
 
 
+def test_a_fixed_split_is_refused_before_any_run(choose_rates, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        choose_rates.main(["--output", str(tmp_path), "--configs", str(CONFIG), "--data_dir", str(tmp_path)])
+    assert "the data set 'cub' has no option 'train_classes', 'test_classes'" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/*"))
+
+
 def test_an_interruption_is_no_failed_run(choose_rates, monkeypatch, tmp_path):
     for code, stops in ((2, False), (1, False), (130, True), (143, True)):
         monkeypatch.setattr("vptsp.train.main", lambda arguments, code=code: (_ for _ in ()).throw(SystemExit(code)))
