@@ -8,7 +8,7 @@ to `train.py` and win over every row's file; fields for single rows, from the YA
 (`vpt: {learning_rate: 0.001}`), win over these. Each run is a process of its own and writes to
 `OUTPUT/<row>/seed-<n>/`, so the command can be stopped and given again: finished runs are kept, others go on from
 their last checkpoint, and failed ones are tried again. `OUTPUT/comparison.{md,json,png}` are written anew after every
-run.
+row.
 
 The weights of the last step are scored, not those that did best on the test classes (`--eval_strategy epoch` would
 choose so). Learning rates are those of the files, which were published for CUB at 224 pixels or chosen by us: on other
@@ -257,7 +257,7 @@ def _texts(value):
 
 
 def compare(configs, seeds, output, overrides, launch=launch_process, row_overrides=None):
-    """Do all runs that are not done, and write table and plot after each.
+    """Do all runs that are not done, and write table and plot after each row.
 
     Args:
         configs: Row name -> configuration.
