@@ -4,13 +4,16 @@
         --data_dir CUB_200_2011.tgz --backbone google/vit-base-patch16-224-in21k --num_train_epochs 5
 
 A row is a configuration of `configs/table1` and `configs/table2`, or one that `--configs` names. All other options go
-to `train.py` and win over every row's file. Each run is a process of its own and writes to `OUTPUT/<row>/seed-<n>/`,
-so the command can be stopped and given again: finished runs are kept, others go on from their last checkpoint, and
-failed ones are tried again. `OUTPUT/comparison.{md,json,png}` are written anew after every run.
+to `train.py` and win over every row's file; fields for single rows, from the YAML files that `--overrides` names
+(`vpt: {learning_rate: 0.001}`), win over these. Each run is a process of its own and writes to
+`OUTPUT/<row>/seed-<n>/`, so the command can be stopped and given again: finished runs are kept, others go on from
+their last checkpoint, and failed ones are tried again. `OUTPUT/comparison.{md,json,png}` are written anew after every
+row.
 
 The weights of the last step are scored, not those that did best on the test classes (`--eval_strategy epoch` would
 choose so). Learning rates are those of the files, which were published for CUB at 224 pixels or chosen by us: on other
-data or for other lengths of training they favour nobody in particular, and no method is tuned.
+data or for other lengths of training they favour nobody in particular. `choose_rates.py` chooses one for every row, on
+classes held back from training, and writes them as a file for `--overrides`.
 """
 
 import argparse
@@ -21,6 +24,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import yaml
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,14 +220,61 @@ def find_configs(names):
     return configs
 
 
-def compare(configs, seeds, output, overrides, launch=launch_process):
-    """Do all runs that are not done, and write table and plot after each.
+def read_row_overrides(paths, rows):
+    """Options of `train.py` for single rows, from YAML files that map row -> fields; later files win.
+
+    Args:
+        paths: Of the files. They may name rows that are not compared.
+        rows: Names of all rows that there are.
+
+    Returns:
+        Row name -> list of options.
+
+    Raises:
+        ValueError: a file can't be read, or is not such a mapping, or names a row that does not exist.
+    """
+    options = {}
+    for path in paths:
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ValueError(f"--overrides: {path} can't be read: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict) or not all(isinstance(fields, dict) for fields in content.values()):
+            raise ValueError(f"--overrides: {path} must map rows to fields, as in 'vpt: {{learning_rate: 0.001}}'")
+        if unknown := sorted(str(name) for name in content if name not in rows):
+            raise ValueError(f"--overrides: {path} names {unknown[0]}, which is none of the rows {', '.join(rows)}")
+        for name, fields in content.items():
+            for field, value in fields.items():
+                options.setdefault(name, []).extend([f"--{field}", *_texts(value)])
+    return options
+
+
+def _texts(value):
+    """A YAML value as the command line gives it."""
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return [json.dumps(value) if isinstance(value, (dict, bool)) else str(value)]
+
+
+def compare(configs, seeds, output, overrides, launch=launch_process, row_overrides=None):
+    """Do all runs that are not done, and write table and plot after each row.
+
+    Args:
+        configs: Row name -> configuration.
+        seeds: Of every row.
+        output: Folder.
+        overrides: Options of `train.py` for all rows.
+        launch: As `finish` takes it.
+        row_overrides: Row name -> options for this row.
 
     Returns:
         Row name -> what `summarise` says.
     """
+    row_overrides = row_overrides or {}
     planned = {
-        (name, seed): run_command(path, seed, output / name / f"seed-{seed}", overrides)
+        (name, seed): run_command(
+            path, seed, output / name / f"seed-{seed}", [*overrides, *row_overrides.get(name, [])]
+        )
         for name, path in configs.items()
         for seed in seeds
     }
@@ -250,9 +302,12 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, required=True, help="folder for runs, table and plot")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every row")
     parser.add_argument("--configs", nargs="+", default=[], help="YAML files, a row each")
+    parser.add_argument("--overrides", nargs="+", default=[], help="YAML files: row -> fields, for single rows")
     args, overrides = parser.parse_known_args(argv)
     try:
-        rows = compare(find_configs(args.configs), args.seeds, args.output, overrides)
+        configs = find_configs(args.configs)
+        row_overrides = read_row_overrides(args.overrides, {**find_configs([]), **configs})
+        rows = compare(configs, args.seeds, args.output, overrides, row_overrides=row_overrides)
     except ValueError as error:
         parser.error(str(error))
     print(markdown(rows))

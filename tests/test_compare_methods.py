@@ -136,6 +136,43 @@ def test_configs_that_can_not_be_rows(tmp_path):
     assert set(compare_methods.find_configs([])) >= {path.stem for path in PRESETS}
 
 
+def test_fields_for_single_rows(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("vpt: {num_prompts: 4, learning_rate: 0.1, recall_at: [1, 2]}\nlora: {bitfit: true}")
+    second.write_text("vpt: {learning_rate: 0.001, loss_kwargs: {alpha: 16}}")
+    options = compare_methods.read_row_overrides([first, second], compare_methods.find_configs([]))
+    assert options["lora"] == ["--bitfit", "true"]
+    started = []
+    configs = compare_methods.find_configs([str(ROOT / "configs" / "table1" / "vpt.yaml")])
+    common = ["--num_prompts", "7", "--embedding_dim", "8", "--loss", "proxy_nca"]
+    compare_methods.compare(
+        configs, [0], tmp_path, common, lambda arguments, log: started.append(arguments) or log.write_text("") or 1,
+        options,
+    )  # fmt: skip
+    model_fields, training_args, *_ = train.parse_arguments(started[0])
+    assert (model_fields["num_prompts"], model_fields["embedding_dim"]) == (4, 8)
+    assert (training_args.learning_rate, training_args.recall_at) == (0.001, [1, 2])
+    assert model_fields["loss_kwargs"] == {"alpha": 16}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vpt: 0.1", "must map rows to fields"),
+        ("- vpt", "must map rows to fields"),
+        ("vpt: [", r"rows\.yaml can't be read: while parsing"),
+        ("vpd: {num_prompts: 4}", "names vpd, which is none of the rows adapter, "),
+        (None, r"rows\.yaml can't be read: .*No such file"),
+    ],
+)
+def test_fields_for_single_rows_that_can_not_be_used(tmp_path, text, message):
+    path = tmp_path / "rows.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        compare_methods.read_row_overrides([path], compare_methods.find_configs([]))
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_of_table_2_parse_and_take_a_step(path):
     model_fields, training_args, data_args, _ = train.parse_arguments([str(path)])
