@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data_scripts.errors import DataError, some
-from .atomic import TEMPORARY_SUFFIX, atomic_path
+from ..files.atomic import TEMPORARY_SUFFIX, atomic_path
 from .factory import choose_factory, effort_of, graph_of, inverted_lists, tune_effort
 from .records import load_record, save_record
 from .vector_index import Hit, VectorIndex, check_items

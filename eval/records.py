@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from ..data_scripts.errors import DataError, some
-from .atomic import write_text
+from ..files.atomic import write_text
 
 
 def save_record(path, record):

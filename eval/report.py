@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..data_scripts.errors import DataError
-from .atomic import write_text
+from ..files.atomic import write_text
 from .intervals import compare_paired
 from .metrics import retrieval_scores
 from .sources import UNLABELLED

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ..data_scripts.errors import DataError, some
-from .atomic import TEMPORARY_SUFFIX, atomic_path
+from ..files.atomic import TEMPORARY_SUFFIX, atomic_path
 from .records import load_record, save_record
 
 

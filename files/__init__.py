@@ -1,0 +1,1 @@
+"""How files are written, checked and locked, for everything that keeps data on disk."""
