@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .linear_vptsp import fast_linear
+from .linear_vptsp import fast_linear, runs_as_written
 
 
 class PromptKeyValue(NamedTuple):
@@ -64,6 +64,16 @@ class ViTFamily:
         return backbone.layers
 
     @staticmethod
+    def taken_apart(layer):
+        """The modules of a layer whose `forward` these methods stand for, the layer itself among them."""
+        return layer, layer.attention, layer.mlp
+
+    @staticmethod
+    def never_called(backbone):
+        """The modules around the layers that no pass ever calls."""
+        return (backbone, backbone.layers)
+
+    @staticmethod
     def final_norm(backbone, hidden):
         return backbone.layernorm(hidden)
 
@@ -83,11 +93,6 @@ class ViTFamily:
             _split_heads(fast_linear(attention.k_proj, normed), attention.head_dim),
             _split_heads(fast_linear(attention.v_proj, normed), attention.head_dim),
         )
-
-    @staticmethod
-    def key_value_modules(layer):
-        """The modules whose weights turn prompts into keys and values."""
-        return layer.layernorm_before, layer.attention.k_proj, layer.attention.v_proj
 
     @staticmethod
     def attend(layer, query, key, value):
@@ -132,8 +137,12 @@ class Dinov2Family(ViTFamily):
         return layer.norm1(hidden)
 
     @staticmethod
-    def key_value_modules(layer):
-        return layer.norm1, layer.attention.k_proj, layer.attention.v_proj
+    def taken_apart(layer):
+        return layer, layer.attention
+
+    @staticmethod
+    def never_called(backbone):
+        return (backbone, backbone.encoder, backbone.encoder.layer)
 
     @staticmethod
     def attend(layer, query, key, value):
@@ -169,8 +178,33 @@ def project_tokens(family, layer, hidden, num_queries=None):
 
 
 def project_prompts(family, layer, prompts):
-    """Keys and values of prompt tokens `(P, D)` or `(M, P, D)` in one layer: a [`PromptKeyValue`]."""
+    """Keys and values of prompt tokens `(P, D)` or `(M, P, D)` in one layer: a [`PromptKeyValue`].
+
+    Where the layer has to be called as a whole, there are none apart from it: the tokens, as they are.
+    """
+    if not can_take_apart(family, layer):
+        return prompts
     return PromptKeyValue(*family.key_value(layer, family.attention_norm(layer, prompts)))
+
+
+def can_take_apart(family, layer) -> bool:
+    """Whether a layer's parts may be computed one by one: nothing waits for the call of what contains them."""
+    return all(runs_as_written(module) for module in family.taken_apart(layer))
+
+
+def check_hooks(family, backbone):
+    """Raise where a hook would never run.
+
+    Raises:
+        ValueError: there is a forward hook on the backbone as a whole, or on what holds its layers.
+    """
+    for module in family.never_called(backbone):
+        # those of accelerate only move tensors between devices, and lie on the parts as well
+        if not runs_as_written(module) and not hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"hooks on {type(module).__name__} never run: the backbone's parts are called one by one. Register "
+                "them on its embeddings, its layers or their parts"
+            )
 
 
 def append_prompts(hidden, prompts, prompt_rows=None):
@@ -209,7 +243,11 @@ def prompted_forward(
 
     Returns:
         `(B, N, D)`, or `(B, family.num_class_tokens, D)` with `prefix_only`; after the final norm.
+
+    Raises:
+        ValueError: hooks on the backbone, or on an adapted layer, could not be run.
     """
+    check_hooks(family, backbone)
     layers = family.layers(backbone)
     first_adapted = len(layers) - len(adapters)
     for index, layer in enumerate(layers):
@@ -226,16 +264,49 @@ def prompted_forward(
 
 
 def _prompted_layer(family, layer, hidden, prompts, prompt_rows, num_queries, projected, adapter):
-    query, key, value = project_tokens(family, layer, hidden, num_queries) if projected is None else projected
-    if prompts is not None:
-        if not isinstance(prompts, PromptKeyValue):
-            prompts = project_prompts(family, layer, prompts.to(hidden.dtype))
-        key = torch.cat([_per_image(prompts.key, prompt_rows, hidden.shape[0]), key], dim=2)
-        value = torch.cat([_per_image(prompts.value, prompt_rows, hidden.shape[0]), value], dim=2)
+    if not can_take_apart(family, layer):
+        return _whole_layer(layer, hidden, prompts, prompt_rows, num_queries, adapter)
+    if prompts is None or isinstance(prompts, PromptKeyValue) or projected is not None or hidden.shape[0] > 1:
+        query, key, value = project_tokens(family, layer, hidden, num_queries) if projected is None else projected
+        if prompts is not None:
+            key, value = _with_prompts(family, layer, key, value, prompts, prompt_rows, hidden)
+    else:  # of a single image, prompts are as many rows as tokens are: one product for both
+        prompts = _per_image(prompts.to(hidden.dtype), prompt_rows, 1)
+        normed = family.attention_norm(layer, torch.cat([prompts, hidden], dim=1))
+        first, last = prompts.shape[1], None if num_queries is None else prompts.shape[1] + num_queries
+        query, (key, value) = family.query(layer, normed[:, first:last]), family.key_value(layer, normed)
     hidden = hidden if num_queries is None else hidden[:, :num_queries]
     hidden = hidden + family.attend(layer, query, key, value)
     output = family.feed_forward(layer, hidden)
     return hidden + (output if adapter is None else adapter(hidden, output))
+
+
+def _whole_layer(layer, hidden, prompts, prompt_rows, num_queries, adapter):
+    """The plain way, for a layer with hooks (or another `forward`) that see it as a whole: with the prompts among the
+    tokens, in front, their outputs thrown away."""
+    if adapter is not None:
+        raise ValueError(f"hooks on {type(layer).__name__} or its attention and MLP don't go with an adapter on it")
+    number = 0 if prompts is None else _number(prompts)
+    if isinstance(prompts, PromptKeyValue):
+        raise ValueError(
+            f"a hook was put on {type(layer).__name__} after its prompts' keys and values were computed: compute "
+            "them again"
+        )
+    if number:
+        tokens = _per_image(prompts.to(hidden.dtype), prompt_rows, hidden.shape[0])
+        hidden = torch.cat([tokens.to(hidden.device), hidden], dim=1)
+    output = layer(hidden)
+    return output[:, number:] if num_queries is None else output[:, number : number + num_queries]
+
+
+def _with_prompts(family, layer, key, value, prompts, prompt_rows, hidden):
+    """Keys and values of all tokens, those of prompts in front: each `(B, H, P + N, D / H)`."""
+    if not isinstance(prompts, PromptKeyValue):
+        prompts = project_prompts(family, layer, prompts.to(hidden.dtype))
+    elif prompts.key.dtype != key.dtype:
+        raise ValueError(f"keys and values of prompts are {prompts.key.dtype}, those of images {key.dtype}")
+    key = torch.cat([_per_image(prompts.key, prompt_rows, key.shape[0]), key], dim=2)
+    return key, torch.cat([_per_image(prompts.value, prompt_rows, key.shape[0]), value], dim=2)
 
 
 def _number(prompts):

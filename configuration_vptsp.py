@@ -82,7 +82,8 @@ class VPTSPConfig(PreTrainedConfig):
             relu or tanh candidate), `mean` (VPTSP-M, running mean), or `none` (no semantic proxies: the loss sees the
             original proxies alone, as in plain Proxy-Anchor).
         proxy_normalization: L2-normalise S after every image of a class (`per_step`, the paper) or once after the
-            last (`per_batch`, the released runs).
+            last (`per_batch`, the released runs). The running mean takes a class's images in one step, so that both
+            are the same for it: `S <- normalise(keep * S + (1 - keep) * mean(p))`.
         proxy_keep: Share of the old S that the running mean keeps.
         rnn_dropout: Dropout on S before it is normalised.
         proxy_bias_ratio: Share (a) of the original proxies (O) in the proxies, `Q = normalise((1 - a) * S + a * O)`.

@@ -44,11 +44,26 @@ class _OneDNNLinear(torch.autograd.Function):
         return to_x, to_weight, to_bias
 
 
+def runs_as_written(module: nn.Module) -> bool:
+    """Whether calling a module is its class's `forward` and nothing else.
+
+    False with hooks of any kind (accelerate's offloading, pruning, norms of weights, somebody's probe) and with a
+    `forward` of the instance's own (accelerate again): then it has to be called, since what its parameters hold by
+    themselves need not be what it computes with. Also false where this release of PyTorch keeps hooks elsewhere.
+    """
+    state = vars(module)
+    return "forward" not in state and not any(state.get(hooks, True) for hooks in _HOOKS)
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
 def fast_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`layer(x)` for a linear layer (or what stands in its place, such as one with a low-rank update).
+    """`layer(x)`, whatever `layer` is; where it is a plain linear layer, by oneDNN if that is at hand.
 
     Args:
-        layer: `nn.Linear` with weight `(out, in)`; any other module is simply called.
+        layer: `nn.Linear` with weight `(out, in)`; any other module, and one that is hooked or whose weight is no
+            ordinary parameter (quantised, offloaded, recomputed), is simply called.
         x: `(..., in)`.
 
     Returns:
@@ -57,14 +72,23 @@ def fast_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if (
         _ONEDNN_LINEAR is None
         or type(layer) is not nn.Linear
-        or x.device.type != "cpu"
+        or type(layer.weight) is not nn.Parameter
+        or type(x) is not torch.Tensor
+        or not x.device.type == layer.weight.device.type == "cpu"
         or not x.dtype == layer.weight.dtype == torch.float32
         or x.numel() == 0
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
+        or not runs_as_written(layer)
+        or _global_hooks()
     ):
         return layer(x)
     return _OneDNNLinear.apply(x, layer.weight, layer.bias)
 
 
-__all__ = ["fast_linear"]
+def _global_hooks() -> bool:
+    """Whether hooks are registered for all modules at once."""
+    return any(getattr(nn.modules.module, f"_global{hooks}", True) for hooks in _HOOKS)
+
+
+__all__ = ["fast_linear", "runs_as_written"]

@@ -120,6 +120,7 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
             ValueError: labels are outside 0..C-1 or not as many as images. On an accelerator or compiled,
                 with `images_per_class`, their range is left to the caller, since looking would stall the device.
         """
+        self.vptsp.refuse_intermediate_outputs()
         tokens = self.vptsp.embed_patches(pixel_values, interpolate_pos_encoding)
         semantic_pass = labels is not None and self.config.proxy_update != "none"
         first_layer = self.vptsp.project_first_layer(tokens) if semantic_pass else None

@@ -18,7 +18,14 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .adapters_vptsp import build_adapters
-from .backbones_vptsp import append_prompts, family_of, project_prompts, project_tokens, prompted_forward
+from .backbones_vptsp import (
+    append_prompts,
+    can_take_apart,
+    family_of,
+    project_prompts,
+    project_tokens,
+    prompted_forward,
+)
 from .configuration_vptsp import VPTSPConfig
 from .lora_vptsp import add_lora
 from .pretrained_vptsp import VPTSPPreTrainedModel, backbone_fingerprint, load_backbone
@@ -125,29 +132,50 @@ class VPTSPModel(VPTSPPreTrainedModel):
         self.head = embedding_head(config)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         add_tuning(self)
-        self._kept_prompts = None
         self.post_init()
         self.freeze_backbone()
 
-    def forward(self, pixel_values, interpolate_pos_encoding=False, return_dict=None, **kwargs):
+    def forward(
+        self,
+        pixel_values,
+        interpolate_pos_encoding=False,
+        prompt_key_values=None,
+        return_dict=None,
+        output_attentions=None,
+        output_hidden_states=None,
+    ):
         """Embed images.
 
         Args:
             pixel_values: `(B, 3, height, width)` float, normalised as the backbone expects.
             interpolate_pos_encoding: Take images of another size than the model's, with its position embeddings
                 interpolated in this very pass. For one size throughout, see `image_size` of `from_backbone`.
-            return_dict: False gives a tuple.
+            prompt_key_values: What `project_prompts` gave, where the weights have not changed since; None computes it.
+            return_dict: False gives a tuple; None is what the configuration says.
+            output_attentions: Not to be had; see `vptsp.eval.attention` for where the CLS token looks.
+            output_hidden_states: Not to be had; register a forward hook on a layer of `backbone`.
 
         Returns:
             [`VPTSPModelOutput`].
 
         Raises:
-            ValueError: `pixel_values` is missing, of a wrong shape or not floating point.
+            ValueError: `pixel_values` is missing, of a wrong shape or not floating point, or attentions or hidden
+                states are asked for.
         """
+        self.refuse_intermediate_outputs(output_attentions, output_hidden_states)
         tokens = self.embed_patches(pixel_values, interpolate_pos_encoding)
-        embeddings = self.embedding_dropout(self.head(self.encode(tokens, self.prompts_for_inference())))
+        prompts = self.prompts() if prompt_key_values is None else prompt_key_values
+        embeddings = self.embedding_dropout(self.head(self.encode(tokens, prompts)))
         output = VPTSPModelOutput(embeddings=embeddings, pooler_output=embeddings)
-        return output if return_dict is not False else output.to_tuple()
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def refuse_intermediate_outputs(self, output_attentions=None, output_hidden_states=None):
+        """Raise a `ValueError` if the caller or the configuration asks for what the prompted pass does not keep."""
+        asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        for name, value in asked.items():
+            if getattr(self.config, name) if value is None else value:
+                raise ValueError(f"{name} must be false, got true: the prompted pass gives embeddings alone")
 
     def embed_patches(self, pixel_values, interpolate_pos_encoding=False):
         """`(B, 3, height, width)` -> tokens that every pass starts from, `(B, N, D)`."""
@@ -164,50 +192,36 @@ class VPTSPModel(VPTSPPreTrainedModel):
             )
         return self.family.embed(self.backbone, pixel_values, interpolate_pos_encoding)
 
-    def prompts_for_inference(self):
-        """The shared prompts: tokens while they are tuned, else their keys and values, computed once and kept.
+    def project_prompts(self):
+        """The shared prompts as all that the layers make of them, to be given to `forward` again and again.
 
-        Kept until a weight that they come from, its dtype or its device changes.
+        Nothing is kept in the model: what is returned is right for the weights, the dtype and the autocast of this
+        moment. Spares each batch 2 of the 12 products that a prompt would cost a plain layer: worth it for single
+        images and many prompts, hardly for batches.
+
+        Returns:
+            List of a [`PromptKeyValue`] for each prompted layer.
         """
         tokens = self.prompts()
-        go_through_layers = self.config.prompt_mode == "shallow"
-        if (
-            go_through_layers
-            or not tokens
-            or self.training
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-        ):
+        if self.config.prompt_mode == "shallow":
             return tokens
         layers = self.family.layers(self.backbone)[: len(tokens)]
-        # a tuning method may act on prompts too: all that is tuned beside the backbone counts
-        sources = [p for name, part in self.named_children() if name != "backbone" for p in part.parameters()]
-        sources += [p for layer in layers for m in self.family.key_value_modules(layer) for p in m.parameters()]
-        if any(source.is_inference() for source in sources):  # has no version to tell a change by
-            return tokens
-        device = tokens[0].device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        state = [autocast, *((p.data_ptr(), p._version, p.dtype, p.device) for p in sources)]
-        if self._kept_prompts is None or self._kept_prompts[0] != state:
-            kept = [
-                project_prompts(self.family, layer, layer_tokens)
-                for layer, layer_tokens in zip(layers, tokens, strict=True)
-            ]
-            self._kept_prompts = (state, kept)
-        return self._kept_prompts[1]
-
-    def _apply(self, fn, recurse=True):
-        self._kept_prompts = None  # a change of dtype or device moves weights without a new version
-        return super()._apply(fn, recurse)
+        return [project_prompts(self.family, layer, part) for layer, part in zip(layers, tokens, strict=True)]
 
     def project_first_layer(self, tokens):
         """What every pass over the same tokens computes in the first layer, to be given to `encode`.
 
-        None where it is not worth keeping: with gradient checkpointing, only one layer, or prompts among the tokens.
+        None where it is not worth keeping: with gradient checkpointing, only one layer, or prompts among the tokens;
+        and where the layer has to be called as a whole.
         """
         first, *others = self.family.layers(self.backbone)
         checkpointing = getattr(first, "gradient_checkpointing", False)
-        if not others or checkpointing or self.config.prompt_mode == "shallow":
+        if (
+            not others
+            or checkpointing
+            or self.config.prompt_mode == "shallow"
+            or not can_take_apart(self.family, first)
+        ):
             return None
         return project_tokens(self.family, first, tokens)
 

@@ -126,14 +126,15 @@ class SemanticProxies(nn.Module):
             groups: The batch's classes.
 
         Returns:
-            `(M, E)`.
+            `(M, E)`, L2-normalised.
         """
         state = self.state.index_select(0, groups.classes).detach()
         shape = (len(state), groups.images_per_class)
         table = vectors.new_zeros(*shape, vectors.shape[-1]).index_put((groups.rows, groups.steps), vectors)
-        if self.update == "mean":
+        if self.update == "mean":  # one step a batch, after which every normalisation falls
             counts = groups.images_per_class if groups.counts is None else groups.counts[:, None]
-            return self.keep * state + (1 - self.keep) * (table.sum(dim=1) / counts)
+            mean = self.keep * state + (1 - self.keep) * (table.sum(dim=1) / counts)
+            return F.normalize(self.dropout(mean), dim=-1)
         for step in range(groups.images_per_class):
             new_state = self.gru(table[:, step], state)
             if self.normalization == "per_step":

@@ -75,6 +75,11 @@ def cls_attention(retriever, pixel_values, with_prompts=True):
     tokens = retriever.embed_patches(pixel_values)
     prompts = retriever.prompts() if with_prompts else ()
     prompted_forward(recorder, retriever.backbone, tokens, prompts)
+    if (layers := retriever.config.backbone_config.num_hidden_layers) != len(recorder.weights):
+        raise ValueError(
+            f"attention was seen in {len(recorder.weights)} of {layers} layers: the others have hooks, or a forward "
+            "of their own, and are called as a whole. Remove these first"
+        )
     num_tokens, num_prefix = tokens.shape[1], retriever.family.num_prefix_tokens
     rows = _patch_rows(num_tokens - num_prefix, *pixel_values.shape[2:])
     num_prompts = [weights.shape[1] - num_tokens for weights in recorder.weights]

@@ -103,6 +103,7 @@ def forward(model, pixel_values, labels):
             ]
             if config.proxy_update == "mean":
                 state[c] = config.proxy_keep * state[c] + (1 - config.proxy_keep) * sum(vectors) / len(vectors)
+                state[c] = state[c] / state[c].norm()
                 continue
             for vector in vectors:
                 state[c] = gru(model, vector, state[c])

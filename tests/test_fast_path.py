@@ -2,12 +2,13 @@
 
 import copy
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vptsp import VPTSPModel, modeling_vptsp
+from vptsp import VPTSPForMetricLearning, VPTSPModel
 from vptsp.linear_vptsp import fast_linear
 
 
@@ -63,21 +64,9 @@ def test_linear_leaves_other_layers_and_precisions_to_pytorch():
     assert fast_linear(plain.double(), x.double()).dtype == torch.float64
 
 
-# ---- Keys and values of the shared prompts
-
-
 @pytest.fixture
 def retriever(backbone_folder):
     return VPTSPModel.from_backbone(backbone_folder, embedding_dim=10, num_prompts=5, prompt_step=2).eval()
-
-
-@pytest.fixture
-def projections(monkeypatch):
-    """Counts how often a layer's prompts are turned into keys and values ahead of time."""
-    calls = []
-    project = modeling_vptsp.project_prompts
-    monkeypatch.setattr(modeling_vptsp, "project_prompts", lambda *args: calls.append(1) or project(*args))
-    return calls
 
 
 PIXELS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -88,53 +77,234 @@ def embed(retriever, pixels=PIXELS):
         return retriever(pixels).embeddings
 
 
-def embed_afresh(retriever, pixels=PIXELS):
-    """With a graph, nothing is kept."""
-    return retriever(pixels).embeddings.detach()
+# ---- Layers that something waits for: hooks, offloading, quantisation
 
 
-def test_prompts_are_projected_once(retriever, projections):
-    expected = embed_afresh(retriever)
-    assert not projections
-    for _ in range(3):
-        torch.testing.assert_close(embed(retriever), expected, rtol=1e-6, atol=1e-6)
-    assert len(projections) == 4  # one a layer
-    with torch.inference_mode():
-        torch.testing.assert_close(retriever(PIXELS).embeddings, expected, rtol=1e-6, atol=1e-6)
-    assert len(projections) == 4
+def plain_embedding(retriever, pixels=PIXELS):
+    """By calling whole layers on prompts and tokens, as transformers would."""
+    hidden = retriever.backbone.embeddings(pixels)
+    for layer, prompts in zip(retriever.backbone.layers, retriever.prompts(), strict=True):
+        hidden = layer(torch.cat([prompts.expand(len(hidden), -1, -1), hidden], 1))[:, len(prompts) :]
+    return retriever.head(retriever.backbone.layernorm(hidden)[:, 0])
 
 
-def change_prompts(retriever):
-    retriever.prompts.tokens.copy_(torch.randn_like(retriever.prompts.tokens))
+PARTS = ["", ".attention", ".mlp", ".attention.q_proj", ".attention.k_proj", ".attention.o_proj", ".mlp.fc1"]
+KINDS = ["forward", "pre", "backward", "own forward"]
 
 
-def change_bias(retriever):
-    retriever.backbone.layers[1].attention.v_proj.bias.add_(0.5)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", PARTS)
+def test_hooks_of_a_layer_run_and_change_what_they_change(retriever, part, kind):
+    module, calls = retriever.backbone.get_submodule(f"layers.1{part}"), []
+
+    def doubled(output):
+        return tuple(2 * o if torch.is_tensor(o) else o for o in output) if isinstance(output, tuple) else 2 * output
+
+    if kind == "forward":
+        module.register_forward_hook(lambda m, inputs, output: calls.append(1) or doubled(output))
+    elif kind == "pre":
+        module.register_forward_pre_hook(lambda m, inputs: calls.append(1) or doubled(inputs))
+    elif kind == "backward":
+        module.register_full_backward_hook(lambda m, to_inputs, to_outputs: calls.append(1) and None)
+    else:
+        forward = module.forward
+        module.forward = lambda *args, **kwargs: calls.append(1) or doubled(forward(*args, **kwargs))
+    pixels = PIXELS.clone().requires_grad_()
+    embeddings = retriever(pixels).embeddings
+    embeddings.sum().backward()
+    assert calls
+    torch.testing.assert_close(embeddings, plain_embedding(retriever), rtol=1e-5, atol=1e-6)
+    single = embed(retriever, PIXELS[:1])
+    torch.testing.assert_close(single, plain_embedding(retriever, PIXELS[:1]), rtol=1e-5, atol=1e-6)
 
 
-def change_norm(retriever):
-    retriever.backbone.layers[0].layernorm_before.weight.mul_(1.5)
+def test_global_hooks_run(retriever):
+    seen = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
+    embed(retriever)
+    handle.remove()
+    linear = {m for m in retriever.backbone.layers.modules() if isinstance(m, nn.Linear)}
+    assert linear <= seen
 
 
-def load_others(retriever):
-    retriever.load_state_dict({name: tensor + 0.01 for name, tensor in retriever.state_dict().items()})
+@pytest.mark.parametrize("place", ["", "layers"])
+def test_hooks_that_could_never_run_are_refused(retriever, place):
+    retriever.backbone.get_submodule(place).register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"hooks on (ViTModel|ModuleList) never run"):
+        embed(retriever)
 
 
-def load_others_in_place_of_these(retriever):
-    state = {name: tensor + 0.01 for name, tensor in retriever.state_dict().items()}
-    retriever.load_state_dict(state, assign=True)
+def test_hooks_on_an_adapted_layer_are_refused(backbone_folder):
+    retriever = VPTSPModel.from_backbone(backbone_folder, embedding_dim=10, adapter_layers=1).eval()
+    retriever.backbone.layers[-1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="don't go with an adapter"):
+        embed(retriever)
 
 
-@pytest.mark.parametrize(
-    "change", [change_prompts, change_bias, change_norm, load_others, load_others_in_place_of_these]
-)
+def test_keys_and_values_computed_before_a_hook_came_are_refused(retriever):
+    kept = retriever.project_prompts()
+    retriever.backbone.layers[1].register_forward_hook(lambda *_: None)
+    with torch.no_grad(), pytest.raises(ValueError, match="compute them again"):
+        retriever(PIXELS, prompt_key_values=kept)
+    torch.testing.assert_close(
+        retriever(PIXELS, prompt_key_values=retriever.project_prompts()).embeddings, embed(retriever)
+    )
+
+
+def test_hooks_in_the_semantic_pass(backbone_folder):
+    """Class prompts go through layers that are called as a whole too, gradients included."""
+    model = VPTSPForMetricLearning.from_backbone(
+        backbone_folder, num_classes=3, embedding_dim=10, num_prompts=2, num_class_prompts=2
+    )
+    labels = torch.tensor([0, 0, 2])
+
+    def gradients():
+        model.zero_grad()
+        output = model(PIXELS, labels)
+        output.loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return grads | {"rows": output.proxy_rows.detach()}
+
+    expected = gradients()
+    for layer in (0, 2):
+        model.vptsp.backbone.layers[layer].register_forward_hook(lambda *_: None)
+    actual = gradients()
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def offloaded(retriever, how, folder):
+    if how == "cpu_offload":
+        return accelerate.cpu_offload(retriever, execution_device="cpu")
+    if how == "disk_offload":
+        return accelerate.disk_offload(retriever, folder, execution_device="cpu")
+    device_map = {"backbone.layers": "disk", "backbone.embeddings": "cpu", "backbone.layernorm": "disk", "head": "cpu"}
+    device_map |= {"prompts": "disk", "embedding_dropout": "cpu", "adapters": "cpu"}
+    return accelerate.dispatch_model(retriever, device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "device_map"])
+def test_offloaded_weights(retriever, tmp_path, how):
+    expected = embed(retriever)
+    alone = retriever.embed_with_backbone(PIXELS).detach()
+    retriever = offloaded(retriever, how, tmp_path)
+    assert any(p.device.type == "meta" for p in retriever.parameters())
+    for _ in range(2):
+        torch.testing.assert_close(embed(retriever), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(embed(retriever, PIXELS[:1]), expected[:1], rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(retriever.embed_with_backbone(PIXELS), alone, rtol=1e-5, atol=1e-6)
+
+
+class Halved(torch.Tensor):
+    """A tensor subclass whose memory is not what it stands for, as those of quantised weights are."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not F.linear:
+            return super().__torch_function__(function, types, args, kwargs or {})
+        return function(*[arg.as_subclass(torch.Tensor) / 2 if isinstance(arg, Halved) else arg for arg in args])
+
+
+def test_weights_of_other_types_go_through_their_own_products():
+    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
+    expected = F.linear(x, layer.weight / 2, layer.bias)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Halved), requires_grad=False)
+    torch.testing.assert_close(fast_linear(layer, x), expected)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_reparametrised_weights_are_recomputed(retriever, norm):
+    norm(retriever.backbone.layers[0].mlp.fc1)
+    norm(retriever.backbone.layers[1].attention.k_proj)
+    for module in (retriever.backbone.layers[0].mlp.fc1, retriever.backbone.layers[1].attention.k_proj):
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if "bias" not in name:
+                    parameter.mul_(1.7)
+    torch.testing.assert_close(embed(retriever), plain_embedding(retriever), rtol=1e-5, atol=1e-6)
+
+
+# ---- Keys and values of the shared prompts
+
+
+@pytest.mark.parametrize("num_images", [1, 3])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_keys_and_values_computed_before_give_the_same(backbone_folder, pooling, num_images):
+    retriever = VPTSPModel.from_backbone(
+        backbone_folder, embedding_dim=10, num_prompts=5, prompt_step=2, pooling=pooling
+    ).eval()
+    pixels = PIXELS[:num_images]
+    with torch.no_grad():
+        kept = retriever.project_prompts()
+        with_kept = retriever(pixels, prompt_key_values=kept).embeddings
+    torch.testing.assert_close(with_kept, embed(retriever, pixels), rtol=1e-6, atol=1e-6)
+
+
+def test_keys_and_values_of_another_precision_are_refused(retriever):
+    kept = retriever.project_prompts()
+    with pytest.raises(ValueError, match=r"prompts are torch.float32, those of images torch.float64"):
+        retriever.double()(PIXELS.double(), prompt_key_values=kept)
+
+
+def fused_step(optimizer_class):
+    def change(retriever):
+        optimizer = optimizer_class([retriever.prompts.tokens], lr=0.5, fused=True)
+        retriever.prompts.tokens.grad = torch.randn_like(retriever.prompts.tokens)
+        optimizer.step()
+
+    return change
+
+
+def copy_into_data(retriever):
+    retriever.prompts.tokens.data.copy_(torch.randn_like(retriever.prompts.tokens))
+
+
+def write_through_numpy(retriever):
+    retriever.prompts.tokens.detach().numpy()[:] = 0.7
+
+
+def hook_a_projection(retriever):
+    retriever.backbone.layers[1].attention.v_proj.register_forward_hook(lambda m, inputs, output: output * 3)
+
+
+CHANGES = {
+    "fused AdamW": fused_step(torch.optim.AdamW),
+    "fused SGD": fused_step(torch.optim.SGD),
+    "data.copy_": copy_into_data,
+    "numpy": write_through_numpy,
+    "hook": hook_a_projection,
+    "in place": lambda r: r.prompts.tokens.copy_(torch.randn_like(r.prompts.tokens)),
+    "bias": lambda r: r.backbone.layers[1].attention.v_proj.bias.add_(0.5),
+    "norm": lambda r: r.backbone.layers[0].layernorm_before.weight.mul_(1.5),
+    "load_state_dict": lambda r: r.load_state_dict({name: t + 0.01 for name, t in r.state_dict().items()}),
+    "assign": lambda r: r.load_state_dict({name: t + 0.01 for name, t in r.state_dict().items()}, assign=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_any_change_of_weights_is_seen(retriever, change):
     before = embed(retriever)
     with torch.no_grad():
-        change(retriever)
+        CHANGES[change](retriever)
     after = embed(retriever)
     assert (after - before).abs().max() > 1e-4
-    torch.testing.assert_close(after, embed_afresh(retriever), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(after, plain_embedding(retriever).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(embed(retriever, PIXELS[:1]), after[:1], rtol=1e-5, atol=1e-5)
+
+
+def test_peft_adapters_that_are_switched_off_and_on(backbone_folder):
+    peft = pytest.importorskip("peft")
+    retriever = VPTSPModel.from_backbone(backbone_folder, embedding_dim=10, num_prompts=5).eval()
+    config = peft.LoraConfig(target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(retriever, config)
+    with_lora = embed(wrapped)
+    with wrapped.disable_adapter():
+        without = embed(wrapped)
+    assert (with_lora - without).abs().max() > 1e-4
+    torch.testing.assert_close(embed(wrapped), with_lora, rtol=1e-6, atol=1e-6)
 
 
 def test_changes_of_dtype_are_seen(retriever):
@@ -142,12 +312,11 @@ def test_changes_of_dtype_are_seen(retriever):
     torch.testing.assert_close(embed(retriever.double(), PIXELS.double()).float(), expected, rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         half = embed(retriever.float())
-        torch.testing.assert_close(half, embed_afresh(retriever), rtol=1e-6, atol=1e-6)
     assert (half - expected).abs().max() > 1e-4
     torch.testing.assert_close(embed(retriever), expected, rtol=1e-6, atol=1e-6)
     embed(retriever.to(torch.bfloat16))
     rounded = retriever.float()
-    torch.testing.assert_close(embed(rounded), embed_afresh(rounded), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(embed(rounded), plain_embedding(rounded).detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_training_after_evaluation_uses_the_tokens(retriever):
@@ -156,9 +325,36 @@ def test_training_after_evaluation_uses_the_tokens(retriever):
     assert retriever.prompts.tokens.grad.norm() > 0
 
 
-def test_weights_without_a_version_are_projected_every_time(backbone_folder):
-    with torch.inference_mode():
-        retriever = VPTSPModel.from_backbone(backbone_folder, embedding_dim=10, num_prompts=5).eval()
-        before = retriever(PIXELS).embeddings
-        retriever.prompts.tokens.copy_(torch.randn_like(retriever.prompts.tokens))
-        assert (retriever(PIXELS).embeddings - before).abs().max() > 1e-4
+# ---- What can't be had
+
+
+@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
+def test_intermediate_outputs_are_refused(backbone_folder, name):
+    retriever = VPTSPModel.from_backbone(backbone_folder, embedding_dim=10).eval()
+    with pytest.raises(ValueError, match=f"{name} must be false"):
+        retriever(PIXELS, **{name: True})
+    embed(retriever)
+    retriever(PIXELS, **{name: False})
+    retriever.set_attn_implementation("eager")
+    setattr(retriever.config, name, True)
+    with pytest.raises(ValueError, match=f"{name} must be false"):
+        retriever(PIXELS)
+    model = VPTSPForMetricLearning.from_backbone(backbone_folder, embedding_dim=10, num_classes=2)
+    model.set_attn_implementation("eager")
+    setattr(model.config, name, True)
+    with pytest.raises(ValueError, match=f"{name} must be false"):
+        model(PIXELS)
+
+
+@pytest.mark.parametrize(
+    "keywords", [{"interpolate_pos_encodings": True}, {"bool_masked_pos": None}, {"head_mask": 1}]
+)
+def test_unknown_keywords_are_refused(retriever, keywords):
+    with pytest.raises(TypeError, match=next(iter(keywords))):
+        retriever(PIXELS, **keywords)
+
+
+def test_the_configuration_s_return_dict(retriever):
+    retriever.config.return_dict = False
+    assert isinstance(retriever(PIXELS), tuple)
+    assert not isinstance(retriever(PIXELS, return_dict=True), tuple)

@@ -328,8 +328,9 @@ def test_rows_that_are_not_finite_are_not_committed(backbone_folder):
     assert torch.equal(model.proxies.state[1:], before[1:])
 
 
-def test_rnn_dropout_drops_before_normalising(backbone_folder):
-    fields = {**FIELDS, "num_classes": 3, "rnn_dropout": 0.5}
+@pytest.mark.parametrize("proxy_update", ["gru_relu", "mean"])
+def test_rnn_dropout_drops_before_normalising(backbone_folder, proxy_update):
+    fields = {**FIELDS, "num_classes": 3, "rnn_dropout": 0.5, "proxy_update": proxy_update}
     model = VPTSPForMetricLearning.from_backbone(backbone_folder, **fields).train()
     rows = model(torch.randn(4, 3, 16, 16), torch.tensor([0, 0, 1, 1]), images_per_class=2).proxy_rows
     assert 0.2 < (rows == 0).float().mean() < 0.8
