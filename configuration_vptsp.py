@@ -1,25 +1,14 @@
 """Configuration of VPTSP models: what the model is, not how a run goes."""
 
-from __future__ import annotations
-
-from typing import ClassVar
+import math
+from types import NoneType, UnionType
+from typing import ClassVar, Literal, Union, get_args, get_origin
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
 # Version of what `save_pretrained` writes. A configuration without one is of version 1.
 FORMAT_VERSION = 1
-
-PROMPT_MODES = ("deep", "shallow")
-ADAPTER_MODES = ("parallel", "sequential")
-ADAPTER_NORMS = ("pre", "post", "none")
-POOLING = ("cls", "mean", "cls+mean")
-CLASS_PROMPT_STORES = ("auto", "dense", "offloaded")
-PROXY_HEADS = ("own", "shared")
-PROXY_UPDATES = ("gru_relu", "gru", "mean", "none")
-PROXY_NORMALIZATIONS = ("per_step", "per_batch")
-PROXY_RANGES = ("all", "batch")
-PROXY_ANCHOR_REDUCTIONS = ("all_classes", "batch_positives")
 
 # Class prompts up to this size (in float32) are dense where `class_prompt_store` is `auto`. With gradient and the
 # states of AdamW, the device holds four times as much.
@@ -114,18 +103,18 @@ class VPTSPConfig(PreTrainedConfig):
     save_backbone: bool = False
 
     num_prompts: int = 10
-    prompt_mode: str = "deep"
+    prompt_mode: Literal["deep", "shallow"] = "deep"
     prompt_depth: int | None = None
     prompt_step: int = 0
-    pooling: str = "cls"
+    pooling: Literal["cls", "mean", "cls+mean"] = "cls"
     embedding_dim: int = 384
     embedding_dropout: float = 0.0
     bitfit: bool = True
     tune_backbone: bool = False
     adapter_layers: int = 0
     adapter_dim: int = 256
-    adapter_mode: str = "parallel"
-    adapter_norm: str = "post"
+    adapter_mode: Literal["parallel", "sequential"] = "parallel"
+    adapter_norm: Literal["pre", "post", "none"] = "post"
     adapter_scale: float = 1.0
     lora_rank: int = 0
     lora_alpha: float = 8.0
@@ -137,14 +126,14 @@ class VPTSPConfig(PreTrainedConfig):
     num_class_prompts: int = 3
     class_prompt_depth: int | None = None
     class_prompt_step: int = 0
-    class_prompt_store: str = "auto"
-    proxy_head: str = "own"
-    proxy_update: str = "gru_relu"
-    proxy_normalization: str = "per_step"
+    class_prompt_store: Literal["auto", "dense", "offloaded"] = "auto"
+    proxy_head: Literal["own", "shared"] = "own"
+    proxy_update: Literal["gru_relu", "gru", "mean", "none"] = "gru_relu"
+    proxy_normalization: Literal["per_step", "per_batch"] = "per_step"
     proxy_keep: float = 0.8
     rnn_dropout: float = 0.0
     proxy_bias_ratio: float = 0.5
-    proxy_range: str = "all"
+    proxy_range: Literal["all", "batch"] = "all"
 
     loss: str = "proxy_anchor"
     loss_alpha: float = 32.0
@@ -152,7 +141,7 @@ class VPTSPConfig(PreTrainedConfig):
     loss_kwargs: dict | None = None
     miner: str | None = None
     miner_kwargs: dict | None = None
-    proxy_anchor_reduction: str = "all_classes"
+    proxy_anchor_reduction: Literal["all_classes", "batch_positives"] = "all_classes"
 
     format_version: int = 1
 
@@ -169,73 +158,30 @@ class VPTSPConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_fields(self):
-        """Check every field.
+        """Check the type and range of every field, and what fields demand of each other.
 
         Raises:
-            ValueError: a field is out of its range; the message names it.
+            ValueError: a field is not what it must be; the message names it.
         """
-        _require(self, "format_version", lambda value: _is_int(value) and value >= 1, "an integer >= 1")
+        check_field("format_version", self.format_version, int, _RANGES["format_version"])
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"saved by a newer version of vptsp: format_version is {self.format_version}, this code reads up to "
                 f"{FORMAT_VERSION}. Upgrade vptsp"
             )
-        counts = (
-            "num_prompts",
-            "prompt_step",
-            "num_class_prompts",
-            "class_prompt_step",
-            "adapter_layers",
-            "lora_rank",
-        )
-        for field in counts:
-            _require(self, field, lambda value: _is_int(value) and value >= 0, "an integer >= 0")
-        for field in ("embedding_dim", "adapter_dim"):
-            _require(self, field, lambda value: _is_int(value) and value >= 1, "an integer >= 1")
-        _require(self, "num_classes", lambda v: v is None or (_is_int(v) and v >= 2), "None or an integer >= 2")
-        for field in ("embedding_dropout", "rnn_dropout"):
-            _require(self, field, lambda value: 0 <= value < 1, "in [0, 1)")
-        for field in ("proxy_keep", "proxy_bias_ratio"):
-            _require(self, field, lambda value: 0 <= value <= 1, "in [0, 1]")
-        for field in ("loss_alpha", "adapter_scale", "lora_alpha"):
-            _require(self, field, lambda value: value > 0, "> 0")
-        # which losses there are is for the training model to know: a retriever loads where its loss is not installed
-        _require(self, "loss", lambda value: isinstance(value, str), "the name of a loss")
-        _require(self, "miner", lambda v: v is None or v.startswith("pml."), "None or pml.<Name>")
-        for field in ("loss_kwargs", "miner_kwargs", "tuning_kwargs"):
-            _require(self, field, lambda v: v is None or isinstance(v, dict), "None or a mapping")
-        for field, choices in _CHOICES.items():
-            _require(self, field, lambda value, choices=choices: value in choices, "one of " + ", ".join(choices))
-        for field in ("prompt_depth", "class_prompt_depth"):
-            layers = None if self.backbone_config is None else self.backbone_config.num_hidden_layers
-            limit = "" if layers is None else f" and <= the backbone's {layers} layers"
-            _require(
-                self,
-                field,
-                lambda v, layers=layers: v is None or (_is_int(v) and v >= 0 and (layers is None or v <= layers)),
-                "None or an integer >= 0" + limit,
-            )
-        self._validate_tuning()
-
-    def _validate_tuning(self):
-        """Check what the fields of prompts, adapters, LoRA and full fine-tuning demand of each other."""
-        if self.backbone_config is not None:
-            layers = self.backbone_config.num_hidden_layers
-            _require(self, "adapter_layers", lambda v: v <= layers, f"<= the backbone's {layers} layers")
+        layers = None if self.backbone_config is None else self.backbone_config.num_hidden_layers
+        for name, kind in VPTSPConfig.__annotations__.items():
+            most = layers if name in ("prompt_depth", "class_prompt_depth") else None
+            check_field(name, getattr(self, name), kind, _RANGES.get(name), most)
+        if layers is not None:
+            _require(self, "adapter_layers", self.adapter_layers <= layers, f"<= the backbone's {layers} layers")
         if self.prompt_mode == "shallow":
-            for field in ("prompt_depth", "class_prompt_depth"):
-                _require(self, field, lambda v: v in (None, 0, 1), "None, 0 or 1 with prompt_mode shallow")
-        _require(
-            self,
-            "lora_targets",
-            lambda v: (
-                v is None or (len(v) > 0 and not isinstance(v, str) and all(isinstance(item, str) for item in v))
-            ),
-            "None or a list of names of linear layers",
-        )
+            for name in ("prompt_depth", "class_prompt_depth"):
+                _require(self, name, getattr(self, name) in (None, 0, 1), "None, 0 or 1 with prompt_mode shallow")
+        _require(self, "miner", self.miner is None or self.miner.startswith("pml."), "None or pml.<Name>")
         if self.tune_backbone:
-            _require(self, "save_backbone", bool, "true with tune_backbone")
-            _require(self, "lora_rank", lambda v: v == 0, "0 with tune_backbone")
+            _require(self, "save_backbone", self.save_backbone, "true with tune_backbone")
+            _require(self, "lora_rank", self.lora_rank == 0, "0 with tune_backbone")
 
     @property
     def changes_backbone(self) -> bool:
@@ -270,32 +216,77 @@ class VPTSPConfig(PreTrainedConfig):
         return self.backbone_config.hidden_size * (2 if self.pooling == "cls+mean" else 1)
 
 
-_CHOICES = {
-    "prompt_mode": PROMPT_MODES,
-    "adapter_mode": ADAPTER_MODES,
-    "adapter_norm": ADAPTER_NORMS,
-    "pooling": POOLING,
-    "class_prompt_store": CLASS_PROMPT_STORES,
-    "proxy_head": PROXY_HEADS,
-    "proxy_update": PROXY_UPDATES,
-    "proxy_normalization": PROXY_NORMALIZATIONS,
-    "proxy_range": PROXY_RANGES,
-    "proxy_anchor_reduction": PROXY_ANCHOR_REDUCTIONS,
+# Bounds of numbers: `(low, high)`, both included, unless `_OPEN` says otherwise.
+_RANGES = {
+    **dict.fromkeys(("num_prompts", "prompt_step", "num_class_prompts", "class_prompt_step"), (0, math.inf)),
+    **dict.fromkeys(("prompt_depth", "class_prompt_depth", "adapter_layers", "lora_rank"), (0, math.inf)),
+    **dict.fromkeys(("embedding_dim", "adapter_dim", "format_version"), (1, math.inf)),
+    "num_classes": (2, math.inf),
+    **dict.fromkeys(("embedding_dropout", "rnn_dropout", "proxy_keep", "proxy_bias_ratio"), (0, 1)),
+    **dict.fromkeys(("loss_alpha", "adapter_scale", "lora_alpha"), (0, math.inf)),
 }
+_OPEN = {"embedding_dropout": ")", "rnn_dropout": ")", "loss_alpha": "(", "adapter_scale": "(", "lora_alpha": "("}
 
 
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def check_field(name, value, kind, bounds=None, layers=None):
+    """Compare a value with its field's type and range.
 
+    Args:
+        name: Of the field.
+        value: What it holds.
+        kind: Its type: bool, int, float, str, dict, `list[str]`, a `Literal` of strings, or one of these or None.
+            Others are not looked at.
+        bounds: Least and largest number; `_OPEN` says which of them is out itself.
+        layers: Layers of the backbone, where that is the most.
 
-def _require(config, field, accepts, expected):
-    value = getattr(config, field)
-    try:
-        accepted = accepts(value)
-    except (AttributeError, TypeError):
-        accepted = False
+    Raises:
+        ValueError: it is not what it must be.
+    """
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    optional, members = NoneType in members, [member for member in members if member is not NoneType]
+    if len(members) > 1 or (optional and value is None):
+        return
+    expected, accepted = _expectation(value, members[0])
+    if bounds is not None:
+        (low, high), edge = bounds, _OPEN.get(name, "")
+        expected = f"{expected} {_words(low, high, edge)}".removeprefix("a number ")
+        accepted = accepted and (low < value if edge == "(" else low <= value)
+        accepted = accepted and (value < high if edge == ")" or high == math.inf else value <= high)
+    if layers is not None:
+        expected, accepted = f"{expected} and <= the backbone's {layers} layers", accepted and value <= layers
     if not accepted:
-        raise ValueError(f"{field} must be {expected}, got {value!r}")
+        raise ValueError(f"{name} must be {'None or ' if optional else ''}{expected}, got {value!r}")
+
+
+def _expectation(value, kind):
+    """What a type asks for, in words, and whether a value is that."""
+    if kind is bool:
+        return "true or false", isinstance(value, bool)
+    if kind is int:
+        return "an integer", isinstance(value, int) and not isinstance(value, bool)
+    if kind is float:
+        return "a number", isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is str:
+        return "a string", isinstance(value, str)
+    if kind is dict:
+        return "a mapping", isinstance(value, dict)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}", isinstance(value, str) and value in get_args(kind)
+    if kind == list[str]:
+        named = isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(item, str) for item in value)
+        return "a list of names of linear layers", named
+    return "", True
+
+
+def _words(low, high, edge):
+    if high == math.inf:
+        return f"> {low}" if edge == "(" else f">= {low}"
+    return f"in [{low}, {high}{edge or ']'}"
+
+
+def _require(config, name, accepted, expected):
+    if not accepted:
+        raise ValueError(f"{name} must be {expected}, got {getattr(config, name)!r}")
 
 
 def _backbone_config_from_dict(values: dict) -> PreTrainedConfig:

@@ -65,3 +65,25 @@ def test_auto_config_with_remote_code(tmp_path):
 def test_bad_values_are_named(field, value, message):
     with pytest.raises(ValueError, match=message):
         VPTSPConfig(**{"backbone_config": tiny_vit_config(), field: value})
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("bitfit", "no", "bitfit must be true or false, got 'no'"),
+        ("num_prompts", True, "num_prompts must be an integer >= 0, got True"),
+        ("rnn_dropout", float("nan"), r"rnn_dropout must be in \[0, 1\), got nan"),
+        ("loss_alpha", float("nan"), "loss_alpha must be > 0, got nan"),
+        ("loss_delta", "much", "loss_delta must be a number, got 'much'"),
+        ("loss_delta", float("inf"), "loss_delta must be a number, got inf"),
+        ("lora_alpha", float("inf"), "lora_alpha must be > 0, got inf"),
+        ("backbone", 3, "backbone must be None or a string, got 3"),
+        ("loss", None, "loss must be a string, got None"),
+        ("loss_kwargs", "{}", "loss_kwargs must be None or a mapping, got '{}'"),
+        ("miner", "hard", "miner must be None or pml.<Name>, got 'hard'"),
+        ("pooling", 1, r"pooling must be one of cls, mean, cls\+mean, got 1"),
+    ],
+)
+def test_values_of_other_types_are_named(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        VPTSPConfig(**{"backbone_config": tiny_vit_config(), field: value})
