@@ -28,7 +28,7 @@ import yaml
 from report import peak_host_megabytes, write_report
 from transformers import ViTConfig
 
-from vptsp import VPTSPConfig, VPTSPForMetricLearning, linear_vptsp
+from vptsp import VPTSPConfig, VPTSPForMetricLearning, backbones_vptsp
 from vptsp.half_precision_vptsp import frozen_weights_in
 from vptsp.losses_vptsp import proxy_anchor_loss
 
@@ -39,7 +39,7 @@ CLASSES = {"cub": 100, "cars": 98, "sop": 11_318, "inshop": 3_997, "inaturalist"
 SETTINGS = [f"{name}_vit{size}16" for name in ("cub", "cars", "sop", "inshop") for size in "sb"]
 SETTINGS.append("inaturalist_vitb16")
 SIZES = {"s": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}, "b": {}}
-ONEDNN_LINEAR = linear_vptsp._ONEDNN_LINEAR
+ONEDNN_LINEAR = backbones_vptsp._ONEDNN_LINEAR
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -91,7 +91,7 @@ class Contender:
 
     def __call__(self):
         """One step."""
-        linear_vptsp._ONEDNN_LINEAR = None if self.kind == "blas" else ONEDNN_LINEAR
+        backbones_vptsp._ONEDNN_LINEAR = None if self.kind == "blas" else ONEDNN_LINEAR
         self.optimizer.zero_grad(set_to_none=True)
         device = torch.device(self.device).type
         with torch.autocast(device, self.dtype, enabled=self.dtype is not None):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vptsp import VPTSPForMetricLearning, VPTSPModel
-from vptsp.linear_vptsp import fast_linear
+from vptsp.backbones_vptsp import fast_linear
 
 
 # ---- Linear layers
