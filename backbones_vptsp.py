@@ -21,8 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # ---- Linear layers
 #
 # On CPUs `torch.nn.functional.linear` multiplies float32 matrices with the BLAS library that PyTorch was built with.
-# That of the usual builds (MKL) leaves AVX-512 unused on processors of other makers, where oneDNN, which is part of the
-# same builds, is about twice as fast (`benchmarks/step.py` prints both). Same arithmetic, another order of sums.
+# That of the usual builds (MKL) leaves AVX-512 unused on processors of other makers, where oneDNN, which is part of
+# the same builds, is about twice as fast (`benchmarks/step.py` prints both). Same arithmetic, another order of sums.
 
 
 def _onednn_linear():
