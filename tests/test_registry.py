@@ -1,0 +1,44 @@
+"""The registry that losses, tunings, metrics, data sets and families share."""
+
+import doctest
+
+import pytest
+
+from vptsp.names import registry
+from vptsp.names.registry import Registry, nearest
+
+
+def test_examples():
+    assert doctest.testmod(registry).failed == 0
+
+
+def test_names_keep_their_order_and_their_entries():
+    letters = Registry("letter", {"b": 2})
+    assert letters.register("a", 1) == 1
+    assert list(letters) == ["b", "a"] and len(letters) == 2 and "a" in letters and "c" not in letters
+    assert dict(letters.items()) == {"b": 2, "a": 1}
+
+
+def test_a_name_is_not_given_twice_but_a_file_may_run_twice():
+    losses = Registry("loss")
+
+    def make(value):
+        def loss():
+            return value
+
+        return loss
+
+    losses.register("ours", make(1))
+    losses.register("ours", make(2))  # the same qualified name: run again
+    assert losses.find("ours")() == 2
+    with pytest.raises(ValueError, match="there is a loss 'ours' already"):
+        losses.register("ours", len)
+
+
+def test_unknown_names_come_with_near_ones():
+    losses = Registry("loss", {"proxy_anchor": 1, "proxy_nca": 2})
+    with pytest.raises(ValueError, match=r"loss must be one of proxy_anchor, proxy_nca, got 'proxi_anchor'; did you"):
+        losses.find("proxi_anchor")
+    assert nearest("zzz", losses) == ""
+    with pytest.raises(ValueError, match=r"loss must be one of none, got 'x'"):
+        Registry("loss").find("x")
