@@ -71,7 +71,7 @@ def normalized_mutual_information(labels, clusters):
 
         NMI = 2 * I(C; K) / (H(C) + H(K)),  I = sum over c, k of p(c, k) * log( p(c, k) / (p(c) p(k)) )
 
-    scikit-learn's `normalized_mutual_info_score` with its default, `average_method="arithmetic"`. Other
+    Computed by scikit-learn's `normalized_mutual_info_score` with its default, `average_method="arithmetic"`. Other
     normalisations (geometric, min, max) give other numbers. Not corrected for chance: many small clusters score well
     above 0 even where they are drawn at random.
 
@@ -92,14 +92,9 @@ def normalized_mutual_information(labels, clusters):
         >>> normalized_mutual_information(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]))
         0.0
     """
-    joint, of_class, of_cluster = _contingency(labels, clusters)
-    class_entropy, cluster_entropy = _entropy(of_class), _entropy(of_cluster)
-    if class_entropy + cluster_entropy == 0:
-        return 1.0
-    information = class_entropy + cluster_entropy - _entropy(joint)
-    score = 2 * information / (class_entropy + cluster_entropy)
-    rounding = 16 * torch.finfo(torch.float64).eps
-    return 0.0 if score < rounding else 1.0 if score > 1 - rounding else score
+    from sklearn.metrics import normalized_mutual_info_score
+
+    return float(normalized_mutual_info_score(*_partitions(labels, clusters)))
 
 
 def pairwise_f1(labels, clusters):
@@ -111,7 +106,7 @@ def pairwise_f1(labels, clusters):
         TP = sum of pairs(n(c, k)),  precision = TP / sum of pairs(n(k)),  recall = TP / sum of pairs(n(c))
         F1 = 2 * TP / (sum of pairs(n(k)) + sum of pairs(n(c)))
 
-    Counted without forming a pair.
+    Counted without forming a pair (scikit-learn's `pair_confusion_matrix`).
 
     Args:
         labels: `(N,)` integer, the classes.
@@ -128,8 +123,10 @@ def pairwise_f1(labels, clusters):
         >>> pairwise_f1(torch.tensor([0, 0, 0, 1]), torch.tensor([7, 7, 3, 3]))  # TP 1, 2 pairs found, 3 to find
         0.4
     """
-    joint, of_class, of_cluster = (_num_pairs(counts) for counts in _contingency(labels, clusters))
-    return 2 * joint / (of_class + of_cluster) if of_class + of_cluster else 1.0
+    from sklearn.metrics.cluster import pair_confusion_matrix
+
+    (_, only_cluster), (only_class, both) = pair_confusion_matrix(*_partitions(labels, clusters))
+    return float(2 * both / (2 * both + only_cluster + only_class)) if both + only_cluster + only_class else 1.0
 
 
 def clustering_metrics(embeddings, labels, seed=0, num_starts=1, max_iterations=300, init="k-means++"):
@@ -162,28 +159,12 @@ def clustering_metrics(embeddings, labels, seed=0, num_starts=1, max_iterations=
     }
 
 
-def _contingency(labels, clusters):
-    """Items of each (class, cluster) that occurs, of each class and of each cluster: three int64 tensors."""
-    labels = check_labels(labels, "labels")
-    clusters = check_labels(clusters, "clusters").to(labels.device)
+def _partitions(labels, clusters):
+    """Both as numpy arrays, checked."""
+    labels, clusters = check_labels(labels, "labels"), check_labels(clusters, "clusters")
     if len(labels) != len(clusters):
         raise ValueError(f"labels and clusters must have the same length, got {len(labels)} and {len(clusters)}")
-    _, labels, of_class = labels.unique(return_inverse=True, return_counts=True)
-    _, clusters, of_cluster = clusters.unique(return_inverse=True, return_counts=True)
-    _, joint = (labels * len(of_cluster) + clusters).unique(return_counts=True)
-    return joint, of_class, of_cluster
-
-
-def _entropy(counts):
-    """Entropy in nats of the distribution that is proportional to some counts > 0."""
-    if len(counts) == 1:
-        return 0.0
-    shares = counts.double() / counts.sum()
-    return -(shares * shares.log()).sum().item()
-
-
-def _num_pairs(counts):
-    return int((counts * (counts - 1)).sum()) // 2
+    return labels.cpu().numpy(), clusters.cpu().numpy()
 
 
 __all__ = ["clustering_metrics", "kmeans_clusters", "normalized_mutual_information", "pairwise_f1"]
