@@ -41,13 +41,7 @@ def prepare_class_prompts(trainer):
 
 
 def _place(store, args):
-    """Choose between memory and memory-mapped files, and say so where it is files.
-
-    Args:
-        store: The `OffloadedClassPrompts`.
-        args: Training arguments. Files go to `class_prompt_folder` where it is given, and to a folder in `output_dir`
-            where table and states would take more than their share of the available memory.
-    """
+    """Put table and states into `class_prompt_folder`, or into one in `output_dir` where they don't fit in memory."""
     num_states = 1 if args.optim == "sgd" else 2
     folder = args.class_prompt_folder
     if folder is None and not store.fits_in_memory(num_states):
@@ -114,9 +108,9 @@ class BatchesAhead:
         self.source = batches
         self._store = store
         self._images_per_class = images_per_class
-        self._following = next(batches, None)
-        self._upcoming = deque()  # batches that were given, or will be next, and whose rows were not asked for
-        self._ask(self._following)
+        self._unasked = deque()  # labels of batches that were given, or will be next
+        self._following = self._fetch()
+        self.begin_batch()
 
     def __iter__(self):
         return self
@@ -124,19 +118,19 @@ class BatchesAhead:
     def __next__(self):
         if self._following is None:
             raise StopIteration
-        batch, self._following = self._following, next(self.source, None)
-        if self._following is not None:
-            self._upcoming.append(self._following)
+        batch, self._following = self._following, self._fetch()
+        return batch
+
+    def _fetch(self):
+        batch = next(self.source, None)
+        if batch is not None:
+            self._unasked.append(batch["labels"])
         return batch
 
     def begin_batch(self):
         """Ask for the rows of the batch after the one that is about to be computed."""
-        if self._upcoming:
-            self._ask(self._upcoming.popleft())
-
-    def _ask(self, batch):
-        if batch is not None:
-            self._store.prefetch(torch.as_tensor(batch["labels"])[:: self._images_per_class])
+        if self._unasked:
+            self._store.prefetch(torch.as_tensor(self._unasked.popleft())[:: self._images_per_class])
 
 
 __all__ = ["BatchesAhead", "ClassPromptCallback", "describe_class_prompts", "prepare_class_prompts"]

@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import tiny_vit_config
 
-from vptsp import VPTSPConfig, VPTSPForMetricLearning
-from vptsp import class_prompts_vptsp as stores
+from vptsp import VPTSPConfig, VPTSPForMetricLearning, host_table_vptsp
 from vptsp.class_prompts_vptsp import ClassPrompts, OffloadedClassPrompts
 
 
@@ -180,11 +179,11 @@ def test_what_does_not_fit_is_refused_with_a_way_out(tmp_path, monkeypatch):
         store(torch.tensor([0]))
     disk = type("Disk", (), {"free": 4 * math.prod(SHAPE) * 2 - 1})
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"class_prompt_folder .* left, .* need"):
-        patch.setattr(stores.shutil, "disk_usage", lambda folder: disk)
+        patch.setattr(host_table_vptsp.shutil, "disk_usage", lambda folder: disk)
         store.place(tmp_path, num_states=1)
     disk.free *= 2
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"\(2 processes\)"):
-        patch.setattr(stores.shutil, "disk_usage", lambda folder: disk)
+        patch.setattr(host_table_vptsp.shutil, "disk_usage", lambda folder: disk)
         patch.setenv("LOCAL_WORLD_SIZE", "2")
         store.place(tmp_path, num_states=1)
     store = make_store()
@@ -215,8 +214,8 @@ def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
 def test_prefetched_rows_are_those_of_the_table(tmp_path, monkeypatch):
     store, weight = make_store(tmp_path), torch.rand(SHAPE)
     readers = []
-    read = store._read
-    monkeypatch.setattr(store, "_read", lambda *a: readers.append(threading.current_thread().name) or read(*a))
+    read = store.read
+    monkeypatch.setattr(store, "read", lambda *a: readers.append(threading.current_thread().name) or read(*a))
     optimizer = make_optimizer("adamw")
     batches = [torch.randperm(SHAPE[0])[:3] for _ in range(6)]
     store.prefetch(batches[0])
@@ -239,13 +238,13 @@ def test_unexpected_classes_are_served_and_do_not_disturb(tmp_path):
     assert torch.equal(store(torch.tensor([1, 2]))[1], store.tokens[[1, 2], 3:])
     store.prefetch(torch.tensor([4]))
     store.discard_prefetched()
-    assert not store._coming
+    assert not store._prefetched._coming
 
 
 def test_nothing_is_prefetched_from_memory_to_the_cpu():
     store = make_store()
     store.prefetch(torch.tensor([1, 2]))
-    assert not store._coming
+    assert not store._prefetched._coming
 
 
 # ---- Files and errors

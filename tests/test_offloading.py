@@ -236,20 +236,21 @@ def test_rows_from_files_are_always_read_ahead(backbone_folder, tmp_path, monkey
     fields = {"class_prompt_folder": str(tmp_path / "mapped"), "gradient_accumulation_steps": 2}
     trainer = make_trainer(backbone_folder, tmp_path, fields)
     store, taken, steps = trainer.model.class_prompts, [], []
-    rows, begin = store._rows, trainer.training_step
-    monkeypatch.setattr(store, "_rows", lambda classes: taken.append(bool(store._coming)) or rows(classes))
-    readers, read = [], store._read
+    prefetched, begin = store._prefetched, trainer.training_step
+    take, coming = prefetched.take, prefetched._coming
+    monkeypatch.setattr(prefetched, "take", lambda *a: taken.append(bool(coming)) or take(*a))
+    readers, read = [], store.read
     monkeypatch.setattr(
-        store, "_read", lambda *a: readers.append((len(a[0]), threading.current_thread().name)) or read(*a)
+        store, "read", lambda *a: readers.append((len(a[0]), threading.current_thread().name)) or read(*a)
     )
-    monkeypatch.setattr(trainer, "training_step", lambda *a: steps.append(len(store._coming)) or begin(*a))
+    monkeypatch.setattr(trainer, "training_step", lambda *a: steps.append(len(coming)) or begin(*a))
     trainer.train()
     per_epoch = len(trainer.get_train_dataloader())
     assert taken == [True] * 2 * per_epoch
     assert max(steps) == 1, "at most this batch and the next are held"
     assert [name for size, name in readers if size == 2].count("MainThread") <= len(steps) / 2
     assert sum(name.startswith("class_prompts") for _, name in readers) == 2 * per_epoch
-    assert not store._coming
+    assert not coming
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "rmsprop"])
