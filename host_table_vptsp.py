@@ -23,6 +23,8 @@ from .files.atomic import atomic_path
 
 # Of the memory that is available, what table and states may take before they go to memory-mapped files.
 MEMORY_SHARE = 0.8
+# Optimiser states by torch's names: of AdamW, of SGD with momentum and without.
+STATE_NAMES = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}, set())
 
 
 class HostTable(nn.Module):
@@ -147,7 +149,7 @@ class HostTable(nn.Module):
         _save({"tokens": self.tokens}, path)
 
     def load(self, path):
-        """Read the table of a file that `save` wrote; ValueError where it holds something else, or another shape."""
+        """Read the table of a file that `save` wrote; ValueError for other contents, another shape or dtype."""
         self._load({"tokens": self.tokens}, path)
 
     def save_states(self, path):
@@ -155,9 +157,17 @@ class HostTable(nn.Module):
         _save(self.states, path)
 
     def load_states(self, path):
-        """Read, in place of the states there are, those that `save_states` wrote; ValueError for another shape."""
+        """Read, in place of the states there are, those that `save_states` wrote.
+
+        Raises:
+            ValueError: they are of no optimiser that has a rule for rows, or of another shape or dtype.
+        """
         with safe_open(path, framework="pt") as file:
-            states = self.new_states(file.keys())
+            names = set(file.keys())
+        if names not in STATE_NAMES:
+            known = " or ".join(", ".join(sorted(known)) or "nothing" for known in STATE_NAMES)
+            raise ValueError(f"{path} must hold {known}, got {', '.join(sorted(names))}")
+        states = self.new_states(names)
         self._load(states, path)
         self.states = states
 
@@ -171,7 +181,10 @@ class HostTable(nn.Module):
                 expected, found = tuple(tensor.shape), tuple(file.get_slice(name).get_shape())
                 if found != expected:
                     raise ValueError(f"{name} in {path} must have shape {expected}, got {found}")
-                tensor.copy_(file.get_tensor(name))
+                saved = file.get_tensor(name)
+                if saved.dtype != tensor.dtype:
+                    raise ValueError(f"{name} in {path} must be {tensor.dtype}, got {saved.dtype}")
+                tensor.copy_(saved)
 
 
 def empty_pinned(shape):

@@ -33,16 +33,17 @@ def prepare_class_prompts(trainer):
                 f"optim must be one of {', '.join(SUPPORTED_OPTIM)} with offloaded class prompts, got "
                 f"{str(args.optim.value)!r}; class_prompt_store dense takes any"
             )
-        _place(model.offloaded_class_prompts, args)
+        _place(model.offloaded_class_prompts, args, trainer.optimizer)
         trainer.add_callback(ClassPromptCallback(trainer))
         if model.config.class_prompt_store == "auto":
             level = logging.WARNING  # the rule by which they move is another
     logger.log(level, "class prompts: %s", describe_class_prompts(model))
 
 
-def _place(store, args):
+def _place(store, args, optimizer):
     """Put table and states into `class_prompt_folder`, or into one in `output_dir` where they don't fit in memory."""
-    num_states = 1 if args.optim == "sgd" else 2
+    is_sgd = args.optim == "sgd" if optimizer is None else isinstance(optimizer, torch.optim.SGD)
+    num_states = 1 if is_sgd else 2
     folder = args.class_prompt_folder
     if folder is None and not store.fits_in_memory(num_states):
         folder = Path(args.output_dir) / "class_prompts"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,8 +58,7 @@ class RowPrefetch:
 
     def discard(self):
         """Forget what is on its way."""
-        for coming in self._coming:
-            coming.future.result()
+        concurrent.futures.wait([coming.future for coming in self._coming])  # a read that failed is forgotten too
         self._coming.clear()
 
 

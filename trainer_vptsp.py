@@ -366,7 +366,7 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.model.load_saved(resume_from_checkpoint)
-        if self._offloaded is not None and not self.args.save_only_model:
+        if self._offloaded is not None:
             self._offloaded.load_states(Path(resume_from_checkpoint) / CLASS_PROMPT_STATES_NAME)
 
     def _load_best_model(self):

@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 from conftest import tiny_vit_config
+from safetensors.torch import save_file
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, host_table_vptsp
 from vptsp.class_prompts_vptsp import ClassPrompts, OffloadedClassPrompts
@@ -241,6 +242,15 @@ def test_unexpected_classes_are_served_and_do_not_disturb(tmp_path):
     assert not store._prefetched._coming
 
 
+def test_a_read_that_failed_does_not_come_up_again(tmp_path):
+    store = make_store()
+    store.place(tmp_path)
+    store.prefetch(torch.tensor([SHAPE[0] + 5]))  # there is no such class
+    store.discard_prefetched()
+    store.prefetch(torch.tensor([1, 2]))
+    assert torch.equal(torch.cat(store(torch.tensor([1, 2])), dim=1), store.tokens[1:3])
+
+
 def test_nothing_is_prefetched_from_memory_to_the_cpu():
     store = make_store()
     store.prefetch(torch.tensor([1, 2]))
@@ -271,6 +281,15 @@ def test_files_are_read_back_strictly(tmp_path):
     for load, file in ((larger.load, "table"), (larger.load_states, "states")):
         with pytest.raises(ValueError, match=r"must have shape \(7, 5, 8\), got \(6, 5, 8\)|shape \(7,\), got \(6,\)"):
             load(tmp_path / file)
+    with pytest.raises(ValueError, match=r"table must hold .* got tokens"):
+        other.load_states(tmp_path / "table")
+    save_file({"tokens": torch.ones(SHAPE, dtype=torch.int64)}, tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"tokens in .* must be torch.float32, got torch.int64"):
+        other.load(tmp_path / "whole")
+    save_file({"momentum_buffer": torch.ones(SHAPE, dtype=torch.float16)}, tmp_path / "half")
+    with pytest.raises(ValueError, match=r"momentum_buffer in .* must be torch.float32, got torch.float16"):
+        other.load_states(tmp_path / "half")
+    assert torch.equal(other.tokens, store.tokens)
     backward(other, torch.tensor([1]), weight)
     with pytest.raises(ValueError, match="states exp_avg, exp_avg_sq, step, but SGD needs momentum_buffer"):
         other.step(make_optimizer("momentum"))
