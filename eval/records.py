@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..data_scripts.errors import DataError, some
 from ..files.atomic import write_text
+from ..files.digests import DamagedFileError, check_file
 
 
 def save_record(path, record):
@@ -28,7 +29,8 @@ def load_record(cls, path, what):
     """Read what [`save_record`] wrote.
 
     Args:
-        cls: The dataclass; its default `format_version` is the only one it reads.
+        cls: The dataclass; its default `format_version` is the only one it reads. Fields whose metadata say
+            `optional` may be missing, since older versions didn't write them; they have their defaults then.
         path: The file.
         what: What its folder would be, for errors.
 
@@ -42,7 +44,10 @@ def load_record(cls, path, what):
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} must hold the fields of a {what}, got a {type(values).__name__}")
     expected = {item.name: item.default for item in fields(cls)}
+    values = {item.name: item.default for item in fields(cls) if item.metadata.get("optional")} | values
     version = values.get("format_version")
     if version != expected["format_version"]:
         raise DataError(f"{path} must have format_version {expected['format_version']}, got {version!r}")
@@ -52,6 +57,26 @@ def load_record(cls, path, what):
     if values["model"] is not None:
         values["model"]["name"] = _resolve(values["model"]["name"], path.parent)
     return cls(**values)
+
+
+def check_files(folder, records, names):
+    """Compare the files of a folder with the records that were made when they were written.
+
+    Args:
+        folder: Where they lie.
+        records: Name -> what `file_record` gave.
+        names: Those that there must be a record of.
+
+    Raises:
+        DataError: a file is missing or damaged, or has no record; the message names it.
+    """
+    try:
+        for name in names:
+            check_file(folder, name, records[name])
+    except DamagedFileError as error:
+        raise DataError(str(error)) from error
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{folder} lists no size and checksum of {name}: it is damaged") from error
 
 
 def _portable(path, folder):
@@ -70,4 +95,4 @@ def _resolve(name, folder):
     return name
 
 
-__all__ = ["load_record", "save_record"]
+__all__ = ["check_files", "load_record", "save_record"]
