@@ -224,7 +224,8 @@ def _connect(place, must_exist=False):
     try:
         return MilvusClient(uri), collection or "vptsp"
     except MilvusException as error:
-        raise DataError(f"{place}: can't connect to Milvus ({error})") from error
+        hint = "" if uri.startswith("http") else "; a file can be open in one process at a time"
+        raise DataError(f"{place}: can't connect to Milvus ({error}){hint}") from error
 
 
 __all__ = ["MilvusIndex"]
