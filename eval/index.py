@@ -289,7 +289,7 @@ class RetrievalIndex(VectorIndex):
         with index_lock(folder, timeout):
             there, known = find_info(folder), self._states.get(folder.resolve())
             if there is not None and known is None and not overwrite:
-                raise DataError(f"{folder} holds an index: --add adds to it; give another folder for a new one")
+                raise DataError(f"{folder} holds an index already: give another folder, or add to that one")
             if there is not None and known not in (None, there.state):
                 raise IndexChangedError(
                     f"the index in {folder} has been changed by another process since it was opened or saved here: "

@@ -32,7 +32,10 @@ def locked(path, what, timeout=0.0):
 
     Raises:
         InUseError: another process (or another lock of this one) holds it for longer than `timeout`.
+        ValueError: timeout is negative.
     """
+    if not timeout >= 0:  # filelock would wait for ever
+        raise ValueError(f"timeout must be >= 0 seconds, got {timeout}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)

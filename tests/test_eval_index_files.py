@@ -195,7 +195,7 @@ def test_editing(tmp_path):
     with pytest.raises(DataError, match="is no index"), edit_index(tmp_path / "absent"):
         pass
     assert not (tmp_path / "absent").exists()
-    with pytest.raises(DataError, match="holds an index: --add adds to it"):
+    with pytest.raises(DataError, match="holds an index already: give another folder"):
         build(3).save(tmp_path / "index", overwrite=False)
 
 
