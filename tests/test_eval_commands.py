@@ -103,7 +103,9 @@ def test_queries_against_a_gallery(retriever, tmp_path):
     root = tmp_path / "photos"
     write_classes(root / "train", {"x": 2, "y": 2})
     write_classes(root / "query", {"a": 2, "c": 1})
-    write_classes(root / "gallery", {"a": 2, "b": 3, "c": 2})
+    write_classes(root / "gallery", {"z": 1, "y": 1, "a": 2, "b": 3, "c": 2})  # classes decide the pixels
+    shutil.rmtree(root / "gallery" / "y")
+    shutil.rmtree(root / "gallery" / "z")
     data = {"dataset_name": "folder", "data_dir": root, "data_cache_dir": tmp_path / "tables"}
     options = {**data, "embeddings_cache": tmp_path / "cache", "no_clustering": True, "no_geometry": True}
     assert run("evaluate", model=retriever, output=tmp_path / "a", recall_at=[2], map_at=[], **options) == 0
