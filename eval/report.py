@@ -16,6 +16,7 @@ import torch
 from ..data_scripts.errors import DataError
 from ..files.atomic import write_text
 from .intervals import compare_paired
+from .markdown import code_span
 from .metrics import count_in_gallery, retrieval_scores
 from .overlap import same_stored_images
 from .sources import UNLABELLED
@@ -172,7 +173,7 @@ def write_report(folder, report):
 def metrics_table(report):
     """Markdown of what [`evaluate_stores`] returned; shares in percent."""
     model, metrics = report["model"], report["metrics"]
-    lines = [f"# {model['name']}", "", f"{model['kind']}, fingerprint {model['fingerprint'][:12]}", ""]
+    lines = [f"# {code_span(model['name'])}", "", f"{model['kind']}, fingerprint {model['fingerprint'][:12]}", ""]
     lines += _data_lines(report)
     with_intervals = any(name.endswith("_low") for name in metrics)
     columns = ["measure", "value", *(["interval"] if with_intervals else []), "what it is"]
@@ -191,7 +192,7 @@ def metrics_table(report):
 def comparison_table(report):
     """Markdown of what [`compare_stores`] returned; shares in percent."""
     lines = [
-        f"# {report['first']['name']} against {report['second']['name']}",
+        f"# {code_span(report['first']['name'])} against {code_span(report['second']['name'])}",
         "",
         *_data_lines(report),
         "",
@@ -209,7 +210,7 @@ def comparison_table(report):
 
 def _data_lines(report):
     return [
-        f"- {name}: {data['description']}, {data['images']:,} images"
+        f"- {name}: {code_span(data['description'])}, {data['images']:,} images"
         + (f", {data['skipped']:,} skipped" if data["skipped"] else "")
         + (f", {data['num_in_gallery']:,} of them in the gallery too: excluded" if "num_in_gallery" in data else "")
         for name, data in report["data"].items()
