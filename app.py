@@ -20,6 +20,7 @@ from vptsp._version import __version__
 from vptsp.data_scripts.errors import DataError, ImageError
 from vptsp.data_scripts.images import image_errors, open_image
 from vptsp.eval.markdown import code_span, plain_text
+from vptsp.files.locks import LOCK_FILE
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -316,6 +317,7 @@ def write_space(folder, index, image_root):
         index.save(folder / "index")
     finally:
         index.info = original
+    (folder / "index" / LOCK_FILE).unlink()  # a Space is only read
     files = {
         "app.py": 'from vptsp.app import main\n\n\nmain(["--index", "index", "--host", "0.0.0.0"])\n',
         "requirements.txt": f"vptsp[app]=={__version__}\n",

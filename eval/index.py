@@ -31,7 +31,7 @@ from ..data_scripts.errors import DataError
 from .checks import check_embeddings
 from .factory import choose_factory, effort_of, graph_of, inverted_lists, tune_effort
 from .index_files import INDEX_FILE, IndexChangedError, IndexInfo, find_info, index_lock, read_index, write_index
-from .records import load_record
+from .records import check_model, load_record
 from .vector_index import Hit, VectorIndex, check_items, check_texts
 
 
@@ -121,6 +121,7 @@ class RetrievalIndex(VectorIndex):
             raise ValueError(f"target_recall must be in [0, 1], got {target_recall}")
         if not len(embeddings):
             raise ValueError("an index is built from at least one embedding, got none")
+        check_model(model, "an index")
         check_embeddings(embeddings, "embeddings")
         ids, columns = check_items(ids, embeddings, metadata)
         reason = "as asked for"

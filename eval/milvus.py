@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data_scripts.errors import DataError, some
+from .records import check_model
 from .vector_index import Hit, VectorIndex, check_items, check_texts
 
 
@@ -63,6 +64,7 @@ class MilvusIndex(VectorIndex):
             "image_root": None if image_root is None else str(image_root),
             "embedding_dim": embeddings.shape[1],
         }
+        check_model(model, place)
         self = cls(client, collection, columns, values)
         embeddings = self._check_width(embeddings)
         ids, checked = check_items(ids, embeddings, metadata, **_LIMITS)

@@ -53,10 +53,19 @@ def load_record(cls, path, what):
         raise DataError(f"{path} must have format_version {expected['format_version']}, got {version!r}")
     if different := set(expected) ^ set(values):
         raise DataError(f"{path} has missing or unknown fields: {some(sorted(different))}")
+    if not isinstance(values["image_root"], (str, type(None))):
+        raise DataError(f"{path} must have a text or null as image_root, got {values['image_root']!r}")
+    check_model(values["model"], path)
     values["image_root"] = _resolve(values["image_root"], path.parent)
     if values["model"] is not None:
         values["model"]["name"] = _resolve(values["model"]["name"], path.parent)
     return cls(**values)
+
+
+def check_model(model, owner):
+    """A DataError unless this says who made embeddings: a dict with at least `name` and `fingerprint`, or None."""
+    if model is not None and not (isinstance(model, dict) and {"name", "fingerprint"} <= set(model)):
+        raise DataError(f"{owner} must have a model with name and fingerprint, or none, got {model!r}")
 
 
 def check_files(folder, records, names):
@@ -95,4 +104,4 @@ def _resolve(name, folder):
     return name
 
 
-__all__ = ["check_files", "load_record", "save_record"]
+__all__ = ["check_files", "check_model", "load_record", "save_record"]

@@ -21,7 +21,8 @@ from vptsp.image_processor_vptsp import build_image_processor
 NASTY = [
     "a`b.png", "`", "``", "![x](http://a.b/c.png)", "`![x](http://a.b/c.png)`", "<img src=x onerror=alert(1)>",
     "[x](javascript:alert(1))", "x\n\n# y", "x\r\n\r\n<script>", "*x* _y_ ~~z~~", "http://a.b", "www.a.b", "a@b.c",
-    "&lt;b&gt;", "\\`x\\`", "\\", "a\\", "$$x$$", "<http://a.b>", "x | y", "`` ` ``", " ", "x\x00y", "1. x", "- x", "a\u2028b",
+    "&lt;b&gt;", "\\`x\\`", "\\", "a\\", "$$x$$", "<http://a.b>", "x | y", "`` ` ``", " ", "x\x00y", "1. x", "- x",
+    "a\u2028b",
 ]  # fmt: skip
 
 

@@ -77,6 +77,11 @@ def test_nothing_is_built_of_it(what, monkeypatch):
         RetrievalIndex.build(ids, unit_vectors(2), {"class_name": classes})
 
 
+def test_a_model_without_fingerprint_is_refused_before_it_is_saved():
+    with pytest.raises(DataError, match="must have a model with name and fingerprint, or none, got {'name': 'm'}"):
+        RetrievalIndex.build(["a"], unit_vectors(1), model={"name": "m"})
+
+
 @pytest.mark.parametrize("name", ["key", "id", "embedding"])
 def test_metadata_cannot_take_the_names_of_the_index(name):
     with pytest.raises(ValueError, match=f"a column of metadata can't be called '{name}'"):
@@ -246,6 +251,10 @@ def test_missing_files_and_records_are_named(tmp_path):
     for files in ({"index-000000.faiss": values["files"]["index-000000.faiss"]}, {}, [], 3):
         manifest.write_text(json.dumps({**values, "files": files}))
         with pytest.raises(DataError, match=r"lists no size and checksum of (index|metadata)-000000"):
+            RetrievalIndex.open(tmp_path / "index")
+    for name, value in (("model", []), ("model", {"name": "m"}), ("image_root", 3)):
+        manifest.write_text(json.dumps({**values, name: value}))
+        with pytest.raises(DataError, match=f"index.json must have a .*{name}"):
             RetrievalIndex.open(tmp_path / "index")
     manifest.write_text(json.dumps([values]))
     with pytest.raises(DataError, match="must hold the fields of a index, got a list"):
