@@ -220,7 +220,8 @@ class RetrievalIndex(VectorIndex):
         rows = np.searchsorted(self._table_keys, found.clip(0)).clip(max=len(self) - 1)
         if ((self._table_keys[rows] != found) & (found >= 0)).any():
             raise RuntimeError(
-                "this index has vectors without rows, since adding to it was interrupted: open it again"
+                "this index has vectors without rows: adding to it was interrupted, or it is damaged and was opened "
+                "without verifying. Open it again"
             )
         wanted = self._table.drop_columns(["key"]).take(pa.array(rows.ravel())).to_pylist()
         results = []

@@ -133,6 +133,9 @@ def compare_stores(
                 f"{one.folder} and {other.folder}"
             )
     sets = [labelled_sets(first, first_gallery), labelled_sets(second, second_gallery)]
+    if first_gallery is not None:  # one of the stores may know more about the same images than the other
+        excluded = torch.cat([part["excluded"] for part in sets]).unique(dim=0)
+        sets = [{**part, "excluded": excluded} for part in sets]
     scores = [retrieval_scores(**arguments, recall_at=recall_at) for arguments in sets]
     clusters = sets[0]["query_labels"] if resample == "classes" else None
     comparison = {

@@ -78,7 +78,7 @@ def test_nothing_is_built_of_it(what, monkeypatch):
 
 
 def test_a_model_without_fingerprint_is_refused_before_it_is_saved():
-    with pytest.raises(DataError, match="must have a model with name and fingerprint, or none, got {'name': 'm'}"):
+    with pytest.raises(DataError, match=r"must have a model with name and fingerprint, or none, got \{'name': 'm'\}"):
         RetrievalIndex.build(["a"], unit_vectors(1), model={"name": "m"})
 
 

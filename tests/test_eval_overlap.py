@@ -1,5 +1,6 @@
 """Queries that are in the gallery too: found by id or content, excluded everywhere, and counted."""
 
+import doctest
 import json
 import shutil
 
@@ -17,7 +18,9 @@ from vptsp.eval import (
     StoreInfo,
     embedding_metrics,
     find_failures,
+    markdown,
     nearest_neighbours,
+    overlap,
     retrieval_metrics,
     retrieval_scores,
     same_items,
@@ -213,6 +216,21 @@ def test_comparison_with_the_same_gallery(tmp_path):
     assert report["data"]["queries"]["num_in_gallery"] == 30
 
 
+def test_both_models_of_a_comparison_are_treated_alike(tmp_path):
+    """The second model's stores are old, and don't know that the first query is in the gallery."""
+    contents = [*"abcdefghi"], ["a", *"rstuvwxyz"]
+    stores = [
+        make_store(tmp_path / f"{part}{seed}", [f"{i}.png" for i in range(len(contents[part]))],
+                   contents[part] if seed == 0 else None, f"/{part}", str(part) * 64, seed)
+        for seed in (0, 1) for part in (0, 1)
+    ]  # fmt: skip
+    report = compare_stores(stores[0], stores[2], stores[1], stores[3])
+    assert report["data"]["queries"]["num_in_gallery"] == 1
+    vectors = stores[2].embeddings, stores[2].labels, stores[3].embeddings, stores[3].labels
+    expected = retrieval_metrics(*vectors, excluded=torch.tensor([[0, 0]]))["map_at_r"]
+    assert report["comparison"]["map_at_r"]["second_mean"] == pytest.approx(expected)
+
+
 def test_disjoint_stores_are_evaluated_as_before(tmp_path):
     queries = make_store(tmp_path / "q", ["query/0.png", "query/1.png"], ["1", "2"], data="1" * 64)
     gallery = make_store(tmp_path / "g", [f"gallery/{i}.png" for i in range(9)], [*"abcdefghi"], data="2" * 64, seed=1)
@@ -300,7 +318,14 @@ def test_registered_metrics_are_told_or_it_is_said(monkeypatch, caplog):
     assert "the metric not_told has no parameter `excluded`" in caplog.text
 
 
-def test_unlabelled_stores_are_refused_first(tmp_path):
+@pytest.mark.parametrize("module", [markdown, overlap])
+def test_examples_in_the_documentation(module):
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_stores_of_two_models_are_refused_first(tmp_path):
     store = make_store(tmp_path / "s", ["1.png"])
     store.info.model["fingerprint"] = "e" * 64
     with pytest.raises(DataError, match="embeddings of one model"):
