@@ -81,9 +81,9 @@ class Api:
         head = f'--xx\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
         return self.post("upload", head.encode() + content + b"\r\n--xx--\r\n", "multipart/form-data; boundary=xx")
 
-    def call(self, name, *data):
+    def call(self, name, *data, session="one and the same"):
         """Whether a call succeeded, and what it answered."""
-        status, event = self.post(f"call/{name}", json.dumps({"data": data}).encode())
+        status, event = self.post(f"call/{name}", json.dumps({"data": data, "session_hash": session}).encode())
         assert status == 200
         answer = self.get(f"call/{name}/{event['event_id']}")[1].decode()
         return "event: complete" in answer, answer
@@ -106,6 +106,8 @@ def test_uploads_are_searched(api, place):
     done, answer = api.call("search_file", {"path": path}, 3, "", -1)
     assert done and "3 nearest to your image" in answer and "1.000" in answer
     assert api.call("search_file", None, 3, "", -1)[0]
+    done, answer = api.call("search", None, 3, "", -1)
+    assert done and "click one of these" in answer
 
 
 @pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}])
@@ -148,7 +150,7 @@ def test_the_query_is_no_argument_of_the_api(api, place):
     """It is the session's, and set by a search alone."""
     secret = ["image", str(place / "images" / "a" / "001.png")]
     for data in ([secret, 3, "", -1], [3, "", -1]):
-        _, answer = api.call("search", *data)
+        _, answer = api.call("search", *data, session="another")
         assert "nearest" not in answer
 
 
