@@ -3,8 +3,8 @@
     python -m vptsp.app --index runs/photos/index
     python -m vptsp.app --index runs/photos/index --write_space my_space    # a folder to push as a Hugging Face Space
 
-It needs Gradio (extra `app`) and, once running, no network. Pictures are sent as small copies; only files inside the
-index's `image_root` are ever read.
+It needs Gradio (extra `app`) and, once running, no network. Pictures are sent as small copies; nothing is ever read
+but files inside the index's `image_root`, and what was uploaded.
 """
 
 import argparse
@@ -18,13 +18,18 @@ from PIL import Image
 
 from vptsp._version import __version__
 from vptsp.data_scripts.errors import DataError, ImageError
-from vptsp.data_scripts.images import open_image
+from vptsp.data_scripts.images import image_errors, open_image
+from vptsp.eval.markdown import code_span, plain_text
+from vptsp.files.locks import LOCK_FILE
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
 THUMBNAIL = 320
 NUM_SAMPLES = 18
+MAX_RESULTS = 100
+MAX_UPLOAD_MB = 20.0
+MAX_MEGAPIXELS = 50.0
 _MISSING = (225, 225, 225)
 _CSS = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
@@ -50,12 +55,16 @@ class SearchPage:
     Args:
         index: `VectorIndex` with an embedder.
         image_root: Folder that the ids are relative to; None for the one that the index names.
+        max_megapixels: Width times height of a query, in millions, at most: a small file may hold a huge image.
 
     Raises:
         DataError: there is no such folder, or the index names none.
+        ValueError: max_megapixels is not positive.
     """
 
-    def __init__(self, index, image_root=None):
+    def __init__(self, index, image_root=None, max_megapixels=MAX_MEGAPIXELS):
+        if not max_megapixels > 0:
+            raise ValueError(f"max_megapixels must be > 0, got {max_megapixels}")
         root = image_root or index.image_root
         if root is None:
             raise DataError("the index doesn't say where its images are: give --image_root")
@@ -63,6 +72,7 @@ class SearchPage:
             raise DataError(f"image_root: there is no folder {root}; give --image_root")
         self.index = index
         self.root = Path(root).absolute()
+        self.max_megapixels = max_megapixels
 
     def image_path(self, name):
         """File of an item, inside `image_root` whatever its id says.
@@ -89,6 +99,19 @@ class SearchPage:
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         return image
 
+    def open_query(self, path):
+        """Image of an uploaded file.
+
+        Raises:
+            ImageError: it can't be read, or has too many pixels.
+        """
+        name = Path(path).name
+        with image_errors(name), Image.open(path) as image:  # reads the size, no pixels
+            megapixels = image.width * image.height / 1e6
+        if megapixels > self.max_megapixels:
+            raise ImageError(f"{name} has {megapixels:.4g} megapixels, expected at most {self.max_megapixels:g}")
+        return open_image(path, name=name)
+
     def samples(self):
         """What is shown before there is a query: some items of the index. Status, pictures with captions, ids."""
         names = self.index.sample_ids(NUM_SAMPLES)
@@ -100,7 +123,7 @@ class SearchPage:
 
         Args:
             query: `("image", path)` or `("id", id)`; None for the samples.
-            k: Results at most.
+            k: Results at most, 1 to 100.
             text: Only items with this text in their name or class; empty for all.
             minimum: Smallest similarity.
 
@@ -111,15 +134,16 @@ class SearchPage:
             return self.samples()
         kind, value = query
         try:
+            if not 1 <= k <= MAX_RESULTS:
+                raise ValueError(f"the number of results must be in 1..{MAX_RESULTS}, got {k}")
             if kind == "image":
-                image = open_image(value, name=Path(value).name)
-                hits = self.index.search_images([image], int(k), containing=text.strip())[0]
+                hits = self.index.search_images([self.open_query(value)], int(k), containing=text.strip())[0]
             else:
                 hits = self.index.search_ids([value], int(k), containing=text.strip())[0]
         except (ImageError, ValueError) as error:
-            return f"**This query can't be searched:** {error}", [], []
+            return f"**This query can't be searched:** {plain_text(error)}", [], []
         hits = [hit for hit in hits if hit.similarity >= minimum]
-        shown = "your image" if kind == "image" else f"`{value}`"
+        shown = "your image" if kind == "image" else code_span(value)
         if not hits:
             return f"Nothing found for {shown} that passes the filters.", [], []
         pictures = [(self.thumbnail(hit.id), caption(hit)) for hit in hits]
@@ -127,8 +151,33 @@ class SearchPage:
 
 
 def caption(hit):
-    """Similarity and class (or name) of a result."""
+    """Similarity and class (or name) of a result, as plain text: Gradio shows captions so."""
     return f"{hit.similarity:.3f} · {hit.metadata.get('class_name') or Path(hit.id).stem}"
+
+
+def uploaded_file(payload):
+    """Path of the file that a payload names, if Gradio has put it where it puts uploads.
+
+    Gradio itself checks this only for payloads that say they are files, and whoever calls its API need not say so.
+
+    Args:
+        payload: Gradio's `ImageData`, or None.
+
+    Raises:
+        gradio.Error: any other file, also by a link.
+    """
+    import gradio as gr
+    from gradio.utils import get_upload_folder
+
+    if payload is None:
+        return None
+    try:
+        path, uploads = Path(payload.path).resolve(), Path(get_upload_folder()).resolve()
+    except (TypeError, ValueError, OSError):
+        path = uploads = Path()
+    if uploads not in path.parents or not path.is_file():
+        raise gr.Error("This file was not uploaded here.")
+    return str(path)
 
 
 def build_page(page):
@@ -136,8 +185,10 @@ def build_page(page):
     import gradio as gr
 
     model = page.index.model["name"]
+    markdown = {"latex_delimiters": []}  # formulas would be looked for inside of names
     with gr.Blocks(title="Image search", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.Markdown(f"# Image search\n{len(page.index):,} images · {Path(model).name or model}", elem_id="title")
+        title = f"# Image search\n{len(page.index):,} images · {plain_text(Path(model).name or model)}"
+        gr.Markdown(title, elem_id="title", **markdown)
         query, names = gr.State(None), gr.State([])
         with gr.Row(elem_id="page"):
             with gr.Column(scale=1, min_width=280):
@@ -149,12 +200,12 @@ def build_page(page):
                     elem_id="query",
                 )
                 # The file as it was dropped, not decoded: the search says what is wrong with it
-                image.preprocess = lambda payload: None if payload is None else payload.path
+                image.preprocess = uploaded_file
                 text = gr.Textbox(label="Name or class contains", placeholder="all", elem_id="text")
                 minimum = gr.Slider(-1, 1, -1, step=0.01, label="Similarity at least", elem_id="minimum")
-                count = gr.Slider(1, 100, 12, step=1, label="Results", elem_id="count")
+                count = gr.Slider(1, MAX_RESULTS, 12, step=1, label="Results", elem_id="count")
             with gr.Column(scale=3):
-                status = gr.Markdown(elem_id="status")
+                status = gr.Markdown(elem_id="status", **markdown)
                 results = gr.Gallery(
                     label="Neighbours",
                     show_label=False,
@@ -188,12 +239,28 @@ def build_page(page):
     return blocks
 
 
-def launch(page, host="127.0.0.1", port=None, share=False):
-    """Serve the page until it is interrupted."""
+def launch(page, host="127.0.0.1", port=None, share=False, max_upload_mb=MAX_UPLOAD_MB, block=True):
+    """Serve the page until it is interrupted.
+
+    Args:
+        page: [`SearchPage`].
+        host, port, share: As of the command.
+        max_upload_mb: Size of an upload at most, in 10^6 bytes.
+        block: False returns at once, and the page is served until its `close`.
+
+    Returns:
+        The `gradio.Blocks`.
+
+    Raises:
+        ValueError: max_upload_mb is not positive.
+    """
     import gradio as gr
 
+    if not max_upload_mb > 0:
+        raise ValueError(f"max_upload_mb must be > 0, got {max_upload_mb}")
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to be fetched
-    build_page(page).launch(
+    blocks = build_page(page)
+    blocks.launch(
         server_name=host,
         server_port=port,
         share=share,
@@ -201,7 +268,10 @@ def launch(page, host="127.0.0.1", port=None, share=False):
         footer_links=[],
         theme=gr.themes.Default(primary_hue="blue", **fonts),
         css=_CSS,
+        max_file_size=round(max_upload_mb * 1e6),
+        prevent_thread_lock=not block,
     )
+    return blocks
 
 
 def write_space(folder, index, image_root):
@@ -213,7 +283,8 @@ def write_space(folder, index, image_root):
         image_root: Where the images are.
 
     Raises:
-        DataError: the folder holds something, or an image of the index is missing.
+        DataError: the folder holds something, or an image of the index is missing or has an id that is no plain path
+            below `image_root`. Nothing is written then.
     """
     import gradio
 
@@ -224,10 +295,14 @@ def write_space(folder, index, image_root):
         raise DataError("write_space: a Space holds its index, which must be a folder and not in Milvus")
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"write_space: {folder} must be a new or empty folder")
-    for name in index.ids:
-        source, target = page.image_path(name), folder / "images" / name
+    sources = {name: page.image_path(name) for name in index.ids}
+    for name, source in sources.items():
+        if source.relative_to(page.root).as_posix() != name:
+            raise DataError(f"write_space: the id {name!r} is no plain path below {page.root}")
         if not source.is_file():
             raise DataError(f"write_space: the image {source} is missing")
+    for name, source in sources.items():
+        target = folder / "images" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
     embedder, model = index.embedder, dict(index.model)
@@ -242,6 +317,7 @@ def write_space(folder, index, image_root):
         index.save(folder / "index")
     finally:
         index.info = original
+    (folder / "index" / LOCK_FILE).unlink()  # a Space is only read
     files = {
         "app.py": 'from vptsp.app import main\n\n\nmain(["--index", "index", "--host", "0.0.0.0"])\n',
         "requirements.txt": f"vptsp[app]=={__version__}\n",
@@ -253,7 +329,7 @@ def write_space(folder, index, image_root):
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def open_page(index, model=None, image_root=None):
+def open_page(index, model=None, image_root=None, max_megapixels=MAX_MEGAPIXELS):
     """The [`SearchPage`] of an index, with the model that the index or `model` names.
 
     Raises:
@@ -267,7 +343,7 @@ def open_page(index, model=None, image_root=None):
     name = model or (opened.model or {}).get("name")
     if name is None:
         raise DataError(f"{index} doesn't say which model made its embeddings: give --model")
-    page = SearchPage(opened, image_root)
+    page = SearchPage(opened, image_root, max_megapixels)
     opened.use_embedder(Embedder.from_pretrained(name))
     return page
 
@@ -287,12 +363,24 @@ def main(words=None):
     parser.add_argument(
         "--share", action="store_true", help="make a temporary public address, through Gradio's servers"
     )
+    parser.add_argument(
+        "--max_upload_mb",
+        type=float,
+        default=MAX_UPLOAD_MB,
+        help="size of an upload at most, in megabytes (default 20)",
+    )
+    parser.add_argument(
+        "--max_megapixels",
+        type=float,
+        default=MAX_MEGAPIXELS,
+        help="width times height of a query at most, in millions (default 50)",
+    )
     parser.add_argument("--write_space", metavar="FOLDER", help="write a Hugging Face Space instead of serving")
     args = parser.parse_args(words)
     try:
-        page = open_page(args.index, args.model, args.image_root)
+        page = open_page(args.index, args.model, args.image_root, args.max_megapixels)
         if args.write_space is None:
-            launch(page, args.host, args.port, args.share)
+            launch(page, args.host, args.port, args.share, args.max_upload_mb)
         else:
             write_space(args.write_space, page.index, args.image_root)
             print(f"{args.write_space}: {len(page.index):,} images; see docs/app.md for how to push it")

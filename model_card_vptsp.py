@@ -242,6 +242,8 @@ def _scores(results, training_args) -> str | None:
     text += f", over {count:,} queries." if count else "."
     if lone := results.get("final_num_unanswerable"):
         text += f" {lone:,} queries whose class has no other item are left out."
+    if same := results.get("final_num_in_gallery"):
+        text += f" {same:,} queries are in the gallery too, where they are excluded."
     if getattr(training_args, "load_best_model_at_end", False):
         text += (
             f" The checkpoint is the best of the run by {training_args.metric_for_best_model} on these same images, "

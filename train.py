@@ -221,12 +221,10 @@ def check_classes_answered(trainer):
     Raises:
         ConfigError: fewer than two classes of the queries that `trainer` evaluated last can be answered.
     """
-    from vptsp.eval.metrics import count_relevant
     from vptsp.eval.run_pictures import EvaluatedImages
 
     evaluated = EvaluatedImages(trainer.eval_dataset, trainer.last_evaluated)
-    _, query_labels, *gallery = evaluated.sets
-    answered = query_labels[count_relevant(query_labels, *gallery[1:]) > 0].unique()
+    answered = evaluated.query_labels[evaluated.num_relevant > 0].unique()
     if len(answered) < 2:
         raise ConfigError(
             f"all metrics need at least two test classes whose queries can be answered, got {len(answered)}; "

@@ -13,13 +13,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.trainer_utils import EvalPrediction, speed_metrics
+from transformers.utils import logging
 
 from .checkpoints_vptsp import is_checkpoint_folder
 from .class_prompts_vptsp import CLASS_PROMPT_STATES_NAME
 from .data_scripts.sampler import ClassBalancedBatchSampler
 from .data_scripts.streaming import StreamedImages
 from .data_scripts.torch_dataset import UNREADABLE_LABEL, collate_images
-from .eval.metrics import retrieval_metrics
+from .eval.metrics import count_in_gallery, retrieval_metrics
+from .eval.overlap import same_dataset_images, select_pairs
 from .eval.registry import registered_metrics
 from .eval.summary import embedding_metrics
 from .half_precision_vptsp import frozen_weights_in
@@ -28,6 +30,9 @@ from .loss_registry_vptsp import find_loss
 from .offloading_vptsp import BatchesAhead, prepare_class_prompts
 from .resumable_trainer_vptsp import ResumableTrainer
 from .sharing_vptsp import SharesRetriever
+
+
+logger = logging.get_logger(__name__)
 
 
 class ClassBalancedDataLoader(DataLoader):
@@ -60,6 +65,7 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         self._extra_metrics = kwargs.pop("compute_metrics", None)
         self._backbone_only = False
         self.last_evaluated = None
+        self._excluded = None
         if args.push_to_hub:
             model.require_shareable()
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
@@ -297,8 +303,11 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
 
         `eval_metrics` says which, instead of the argument of that name: `retrieval` or `all`.
 
+        Queries whose image is in the gallery too don't find it there; `num_in_gallery` and a warning say how many.
+
         The embeddings and labels are kept in `last_evaluated`, a dict of `query` and `gallery` (None twice where the
-        queries are the gallery), as `embed` gave them, so that whoever draws them need not embed again.
+        queries are the gallery), as `embed` gave them, so that whoever draws them need not embed again; `excluded` are
+        the pairs of a query and a gallery item that is its image.
 
         Returns:
             Dict of `{metric_key_prefix}_recall_at_1`, ..., `_map_at_r` and so on, all in 0..1, with times.
@@ -315,10 +324,14 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         else:
             embeddings, labels = self.embed(dataset)
             gallery = (None, None)
-        self.last_evaluated = {"query": (embeddings, labels), "gallery": gallery}
+        excluded = self._find_excluded(dataset, len(labels)) if isinstance(dataset, dict) else None
+        self.last_evaluated = {"query": (embeddings, labels), "gallery": gallery, "excluded": excluded}
         num_images = len(labels)
+        if excluded is not None:
+            rows = ((part != UNREADABLE_LABEL).nonzero().flatten() for part in (labels, gallery[1]))
+            excluded = select_pairs(excluded, *rows)
         (embeddings, labels), gallery = _readable(embeddings, labels), _readable(*gallery)
-        sets = (embeddings, labels, *gallery)
+        sets = (embeddings, labels, *gallery, excluded)
         metrics = self._measure(sets, eval_metrics or self.args.eval_metrics) | registered_metrics(*sets)
         if self._extra_metrics is not None:
             metrics |= self._extra_metrics(EvalPrediction(predictions=embeddings.numpy(), label_ids=labels.numpy()))
@@ -329,8 +342,19 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _find_excluded(self, datasets, num_queries):
+        """Pairs of a query and a gallery item of the same image, looked for once; None where there are none."""
+        both = datasets["query"], datasets["gallery"]
+        if self._excluded is None or any(a is not b for a, b in zip(self._excluded[0], both, strict=True)):
+            pairs = same_dataset_images(*both, num_queries)
+            self._excluded = both, pairs if len(pairs) else None
+            if count := count_in_gallery(pairs).get("num_in_gallery"):
+                logger.warning("%d queries are in the gallery too: they are excluded there", count)
+        return self._excluded[1]
+
     def _measure(self, sets, eval_metrics):
-        options = {"recall_at": tuple(self.args.recall_at)}
+        *sets, excluded = sets
+        options = {"recall_at": tuple(self.args.recall_at), "excluded": excluded}
         if self.args.device.type == "cuda":  # others lack float64
             options["device"] = self.args.device
         if eval_metrics == "retrieval":

@@ -209,6 +209,10 @@ class StreamedImages(Dataset):
                     break
         return found
 
+    def stored_images(self) -> Iterator[str | bytes]:
+        """What holds each image, path or contents, in the order of `evaluation_batches`: one pass over the stream."""
+        return (self._row(example, place).source for place, example in enumerate(self.stream))
+
     def read_rows(self, rng: random.Random) -> Iterator[StoredRow]:
         """One pass over the stream, nothing decoded: shards in random order, some of them in turns.
 

@@ -183,6 +183,10 @@ class ImageDataset(Dataset):
         """`open_image` of several rows, by row."""
         return {int(index): self.open_image(index) for index in indices}
 
+    def stored_images(self) -> Iterator[str | bytes]:
+        """What holds each row's image, path or contents, in order; nothing is decoded."""
+        return (self._stored(row)[0] for row in range(len(self)))
+
     def fingerprint(self) -> dict[str, int | str]:
         """What tells this data set from another, wherever it lies: the number of images, and digests of their labels,
         of their names, and of the contents of some of them."""

@@ -6,7 +6,7 @@
     python -m vptsp.eval index --store runs/photos/embeddings --index runs/photos/index
     python -m vptsp.eval search --index runs/photos/index --image query.jpg
 
-Exit status: 0 all is well, 2 an option, a file or a folder is not what it should be.
+Exit status: 0 all is well, 2 an option, a file or a folder is not what it should be, or in use by another process.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from dataclasses import fields
 from ..data_scripts.arguments import BUILDER_OPTIONS, DataArguments
 from ..data_scripts.errors import DataError
 from ..data_scripts.registry import DATASETS
+from ..files.locks import InUseError
 
 
 __all__ = ["main"]
@@ -46,7 +47,7 @@ def main(words: Sequence[str] | None = None) -> int:
     command = importlib.import_module(f".command_{options.command}", __package__)
     try:
         command.run(options)
-    except (DataError, ValueError, OSError) as error:
+    except (DataError, ValueError, OSError, InUseError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -123,6 +124,9 @@ def _add_search_options(search):
     search.add_argument("--model", help="folder or Hub name, where it isn't where the index says")
     search.add_argument("--json", action="store_true", help="print JSON")
     search.add_argument("--mmap", action="store_true", help="leave the vectors on disk")
+    search.add_argument(
+        "--no_verify", action="store_true", help="don't compare the index's files with their checksums"
+    )
     search.add_argument("--gpu", action="store_true", help="search on the GPUs, with faiss-gpu")
 
 
@@ -141,6 +145,13 @@ def _add_data_options(parser):
     group.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
     group.add_argument("--shard_size", type=int, default=1024, help="embeddings per file of a store (default 1024)")
     group.add_argument("--embedding_dtype", default="float32", help="float32 or float16, of a store")
+    group.add_argument(
+        "--lock_timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to wait for another process that writes the same store or index (default 60)",
+    )
     group.add_argument("--quiet", action="store_true", help="no progress bars")
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..data_scripts.errors import DataError
 from .inputs import is_main_rank, model_or_store, stores_of
-from .vector_index import is_milvus, open_index
+from .vector_index import edit_index, is_milvus
 
 
 def run(options):
@@ -16,30 +14,32 @@ def run(options):
     if options.remove is not None:
         if options.model is not None or options.store is not None or options.add:
             raise DataError("--remove goes without --model, --store and --add")
-        index = open_index(options.index)
-        index.remove(options.remove)
-        _save(index, options.index)
-        print(f"{options.index}: removed {len(options.remove):,}, {len(index):,} items")
+        with edit_index(options.index, options.lock_timeout) as index:
+            before = len(index)
+            index.remove(options.remove)
+            removed, left = before - len(index), len(index)
+        print(f"{options.index}: removed {removed:,}, {left:,} items")
         return
     store, _ = stores_of(model_or_store(options), options)
     if not is_main_rank():
         return
     if options.add:
-        _add(open_index(options.index), store, options.index)
+        _add(store, options)
     else:
         _build(store, options)
 
 
-def _add(index, store, place):
-    index.check_model(store.info.model)
-    present = index.present(store.ids)
-    rows = [row for row, name in enumerate(store.ids) if name not in present]
-    if rows:
-        names = store.class_names
-        ids = store.ids
-        index.add([ids[r] for r in rows], store.embeddings[rows], {"class_name": [names[r] for r in rows]})
-        _save(index, place)
-    print(f"{place}: added {len(rows):,}, {len(present):,} were there, {len(index):,} items")
+def _add(store, options):
+    with edit_index(options.index, options.lock_timeout) as index:
+        index.check_model(store.info.model)
+        present = index.present(store.ids)
+        rows = [row for row, name in enumerate(store.ids) if name not in present]
+        if rows:
+            names = store.class_names
+            ids = store.ids
+            index.add([ids[r] for r in rows], store.embeddings[rows], {"class_name": [names[r] for r in rows]})
+        total = len(index)
+    print(f"{options.index}: added {len(rows):,}, {len(present):,} were there, {total:,} items")
 
 
 def _build(store, options):
@@ -51,9 +51,10 @@ def _build(store, options):
         index = MilvusIndex.build(options.index, *content, **origin)
         print(f"{options.index}: {len(index):,} items")
         return
-    from .index import INDEX_FILE, RetrievalIndex
+    from .index import RetrievalIndex
+    from .index_files import find_info
 
-    if (Path(options.index) / INDEX_FILE).is_file():
+    if find_info(options.index) is not None:  # now, and not after hours of training
         raise DataError(f"{options.index} holds an index: --add adds to it; give another folder for a new one")
     index = RetrievalIndex.build(
         *content,
@@ -62,14 +63,9 @@ def _build(store, options):
         target_recall=options.target_recall,
         memory_gb=options.memory_gb,
     )
-    index.save(options.index)
+    index.save(options.index, overwrite=False, timeout=options.lock_timeout)
     info = index.info
     print(f"{options.index}: {len(index):,} items, {info.factory} ({info.reason})")
     if not index.is_exact:
         effort = "" if info.effort is None else f" with {info.effort}"
         print(f"recall@10 against exact search {info.recall_at_10:.3f}{effort}")
-
-
-def _save(index, place):
-    if not is_milvus(place):  # which has written already
-        index.save(place)

@@ -13,10 +13,11 @@ def run(options):
     """Search, and print the results."""
     if not options.image and not options.id:
         raise DataError("give --image or --id, got neither")
-    if is_milvus(options.index) and (options.mmap or options.gpu):
-        raise DataError("--mmap and --gpu are for faiss: Milvus decides that itself")
+    if is_milvus(options.index) and (options.mmap or options.gpu or options.no_verify):
+        raise DataError("--mmap, --gpu and --no_verify are for faiss: Milvus decides that itself")
     where = parse_where(options.where)
-    index = open_index(options.index, **({} if is_milvus(options.index) else {"mmap": options.mmap}))
+    how = {} if is_milvus(options.index) else {"mmap": options.mmap, "verify": not options.no_verify}
+    index = open_index(options.index, **how)
     if options.gpu:
         index.use_gpus()
     results = {}

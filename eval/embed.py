@@ -11,6 +11,7 @@ are the result, and the same whatever the number of processes.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +21,18 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data_scripts.errors import DataError, ImageError
-from .store import EMBEDDING_DTYPES, EmbeddingStore, StoreInfo, begin_store, finish_store, missing_shards, write_shard
+from .sources import content_digest
+from .store import (
+    EMBEDDING_DTYPES,
+    EmbeddingStore,
+    StoreInfo,
+    begin_store,
+    find_store,
+    finish_store,
+    missing_shards,
+    store_lock,
+    write_shard,
+)
 
 
 def cached_store(embedder, source, cache_dir=None, **options):
@@ -55,6 +67,7 @@ def embed_to_store(
     skip_corrupt=False,
     progress=True,
     data_fingerprint=None,
+    lock_timeout=60.0,
 ):
     """Embed all images of a source into a folder, or what is still missing there.
 
@@ -68,11 +81,13 @@ def embed_to_store(
         skip_corrupt: Leave out images that can't be read, and list them, instead of stopping.
         progress: Show progress bars (of rank 0).
         data_fingerprint: The source's fingerprint, if it is known already.
+        lock_timeout: Seconds to wait for another run that writes the same store.
 
     Returns:
         [`EmbeddingStore`], complete.
 
     Raises:
+        InUseError: another run was writing the store all that time.
         ImageError: an image can't be read; the message names it.
         DataError: the folder holds something else.
         ValueError: an option is out of range.
@@ -93,15 +108,20 @@ def embed_to_store(
             shard_size=shard_size,
             image_root=source.image_root,
         )
+        found = find_store(folder, info)  # refuses a folder of something else before a lock is left in it
+        if found is not None and found.complete:
+            return found
+        held.enter_context(store_lock(folder, lock_timeout))
         return begin_store(folder, info)
 
-    info = _on_main_rank(prepare)
-    if not info.complete:
-        rank, world_size = _rank_and_world_size()
-        shards = _on_main_rank(lambda: missing_shards(folder, info))[rank::world_size]
-        _embed_shards(embedder, source, folder, info, shards, num_workers, skip_corrupt, progress and rank == 0)
-        _barrier()
-        _on_main_rank(lambda: finish_store(folder, info))
+    with ExitStack() as held:  # the main rank's lock, for all ranks
+        info = _on_main_rank(prepare)
+        if not info.complete:
+            rank, world_size = _rank_and_world_size()
+            shards = _on_main_rank(lambda: missing_shards(folder, info))[rank::world_size]
+            _embed_shards(embedder, source, folder, info, shards, num_workers, skip_corrupt, progress and rank == 0)
+            _barrier()
+            _on_main_rank(lambda: finish_store(folder, info))
     return EmbeddingStore.open(folder)
 
 
@@ -122,10 +142,10 @@ def _embed_shards(embedder, source, folder, info, shards, num_workers, skip_corr
     )
     parts, num_rows = [], sum(len(rows) for _, rows in batches)
     with tqdm(total=num_rows, desc="Embedding", unit="image", disable=not progress, leave=False) as bar:
-        for i, (readable, pixel_values) in enumerate(loader):
+        for i, (readable, pixel_values, contents) in enumerate(loader):
             shard, rows = batches[i]
             embeddings = embedder.embed_pixels(pixel_values) if readable else None
-            parts.append((rows, readable, embeddings))
+            parts.append((rows, readable, embeddings, contents))
             bar.update(len(rows))
             if i + 1 == len(batches) or batches[i + 1][0] != shard:
                 _write_parts(folder, info, shard, source, parts)
@@ -133,9 +153,9 @@ def _embed_shards(embedder, source, folder, info, shards, num_workers, skip_corr
 
 
 def _write_parts(folder, info, shard, source, parts):
-    rows = [row for _, readable, _ in parts for row in readable]
-    skipped = [source.ids[row] for asked, readable, _ in parts for row in asked if row not in readable]
-    found = [embeddings for _, _, embeddings in parts if embeddings is not None]
+    rows = [row for _, readable, _, _ in parts for row in readable]
+    skipped = [source.ids[row] for asked, readable, _, _ in parts for row in asked if row not in readable]
+    found = [embeddings for _, _, embeddings, _ in parts if embeddings is not None]
     write_shard(
         folder,
         info,
@@ -145,11 +165,12 @@ def _write_parts(folder, info, shard, source, parts):
         class_names=[source.class_name(row) for row in rows],
         embeddings=torch.cat(found) if found else torch.empty(0, info.embedding_dim),
         skipped=skipped,
+        contents=[content for *_, contents in parts for content in contents],
     )
 
 
 class _Rows(Dataset):
-    """Preprocessed images of a source: `(row, pixel_values)`, or `(row, None)` where one is skipped."""
+    """Preprocessed images of a source: `(row, pixel_values, digest of the content)`, or None twice for one skipped."""
 
     def __init__(self, source, preprocess, skip_corrupt):
         self.source = source
@@ -162,18 +183,21 @@ class _Rows(Dataset):
     def __getitem__(self, row):
         stored = self.source.stored(row)
         try:
-            return row, self.preprocess(stored, stored if isinstance(stored, str) else self.source.ids[row])
+            pixels = self.preprocess(stored, stored if isinstance(stored, str) else self.source.ids[row])
+            return row, pixels, content_digest(stored).hex()
         except ImageError:
             if not self.skip_corrupt:
                 raise
-            return row, None
+            return row, None, None
 
 
 def _collate(examples):
-    """Rows that could be read, and their `pixel_values`, None if there are none."""
-    readable = [(row, pixels) for row, pixels in examples if pixels is not None]
-    rows = [row for row, _ in readable]
-    return rows, torch.stack([pixels for _, pixels in readable]) if rows else None
+    """Rows that could be read, their `pixel_values` (None if there are none), and digests of their contents."""
+    readable = [example for example in examples if example[1] is not None]
+    if not readable:
+        return [], None, []
+    rows, pixels, contents = zip(*readable, strict=True)
+    return list(rows), torch.stack(pixels), list(contents)
 
 
 def _hashing_bar(source, progress):

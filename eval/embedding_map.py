@@ -111,19 +111,23 @@ def save_embedding_map(path, points, labels, class_names, classes, title=None, d
     name = {"tsne": "t-SNE", "pca": "PCA"}[method]
     plain_axes(axes, title, f"{name} dimension 1", f"{name} dimension 2")
     size = np.clip(18000 / max(len(points), 1), 10, 30)
-    other = ~np.isin(labels, classes)
+    other, texts = ~np.isin(labels, classes), []
     if other.any():
         count = len(np.unique(labels[other]))
-        text = f"{count} other class{'es' if count > 1 else ''}"
-        axes.scatter(*points[other].T, s=0.5 * size, color="#cfcfcf", linewidths=0, label=text)
+        texts.append(f"{count} other class{'es' if count > 1 else ''}")
+        axes.scatter(*points[other].T, s=0.5 * size, color="#cfcfcf", linewidths=0, label="other")
     for number, label in enumerate(classes):
         members = points[labels == label]
-        text = shorten(class_names[label], 1.55, figure, font(7)).replace("$", r"\$")
+        texts.append(shorten(class_names[label], 1.55, figure, font(7)))
         colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number // len(COLOURS)]
-        axes.scatter(*members.T, s=size, color=colour, marker=marker, linewidths=0.3, edgecolors="white", label=text)
-    axes.legend(
+        axes.scatter(
+            *members.T, s=size, color=colour, marker=marker, linewidths=0.3, edgecolors="white", label="class"
+        )
+    legend = axes.legend(
         loc="upper left", bbox_to_anchor=(1.01, 1.0), prop=font(7), frameon=False, handletextpad=0.2, markerscale=1.6
     )
+    for entry, text in zip(legend.get_texts(), texts, strict=True):
+        entry.set(text=text, parse_math=False)  # as a label, a name with $ is a formula, and one with _ is left out
     if method == "tsne":  # its units mean nothing
         axes.set(xticks=[], yticks=[])
     axes.margins(0.03)

@@ -30,7 +30,9 @@ class Failures:
 
 
 @torch.no_grad()
-def find_failures(query_embeddings, query_labels, gallery_embeddings=None, gallery_labels=None, *, device=None):
+def find_failures(
+    query_embeddings, query_labels, gallery_embeddings=None, gallery_labels=None, *, device=None, excluded=None
+):
     """Queries whose nearest neighbour is wrong, by how late the first right one comes.
 
     The rank of the first right item is 1 plus the number of wrong items that are nearer; an item that is just as near
@@ -38,7 +40,8 @@ def find_failures(query_embeddings, query_labels, gallery_embeddings=None, galle
     answered are no failures.
 
     Args:
-        query_embeddings, query_labels, gallery_embeddings, gallery_labels, device: As of [`retrieval_metrics`].
+        query_embeddings, query_labels, gallery_embeddings, gallery_labels, device, excluded: As of
+            [`retrieval_metrics`].
 
     Returns:
         [`Failures`], on the CPU; of length 0 if there is none.
@@ -53,7 +56,7 @@ def find_failures(query_embeddings, query_labels, gallery_embeddings=None, galle
         ([0, 2], [2, 2])
     """
     blocks, query_labels, gallery_labels = check_sets(
-        query_embeddings, query_labels, gallery_embeddings, gallery_labels, device
+        query_embeddings, query_labels, gallery_embeddings, gallery_labels, device, excluded
     )
     found = []
     for rows in torch.arange(blocks.num_queries).split(blocks.block_size(1)):

@@ -11,14 +11,12 @@
 Ids are texts. Inside, each item has an int64 key, given once and never again, under which faiss keeps its vector; the
 table is sorted by key.
 
-A folder has `index.json`, which names the two files that belong together. Saving writes new files, then replaces
-`index.json`, then deletes the old ones: whenever it stops, the folder holds the old index or the new one. All files
-are data: faiss's own format, Parquet and JSON, nothing that can run code.
+What its folder holds, and who may write there, is in `index_files`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 
@@ -26,62 +24,21 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
-from ..data_scripts.errors import DataError, some
-from ..files.atomic import TEMPORARY_SUFFIX, atomic_path
+from ..data_scripts.errors import DataError
+from .checks import check_embeddings
 from .factory import choose_factory, effort_of, graph_of, inverted_lists, tune_effort
-from .records import load_record, save_record
-from .vector_index import Hit, VectorIndex, check_items
+from .index_files import INDEX_FILE, IndexChangedError, IndexInfo, find_info, index_lock, read_index, write_index
+from .records import check_model, load_record
+from .vector_index import Hit, VectorIndex, check_items, check_texts
 
 
-FORMAT_VERSION = 1
-INDEX_FILE = "index.json"
 RECALL_AT = 10
 # Up to so many items that pass a filter are compared one by one: an approximate index may not visit them at all.
 _COMPARE_ALL = 20_000
 _ADD_ROWS = 65_536
-
-
-@dataclass
-class IndexInfo:
-    """What `index.json` says.
-
-    Attributes:
-        factory: faiss's name of the index.
-        reason: Why this one.
-        embedding_dim: E.
-        model: Who made the embeddings, or None.
-        image_root: Folder that the ids are relative to, or None.
-        num_items: Items in the index.
-        next_key: Key of the next item.
-        recall_at_10: Measured against exact search when the index was built, in [0, 1]; 1 for an exact index.
-        effort: What that took, as `nprobe 16`; None for an exact index.
-        generation: Number in the names of the two other files.
-        format_version: Of this layout.
-    """
-
-    factory: str
-    reason: str
-    embedding_dim: int
-    model: dict | None = None
-    image_root: str | None = None
-    num_items: int = 0
-    next_key: int = 0
-    recall_at_10: float | None = None
-    effort: str | None = None
-    generation: int = 0
-    format_version: int = FORMAT_VERSION
-
-    @property
-    def index_name(self):
-        return f"index-{self.generation:06d}.faiss"
-
-    @property
-    def metadata_name(self):
-        return f"metadata-{self.generation:06d}.parquet"
 
 
 class RetrievalIndex(VectorIndex):
@@ -99,11 +56,16 @@ class RetrievalIndex(VectorIndex):
         self._index = index
         self._mapped = mapped
         self._gpu_index = None
+        self._states = {}  # of the folders that this index was opened from or saved to: what they held then
         self._set_table(table)
 
     @property
     def model(self):
         return self.info.model
+
+    @property
+    def columns(self):
+        return self._table.column_names[2:]
 
     @property
     def embedding_dim(self):
@@ -159,19 +121,20 @@ class RetrievalIndex(VectorIndex):
             raise ValueError(f"target_recall must be in [0, 1], got {target_recall}")
         if not len(embeddings):
             raise ValueError("an index is built from at least one embedding, got none")
+        check_model(model, "an index")
+        check_embeddings(embeddings, "embeddings")
+        ids, columns = check_items(ids, embeddings, metadata)
         reason = "as asked for"
         if factory == "auto":
             factory, reason = choose_factory(len(embeddings), embeddings.shape[1], memory_gb)
         info = IndexInfo(factory, reason, embeddings.shape[1], model, None if image_root is None else str(image_root))
-        columns = ["key", "id", *(metadata or {})]
-        table = pa.table({name: pa.array([], pa.int64() if name == "key" else pa.string()) for name in columns})
-        self = cls(_empty_index(factory, embeddings.shape[1]), table, info)
+        self = cls(_empty_index(factory, embeddings.shape[1]), _as_table([], [], {name: [] for name in columns}), info)
         vectors = self._check_width(embeddings).numpy()
         try:
             self._index.train(vectors)
         except RuntimeError as error:
             raise ValueError(f"faiss can't train {factory!r} with {len(vectors)} embeddings: {error}") from error
-        self.add(ids, embeddings, metadata)
+        self.add(ids, embeddings, columns)
         info.recall_at_10 = 1.0
         if not self.is_exact and len(self) > RECALL_AT:
             keys = np.arange(len(self))
@@ -188,19 +151,15 @@ class RetrievalIndex(VectorIndex):
     def add(self, ids, embeddings, metadata=None):
         """Add items; see [`VectorIndex.add`]. Centroids and codebooks stay as they were learned by `build`."""
         self._refuse_mapped("add to")
-        vectors = self._check_width(embeddings).numpy()
-        ids, columns = check_items(ids, vectors, metadata)
-        expected = self._table.column_names[2:]
-        if sorted(columns) != sorted(expected):
-            raise ValueError(f"metadata must have the columns {expected}, got {sorted(columns)}")
-        self.refuse_present(ids)
+        ids, embeddings, columns = self._check_added(ids, embeddings, metadata)
         keys = np.arange(self.info.next_key, self.info.next_key + len(ids))
+        rows = _as_table(keys, ids, {name: columns[name] for name in self.columns})
+        table = pa.concat_tables([self._table, rows]).combine_chunks()
+        self.info.next_key += len(ids)  # first: a key is never given again, whatever happens now
+        vectors = embeddings.numpy()
         for start in range(0, len(ids), _ADD_ROWS):
             self._index.add_with_ids(vectors[start : start + _ADD_ROWS], keys[start : start + _ADD_ROWS])
-        self.info.next_key += len(ids)
-        rows = {"key": pa.array(keys), "id": pa.array(ids, pa.string())}
-        rows |= {name: pa.array(columns[name], pa.string()) for name in expected}
-        self._set_table(pa.concat_tables([self._table, pa.table(rows)]).combine_chunks())
+        self._set_table(table)
 
     def remove(self, ids):
         """Remove items; see [`VectorIndex.remove`]. A graph can't, nor can a few other indexes of faiss."""
@@ -211,11 +170,12 @@ class RetrievalIndex(VectorIndex):
                 f"{self.info.factory} can't remove: the graph's other items are reached through them. Build the index "
                 "anew without these items, or choose an IVF or Flat index"
             )
+        table = self._table.filter(pc.invert(pc.is_in(self._table.column("key"), pa.array(keys))))
         try:
             self._index.remove_ids(keys)
         except RuntimeError as error:
             raise ValueError(f"{self.info.factory} can't remove items ({error}); build the index anew") from error
-        self._set_table(self._table.filter(pc.invert(pc.is_in(self._table.column("key"), pa.array(keys)))))
+        self._set_table(table)
 
     # ---- Searching
 
@@ -258,6 +218,11 @@ class RetrievalIndex(VectorIndex):
 
     def _hits(self, similarity, found):
         rows = np.searchsorted(self._table_keys, found.clip(0)).clip(max=len(self) - 1)
+        if ((self._table_keys[rows] != found) & (found >= 0)).any():
+            raise RuntimeError(
+                "this index has vectors without rows: adding to it was interrupted, or it is damaged and was opened "
+                "without verifying. Open it again"
+            )
         wanted = self._table.drop_columns(["key"]).take(pa.array(rows.ravel())).to_pylist()
         results = []
         for query in range(len(found)):
@@ -286,7 +251,7 @@ class RetrievalIndex(VectorIndex):
             if name not in columns:
                 raise ValueError(f"there is no column {name!r}; the columns are {columns}")
             values = [values] if isinstance(values, str) else list(values)
-            masks.append(pc.is_in(self._table.column(name), pa.array(values, pa.string())))
+            masks.append(pc.is_in(self._table.column(name), pa.array(check_texts(values, name), pa.string())))
         if containing:
             found = [pc.match_substring(self._table.column(name), containing, ignore_case=True) for name in columns]
             masks.append(reduce(pc.or_, found))
@@ -308,64 +273,68 @@ class RetrievalIndex(VectorIndex):
 
     # ---- Files
 
-    def save(self, folder):
-        """Write the index to a folder, or replace the one that is there; see the module for what happens when.
+    def save(self, folder, *, overwrite=True, timeout=60.0):
+        """Write the index to a folder, or replace the one that is there, all files at once.
+
+        Args:
+            folder: New, empty or that of an index.
+            overwrite: Whether an index may be there that this one was not opened from.
+            timeout: Seconds to wait for another process that is changing the index there.
 
         Raises:
-            DataError: the folder holds something else.
+            DataError: the folder holds something else, or an index that was not to be replaced.
+            IndexChangedError: this index was opened from the folder, and another process has saved to it since.
+            InUseError: another process was changing it all that time.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / INDEX_FILE).is_file():
-            self.info.generation = load_record(IndexInfo, folder / INDEX_FILE, "index").generation + 1
-        elif others := [p.name for p in folder.iterdir() if not p.name.startswith((".", "index-", "metadata-"))]:
-            raise DataError(f"{folder} must be a new or empty folder or an index, got one with {some(sorted(others))}")
-        self.info.num_items = len(self)
-        with atomic_path(folder / self.info.index_name) as path:
-            faiss.write_index(self._index, str(path))
-        with atomic_path(folder / self.info.metadata_name) as path:
-            pq.write_table(self._table, path, compression="zstd")
-        save_record(folder / INDEX_FILE, self.info)
-        kept = {INDEX_FILE, self.info.index_name, self.info.metadata_name}
-        for pattern in ("index-*.faiss", "metadata-*.parquet", f".*{TEMPORARY_SUFFIX}"):
-            for path in folder.glob(pattern):
-                if path.name not in kept:
-                    path.unlink()
+        find_info(folder)  # refuses a folder of something else before a lock is left in it
+        with index_lock(folder, timeout):
+            there, known = find_info(folder), self._states.get(folder.resolve())
+            if there is not None and known is None and not overwrite:
+                raise DataError(f"{folder} holds an index already: give another folder, or add to that one")
+            if there is not None and known not in (None, there.state):
+                raise IndexChangedError(
+                    f"the index in {folder} has been changed by another process since it was opened or saved here: "
+                    "open it again and repeat the changes, or use edit_index, which keeps others waiting"
+                )
+            self._write(folder)
+
+    def _write(self, folder):
+        self.info = write_index(folder, self._index, self._table, self.info)
+        self._states[folder.resolve()] = self.info.state
 
     @classmethod
-    def open(cls, folder, embedder=None, *, mmap=False):
+    @contextmanager
+    def edit(cls, folder, timeout=60.0):
+        """Open an index, lock it, and save what was changed when the block ends; see [`edit_index`]."""
+        folder = Path(folder)
+        load_record(IndexInfo, folder / INDEX_FILE, "index")  # or the lock would make a folder
+        with index_lock(folder, timeout):
+            self = cls.open(folder)
+            before = self._table
+            yield self
+            if self._table is not before:
+                self._write(folder)
+
+    @classmethod
+    def open(cls, folder, embedder=None, *, mmap=False, verify=True):
         """Open a saved index.
 
         Args:
             folder: Where it was saved.
             embedder: The model that searches by image will use.
-            mmap: Leave the vectors on disk and read what a search visits: opening takes no time and little memory,
-                and several processes share it. Such an index can't be changed.
+            mmap: Leave the vectors on disk and read what a search visits: opening takes little memory, and several
+                processes share it. Such an index can't be changed.
+            verify: Read the files through and compare them with the checksums of what was saved, so that no damage
+                goes unnoticed. Without, opening with `mmap` takes no time.
 
         Raises:
-            DataError: there is no index, or its files don't belong together.
+            DataError: there is no index, its files are damaged or don't belong together.
             IndexMismatchError: the embedder is not the model that made the embeddings.
         """
-        folder = Path(folder)
-        info = load_record(IndexInfo, folder / INDEX_FILE, "index")
-        flags = 0
-        if mmap and "fs" in info.factory.rpartition("PQ")[2]:
-            raise ValueError(f"faiss can't memory-map {info.factory}: open it with mmap=False")
-        if mmap:  # lists are mapped by one flag, plain vectors and graphs by the other
-            lists = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
-            flags = lists if "IVF" in info.factory else faiss.IO_FLAG_MMAP_IFC
-        try:
-            index = faiss.read_index(str(folder / info.index_name), flags)
-            with pq.ParquetFile(folder / info.metadata_name) as file:
-                table = file.read()
-        except (OSError, RuntimeError, pa.ArrowInvalid) as error:
-            raise DataError(f"the index in {folder} can't be read: {error}") from error
-        if not index.ntotal == len(table) == info.num_items:
-            raise DataError(
-                f"the files of the index in {folder} don't belong together: {index.ntotal} vectors, {len(table)} rows "
-                f"of metadata, {info.num_items} expected"
-            )
+        index, table, info = read_index(folder, mmap, verify)
         self = cls(index, table, info, mapped=mmap)
+        self._states[Path(folder).resolve()] = info.state
         return self if embedder is None else self.use_embedder(embedder)
 
     # ---- The table
@@ -400,6 +369,12 @@ class RetrievalIndex(VectorIndex):
             raise ValueError(f"can't {verb} a memory-mapped index: open it with mmap=False")
 
 
+def _as_table(keys, ids, columns):
+    """Rows of the table; the columns of metadata in the order given."""
+    rows = {"key": pa.array(keys, pa.int64()), "id": pa.array(ids, pa.string())}
+    return pa.table(rows | {name: pa.array(values, pa.string()) for name, values in columns.items()})
+
+
 def _empty_index(factory, embedding_dim):
     """faiss index whose ids are keys of our choice, and that gives vectors back by key."""
     try:
@@ -413,4 +388,4 @@ def _empty_index(factory, embedding_dim):
     return index if isinstance(index, faiss.IndexIDMap2) else faiss.IndexIDMap2(index)
 
 
-__all__ = ["IndexInfo", "RetrievalIndex"]
+__all__ = ["IndexChangedError", "IndexInfo", "RetrievalIndex"]

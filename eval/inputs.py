@@ -93,6 +93,7 @@ def store_options(options):
         "embedding_dtype": options.embedding_dtype,
         "skip_corrupt": options.skip_corrupt,
         "progress": not options.quiet,
+        "lock_timeout": options.lock_timeout,
     }
 
 

@@ -175,12 +175,13 @@ def map_at_k(neighbour_labels, query_labels, num_relevant, k=1000):
     return (_precision_terms(hits)[:, :k].sum(1) / num_relevant.clamp(max=k)).mean().item()
 
 
-def count_relevant(query_labels, gallery_labels=None):
+def count_relevant(query_labels, gallery_labels=None, excluded=None):
     """R of each query: how many items of its class it could find.
 
     Args:
         query_labels: `(Q,)` integer.
         gallery_labels: `(G,)` integer; None: the queries are the gallery, and none counts itself.
+        excluded: `(n, 2)` integer, different pairs of a query and a gallery item that doesn't count for it.
 
     Returns:
         `(Q,)` int64, >= 0.
@@ -202,7 +203,12 @@ def count_relevant(query_labels, gallery_labels=None):
     gallery_labels = check_labels(gallery_labels, "gallery_labels").to(query_labels.device)
     classes, counts = torch.unique(gallery_labels, return_counts=True)
     position = torch.searchsorted(classes, query_labels).clamp(max=len(classes) - 1)
-    return torch.where(classes[position] == query_labels, counts[position], 0)
+    relevant = torch.where(classes[position] == query_labels, counts[position], 0)
+    if excluded is not None:
+        rows, items = excluded.to(query_labels.device).unbind(1)
+        lost = rows[query_labels[rows] == gallery_labels[items]]
+        relevant -= lost.bincount(minlength=len(relevant))
+    return relevant
 
 
 @torch.no_grad()
@@ -215,6 +221,7 @@ def retrieval_scores(
     block_size=None,
     device=None,
     map_at=(),
+    excluded=None,
 ):
     """The scores of every single query, whose means are [`retrieval_metrics`]; same arguments.
 
@@ -227,10 +234,10 @@ def retrieval_scores(
         TypeError, ValueError: as for [`retrieval_metrics`], but queries that can't be answered are no error.
     """
     blocks, query_labels, gallery_labels = check_sets(
-        query_embeddings, query_labels, gallery_embeddings, gallery_labels, device
+        query_embeddings, query_labels, gallery_embeddings, gallery_labels, device, excluded
     )
     recall_at, map_at = _check_ranks(recall_at, "recall_at"), _check_ranks(map_at, "map_at")
-    num_relevant = count_relevant(query_labels, None if blocks.excludes_self else gallery_labels)
+    num_relevant = count_relevant(query_labels, None if blocks.excludes_self else gallery_labels, blocks.excluded)
     check_block_size(block_size)
     names = [*(f"recall_at_{k}" for k in recall_at), "map_at_r", "map_at_r_published", "r_precision"]
     names += [f"map_at_{k}" for k in map_at]
@@ -263,13 +270,15 @@ def retrieval_metrics(
     block_size=None,
     device=None,
     map_at=(),
+    excluded=None,
 ):
     """Recall@K, MAP@R and R-precision of embeddings, exactly, by cosine similarity.
 
-    Without a gallery the queries are the gallery, and each query's own row is excluded by index; with one, nothing is
-    excluded. Items of equal similarity have no order: each metric is its mean over all their orders, so the order of
-    the rows changes nothing, and equal embeddings score what chance does. Queries whose class has no (other) item in
-    the gallery are left out.
+    Without a gallery the queries are the gallery, and each query's own row is excluded by index. With one, the two are
+    taken to have no item in common, as nothing in two arrays could tell: a query that is in the gallery too finds
+    itself, and counts as right, unless `excluded` says which item it is. Items of equal similarity have no order: each
+    metric is its mean over all their orders, so the order of the rows changes nothing, and equal embeddings score what
+    chance does. Queries whose class has no (other) item in the gallery are left out.
 
     Memory beside the embeddings is bounded by the block, whatever the sizes of the classes.
 
@@ -282,12 +291,14 @@ def retrieval_metrics(
         block_size: Queries at a time; None: as many as fit into 256 MiB.
         device: Where to compute; None: where the queries are.
         map_at: The K of [`map_at_k`], each >= 1 (1000 is customary), from the same similarities; none by default.
+        excluded: `(n, 2)` integer, pairs of a query and a gallery item that it may not find, of
+            `same_items(query_ids, gallery_ids)`; None: there are none.
 
     Returns:
         Dict with `recall_at_K` for each K, `map_at_r`, `map_at_r_published`, `r_precision` and `map_at_K` for each K
-        of map_at, all floats in [0, 1], and the counts `num_queries` (answered) and `num_unanswerable`. With a gallery
-        of its own there is no `map_at_r_published`: it comes of counting the query with its class, which is in another
-        set there.
+        of map_at, all floats in [0, 1], and the counts `num_queries` (answered), `num_unanswerable` and, if anything
+        was excluded, `num_in_gallery` (queries that are in the gallery too). With a gallery of its own there is no
+        `map_at_r_published`: it comes of counting the query with its class, which is in another set there.
 
     Raises:
         TypeError: embeddings aren't floating-point tensors, or labels aren't integer tensors.
@@ -303,10 +314,9 @@ def retrieval_metrics(
         >>> metrics["map_at_r"], metrics["map_at_r_published"]
         (0.5, 0.375)
     """
-    scores = retrieval_scores(
-        query_embeddings, query_labels, gallery_embeddings, gallery_labels, recall_at, block_size, device, map_at
-    )
-    return mean_scores(scores)
+    sets = (query_embeddings, query_labels, gallery_embeddings, gallery_labels)
+    scores = retrieval_scores(*sets, recall_at, block_size, device, map_at, excluded)
+    return mean_scores(scores) | count_in_gallery(excluded)
 
 
 def mean_scores(scores):
@@ -337,6 +347,12 @@ def mean_scores(scores):
         )
     metrics = {name: values[answered].mean().item() for name, values in scores.items()}
     return {**metrics, "num_queries": num_queries, "num_unanswerable": len(answered) - num_queries}
+
+
+def count_in_gallery(excluded):
+    """`{"num_in_gallery": n}`, how many queries have an item that they may not find; empty if none has."""
+    num_queries = 0 if excluded is None else len(excluded[:, 0].unique())
+    return {"num_in_gallery": num_queries} if num_queries else {}
 
 
 def _block_scores(similarity, query_labels, gallery_labels, num_relevant, recall_at, map_at, blocks):
@@ -394,12 +410,12 @@ def _hits(neighbour_labels, query_labels, num_relevant, extra_columns=None):
     return hits[answerable], num_relevant[answerable]
 
 
-def check_sets(query_embeddings, query_labels, gallery_embeddings, gallery_labels, device):
+def check_sets(query_embeddings, query_labels, gallery_embeddings, gallery_labels, device, excluded=None):
     """The similarity of two sets that fit together, and both sets' labels on its device."""
     if (gallery_embeddings is None) != (gallery_labels is None):
         missing = "gallery_embeddings" if gallery_embeddings is None else "gallery_labels"
         raise ValueError(f"gallery_embeddings and gallery_labels must be given together, got no {missing}")
-    blocks = BlockedSimilarity(query_embeddings, gallery_embeddings, device=device)
+    blocks = BlockedSimilarity(query_embeddings, gallery_embeddings, device=device, excluded=excluded)
     query_labels = check_labels(query_labels, "query_labels", length=blocks.num_queries).to(blocks.device)
     if gallery_labels is None:
         return blocks, query_labels, query_labels
@@ -415,6 +431,7 @@ def _check_ranks(ranks, name):
 
 
 __all__ = [
+    "count_in_gallery",
     "count_relevant",
     "map_at_k",
     "map_at_r",

@@ -16,13 +16,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..data_scripts.errors import DataError
-from .vector_index import Hit, VectorIndex, check_items
+from ..data_scripts.errors import DataError, some
+from .records import check_model
+from .vector_index import Hit, VectorIndex, check_items, check_texts
 
 
 _BATCH_ROWS = 1000
 _ID_LENGTH, _TEXT_LENGTH = 1024, 4096
+_LIMITS = {"max_id_bytes": _ID_LENGTH, "max_text_bytes": _TEXT_LENGTH}
 _PROPERTY = "vptsp"
+# What a text in double quotes must not hold as it is. Milvus and milvus-lite share these escapes, and no others.
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r", "\t": r"\t"})
+_PATTERN_ESCAPES = str.maketrans({"%": r"\%", "_": r"\_", "\\": "_"})
 
 
 class MilvusIndex(VectorIndex):
@@ -31,7 +36,7 @@ class MilvusIndex(VectorIndex):
     def __init__(self, client, collection, columns, properties):
         self._client = client
         self._collection = collection
-        self._columns = columns
+        self.columns = columns
         self.model = properties["model"]
         self.image_root = properties["image_root"]
         self.embedding_dim = properties["embedding_dim"]
@@ -54,6 +59,17 @@ class MilvusIndex(VectorIndex):
         if client.has_collection(collection):
             raise DataError(f"{place}: the collection {collection!r} exists; open it, or name another after '#'")
         columns = list(metadata or {})
+        values = {
+            "model": model,
+            "image_root": None if image_root is None else str(image_root),
+            "embedding_dim": embeddings.shape[1],
+        }
+        check_model(model, place)
+        self = cls(client, collection, columns, values)
+        embeddings = self._check_width(embeddings)
+        ids, checked = check_items(ids, embeddings, metadata, **_LIMITS)
+        if strange := [name for name in columns if not (name.isascii() and name.isidentifier())]:
+            raise ValueError(f"Milvus's columns have names of letters, digits and _, got {some(strange)}")
         schema = client.create_schema(auto_id=False)
         schema.add_field("id", DataType.VARCHAR, max_length=_ID_LENGTH, is_primary=True)
         for name in columns:
@@ -61,21 +77,19 @@ class MilvusIndex(VectorIndex):
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=embeddings.shape[1])
         parameters = client.prepare_index_params()
         parameters.add_index("embedding", index_type="AUTOINDEX", metric_type="IP")
-        values = {
-            "model": model,
-            "image_root": None if image_root is None else str(image_root),
-            "embedding_dim": embeddings.shape[1],
-        }
-        self = cls(client, collection, columns, values)
-        ids, checked = check_items(ids, self._check_width(embeddings), metadata)
         client.create_collection(
             collection,
             schema=schema,
             index_params=parameters,
             properties={_PROPERTY: json.dumps(values)},
-            consistency_level="Strong",
+            consistency_level="Strong",  # what was added is found at once, or it could be added again
         )
-        self._insert(ids, embeddings, checked)
+        try:
+            self._insert(ids, embeddings, checked)
+        except BaseException:
+            client.drop_collection(collection)
+            raise
+        client.load_collection(collection)
         return self
 
     @classmethod
@@ -101,19 +115,18 @@ class MilvusIndex(VectorIndex):
         return self._client.query(self._collection, output_fields=["count(*)"])[0]["count(*)"]
 
     def add(self, ids, embeddings, metadata=None):
-        """See [`VectorIndex.add`]."""
-        ids, columns = check_items(ids, self._check_width(embeddings), metadata)
-        if sorted(columns) != sorted(self._columns):
-            raise ValueError(f"metadata must have the columns {self._columns}, got {sorted(columns)}")
-        self.refuse_present(ids)
-        self._insert(ids, embeddings, columns)
+        """See [`VectorIndex.add`]; what is written when the server gives up halfway is taken out again."""
+        ids, embeddings, columns = self._check_added(ids, embeddings, metadata, **_LIMITS)
+        try:
+            self._insert(ids, embeddings, columns)
+        except BaseException:
+            self._delete(ids)  # none of them was there before
+            raise
 
     def _insert(self, ids, embeddings, columns):
-        vectors = embeddings.detach().float().cpu()
-        for start in range(0, len(ids), _BATCH_ROWS):
-            rows = range(start, min(start + _BATCH_ROWS, len(ids)))
+        for rows in _batches(range(len(ids))):
             items = [
-                {"id": ids[row], "embedding": vectors[row].tolist()}
+                {"id": ids[row], "embedding": embeddings[row].tolist()}
                 | {name: values[row] for name, values in columns.items()}
                 for row in rows
             ]
@@ -121,28 +134,33 @@ class MilvusIndex(VectorIndex):
 
     def remove(self, ids):
         """See [`VectorIndex.remove`]."""
-        ids = self.require(ids)
-        for start in range(0, len(ids), _BATCH_ROWS):
-            self._client.delete(self._collection, ids=ids[start : start + _BATCH_ROWS])
+        self._delete(self.require(ids))
+
+    def _delete(self, ids):
+        for batch in _batches(ids):
+            self._client.delete(self._collection, filter=_one_of("id", batch))
 
     def search(self, embeddings, k=10, where=None, containing=None):
-        """See [`VectorIndex.search`]; in `containing`, `%` stands for any text and `_` for any letter."""
+        """See [`VectorIndex.search`]. With a backslash in `containing` there may be fewer than k, since Milvus can't
+        look for it: it looks for any letter there, and what has another is left out afterwards."""
         queries = self._check_queries(embeddings, k)
         found = self._client.search(
             self._collection,
             data=queries.tolist(),
             limit=k,
             filter=self._expression(where, containing),
-            output_fields=self._columns,
+            output_fields=self.columns,
             search_params={"metric_type": "IP"},
         )
-        return [[Hit(hit["id"], hit["distance"], dict(hit["entity"])) for hit in hits] for hits in found]
+        results = [[Hit(hit["id"], hit["distance"], dict(hit["entity"])) for hit in hits] for hits in found]
+        if containing and "\\" in containing:
+            results = [[hit for hit in hits if _contains(hit, containing)] for hits in results]
+        return results
 
     def embeddings_of(self, ids):
         """See [`VectorIndex.embeddings_of`]."""
         ids = self.require(ids)
-        rows = self._client.get(self._collection, ids=ids, output_fields=["embedding"])
-        vectors = {row["id"]: row["embedding"] for row in rows}
+        vectors = {row["id"]: row["embedding"] for row in self._rows(ids, ["id", "embedding"])}
         return F.normalize(torch.tensor([vectors[name] for name in ids]), dim=1)
 
     def close(self):
@@ -154,25 +172,46 @@ class MilvusIndex(VectorIndex):
         return [row["id"] for row in self._client.query(self._collection, limit=count, output_fields=["id"])]
 
     def _expression(self, where, containing=None):
-        """Milvus's filter; values are written as JSON texts, which its grammar shares."""
-        parts, columns = [], ["id", *self._columns]
+        parts, columns = [], ["id", *self.columns]
         for name, values in (where or {}).items():
             if name not in columns:
                 raise ValueError(f"there is no column {name!r}; the columns are {columns}")
-            values = [values] if isinstance(values, str) else list(values)
-            parts.append(f"{name} in {json.dumps(values, ensure_ascii=False)}")
+            parts.append(_one_of(name, [values] if isinstance(values, str) else list(values)))
         if containing:
-            pattern = json.dumps(f"%{containing}%", ensure_ascii=False)
+            pattern = _quoted(f"%{containing.translate(_PATTERN_ESCAPES)}%")
             parts.append(f"({' or '.join(f'{name} like {pattern}' for name in columns)})")
         return " and ".join(parts)
 
     def present(self, ids):
         """See [`VectorIndex.present`]."""
-        ids, found = list(ids), set()
-        for start in range(0, len(ids), _BATCH_ROWS):
-            rows = self._client.get(self._collection, ids=ids[start : start + _BATCH_ROWS], output_fields=["id"])
-            found |= {row["id"] for row in rows}
-        return found
+        return {row["id"] for row in self._rows(list(ids), ["id"])}
+
+    def _rows(self, ids, fields):
+        """Rows of those ids that are there."""
+        for batch in _batches(ids):
+            yield from self._client.query(self._collection, filter=_one_of("id", batch), output_fields=fields)
+
+
+def _batches(values):
+    return (values[start : start + _BATCH_ROWS] for start in range(0, len(values), _BATCH_ROWS))
+
+
+def _one_of(name, values):
+    """Milvus's expression for a column with one of these values.
+
+    The client's own `get(ids=...)` and `delete(ids=...)` put ids between apostrophes as they are, and milvus-lite
+    knows no `filter_params`, so the quoting is here.
+    """
+    return f"{name} in [{', '.join(map(_quoted, check_texts(values, name)))}]"
+
+
+def _quoted(text):
+    """A text as Milvus's grammar writes it, whatever it holds."""
+    return f'"{text.translate(_ESCAPES)}"'
+
+
+def _contains(hit, text):
+    return any(text in value for value in (hit.id, *hit.metadata.values()))
 
 
 def _connect(place, must_exist=False):
@@ -187,7 +226,8 @@ def _connect(place, must_exist=False):
     try:
         return MilvusClient(uri), collection or "vptsp"
     except MilvusException as error:
-        raise DataError(f"{place}: can't connect to Milvus ({error})") from error
+        hint = "" if uri.startswith("http") else "; a file can be open in one process at a time"
+        raise DataError(f"{place}: can't connect to Milvus ({error}){hint}") from error
 
 
 __all__ = ["MilvusIndex"]

@@ -31,19 +31,24 @@ class BlockedSimilarity:
         query_embeddings: `(Q, E)` float of any precision, L2-normalised.
         gallery_embeddings: `(G, E)` likewise; None: the queries, and no query finds itself.
         device: Where to compute; None: where the queries are.
+        excluded: `(n, 2)` integer, pairs of a query and a gallery item that it may not find, since it is that item;
+            see [`same_items`]. None: the gallery holds none of the queries.
 
     Raises:
-        TypeError: embeddings aren't floating-point tensors.
-        ValueError: wrong shape, empty, NaN or infinite values, or not L2-normalised.
+        TypeError: embeddings aren't floating-point tensors, or excluded isn't an integer tensor.
+        ValueError: wrong shape, empty, NaN or infinite values, or not L2-normalised; excluded is out of range or
+            given without a gallery.
 
     Attributes:
         num_queries: Q.
         num_gallery: G.
-        num_retrievable: Gallery items that a query can find: G, or Q - 1 where the queries are the gallery.
+        num_retrievable: Gallery items that a query can find: G, or Q - 1 where the queries are the gallery. Those that
+            are excluded for it are among them, and come last.
+        excluded: As above.
         dtype: float64 if either input is, else float32.
     """
 
-    def __init__(self, query_embeddings, gallery_embeddings=None, *, device=None):
+    def __init__(self, query_embeddings, gallery_embeddings=None, *, device=None, excluded=None):
         check_embeddings(query_embeddings, "query_embeddings")
         self.excludes_self = gallery_embeddings is None
         if self.excludes_self:
@@ -65,7 +70,25 @@ class BlockedSimilarity:
             self._queries if self.excludes_self else gallery_embeddings.detach().to(self.device, self.dtype)
         )
         self._copies, self._originals = _find_copies(self._gallery)
+        self.excluded = None if excluded is None else self._check_excluded(excluded)
         self._buffer = None
+
+    def _check_excluded(self, excluded):
+        if not isinstance(excluded, torch.Tensor) or excluded.is_floating_point() or excluded.dtype == torch.bool:
+            got = excluded.dtype if isinstance(excluded, torch.Tensor) else type(excluded).__name__
+            raise TypeError(f"excluded must be an integer tensor, got {got}")
+        if self.excludes_self:
+            raise ValueError("excluded is for a gallery of its own: without one, each query's own row is excluded")
+        if excluded.ndim != 2 or excluded.shape[1] != 2:
+            raise ValueError(f"excluded must have shape (pairs, 2), got {tuple(excluded.shape)}")
+        excluded = excluded.to(self.device, torch.int64)
+        sizes = torch.tensor([self.num_queries, self.num_gallery], device=self.device)
+        if ((excluded < 0) | (excluded >= sizes)).any():
+            raise ValueError(
+                f"excluded must hold rows of the {self.num_queries} queries and {self.num_gallery} gallery items, got "
+                f"{excluded.amin(0).tolist()} to {excluded.amax(0).tolist()}"
+            )
+        return excluded.unique(dim=0)
 
     def block_size(self, k, num_bytes=_BLOCK_BYTES):
         """Number of queries whose similarities and k best fit into `num_bytes`, temporaries included; at least 1."""
@@ -80,8 +103,8 @@ class BlockedSimilarity:
             indices: `(b,)` int64, which queries.
 
         Returns:
-            `(b, G)` in [-1, 1] up to rounding; -inf where a query meets itself. The memory is used again by the next
-            call.
+            `(b, G)` in [-1, 1] up to rounding; -inf where a query meets what it may not find. The memory is used again
+            by the next call.
         """
         if self._buffer is None or len(self._buffer) < len(indices):
             self._buffer = torch.empty(len(indices), self.num_gallery, dtype=self.dtype, device=self.device)
@@ -93,11 +116,16 @@ class BlockedSimilarity:
             similarity.index_copy_(1, self._copies, similarity.index_select(1, self._originals))
         if self.excludes_self:  # after the copies, or a copy of the query would be masked with it
             similarity[torch.arange(len(indices), device=self.device), indices] = -torch.inf
+        if self.excluded is not None:
+            places = torch.full((self.num_queries,), -1, device=self.device)
+            places[indices] = torch.arange(len(indices), device=self.device)
+            rows, columns = places[self.excluded[:, 0]], self.excluded[:, 1]
+            similarity[rows[rows >= 0], columns[rows >= 0]] = -torch.inf
         return similarity
 
 
 @torch.no_grad()
-def nearest_neighbours(query_embeddings, k, gallery_embeddings=None, *, block_size=None, device=None):
+def nearest_neighbours(query_embeddings, k, gallery_embeddings=None, *, block_size=None, device=None, excluded=None):
     """The k most similar gallery items of every query, exactly.
 
     Among items of equal similarity (copies of one image, say) the one with the lower gallery index comes first, also
@@ -109,6 +137,8 @@ def nearest_neighbours(query_embeddings, k, gallery_embeddings=None, *, block_si
         gallery_embeddings: `(G, E)` likewise; None: the queries, each one's own row excluded by index.
         block_size: Queries at a time; None: as many as fit into 256 MiB.
         device: Where to compute; None: where the queries are.
+        excluded: `(n, 2)` integer, pairs of a query and a gallery item that it may not find ([`same_items`]). k must
+            leave room for them.
 
     Returns:
         similarity: `(Q, k)` float32 (float64 for float64 embeddings), in [-1, 1] up to rounding, largest first.
@@ -124,10 +154,13 @@ def nearest_neighbours(query_embeddings, k, gallery_embeddings=None, *, block_si
         >>> index.flatten().tolist()
         [1, 2, 1]
     """
-    blocks = BlockedSimilarity(query_embeddings, gallery_embeddings, device=device)
-    if not 1 <= k <= blocks.num_retrievable:
+    blocks = BlockedSimilarity(query_embeddings, gallery_embeddings, device=device, excluded=excluded)
+    can_find = blocks.num_retrievable
+    if excluded is not None and len(excluded):
+        can_find -= int(blocks.excluded[:, 0].bincount().max())
+    if not 1 <= k <= can_find:
         raise ValueError(
-            f"k must be between 1 and the {blocks.num_retrievable} items that a query can find, got {k}"
+            f"k must be between 1 and the {can_find} items that a query can find, got {k}"
             + (" (the queries are the gallery, and no query finds itself)" if blocks.excludes_self else "")
         )
     similarity = torch.empty(blocks.num_queries, k, dtype=blocks.dtype, device=query_embeddings.device)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..data_scripts.errors import DataError, some
 from ..files.atomic import write_text
+from ..files.digests import DamagedFileError, check_file
 
 
 def save_record(path, record):
@@ -28,7 +29,8 @@ def load_record(cls, path, what):
     """Read what [`save_record`] wrote.
 
     Args:
-        cls: The dataclass; its default `format_version` is the only one it reads.
+        cls: The dataclass; its default `format_version` is the only one it reads. Fields whose metadata say
+            `optional` may be missing, since older versions didn't write them; they have their defaults then.
         path: The file.
         what: What its folder would be, for errors.
 
@@ -42,16 +44,48 @@ def load_record(cls, path, what):
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} must hold the fields of a {what}, got a {type(values).__name__}")
     expected = {item.name: item.default for item in fields(cls)}
+    values = {item.name: item.default for item in fields(cls) if item.metadata.get("optional")} | values
     version = values.get("format_version")
     if version != expected["format_version"]:
         raise DataError(f"{path} must have format_version {expected['format_version']}, got {version!r}")
     if different := set(expected) ^ set(values):
         raise DataError(f"{path} has missing or unknown fields: {some(sorted(different))}")
+    if not isinstance(values["image_root"], (str, type(None))):
+        raise DataError(f"{path} must have a text or null as image_root, got {values['image_root']!r}")
+    check_model(values["model"], path)
     values["image_root"] = _resolve(values["image_root"], path.parent)
     if values["model"] is not None:
         values["model"]["name"] = _resolve(values["model"]["name"], path.parent)
     return cls(**values)
+
+
+def check_model(model, owner):
+    """A DataError unless this says who made embeddings: a dict with at least `name` and `fingerprint`, or None."""
+    if model is not None and not (isinstance(model, dict) and {"name", "fingerprint"} <= set(model)):
+        raise DataError(f"{owner} must have a model with name and fingerprint, or none, got {model!r}")
+
+
+def check_files(folder, records, names):
+    """Compare the files of a folder with the records that were made when they were written.
+
+    Args:
+        folder: Where they lie.
+        records: Name -> what `file_record` gave.
+        names: Those that there must be a record of.
+
+    Raises:
+        DataError: a file is missing or damaged, or has no record; the message names it.
+    """
+    try:
+        for name in names:
+            check_file(folder, name, records[name])
+    except DamagedFileError as error:
+        raise DataError(str(error)) from error
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{folder} lists no size and checksum of {name}: it is damaged") from error
 
 
 def _portable(path, folder):
@@ -70,4 +104,4 @@ def _resolve(name, folder):
     return name
 
 
-__all__ = ["load_record", "save_record"]
+__all__ = ["check_files", "check_model", "load_record", "save_record"]

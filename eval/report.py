@@ -16,7 +16,9 @@ import torch
 from ..data_scripts.errors import DataError
 from ..files.atomic import write_text
 from .intervals import compare_paired
-from .metrics import retrieval_scores
+from .markdown import code_span
+from .metrics import count_in_gallery, retrieval_scores
+from .overlap import same_stored_images
 from .sources import UNLABELLED
 from .summary import embedding_metrics
 
@@ -35,20 +37,23 @@ DEFINITIONS = {
     "spectral_decay": "KL divergence of the normalised singular values from uniform",
     "num_queries": "queries that can be answered",
     "num_unanswerable": "queries left out, since their class has no other item",
+    "num_in_gallery": "queries that are in the gallery too, where they may not find themselves",
     "num_clusters": "clusters of k-means",
 }
 _FRACTIONS = ("recall_at", "map_at", "r_precision", "nmi", "pairwise_f1")
 
 
 def labelled_sets(queries, gallery=None):
-    """Embeddings and labels of stores, as [`retrieval_scores`] takes them.
+    """Embeddings and labels of stores, and what may not be found, as [`retrieval_scores`] takes them.
 
     Args:
         queries: [`EmbeddingStore`], all of its items with a class.
-        gallery: Another of the same model, or None. Classes of the same name are the same class.
+        gallery: Another of the same model, or None. Classes of the same name are the same class, and queries that are
+            in it too, by id or content, are excluded there.
 
     Returns:
-        Query embeddings `(Q, E)`, query labels `(Q,)`, gallery embeddings and labels or None twice.
+        Dict of `query_embeddings` `(Q, E)`, `query_labels` `(Q,)`, and with a gallery `gallery_embeddings`,
+        `gallery_labels` and `excluded`.
 
     Raises:
         DataError: an item has no class, or the stores are of two models.
@@ -61,7 +66,7 @@ def labelled_sets(queries, gallery=None):
                 "(images that lie in no class folder)"
             )
     if gallery is None:
-        return queries.embeddings, queries.labels, None, None
+        return {"query_embeddings": queries.embeddings, "query_labels": queries.labels}
     if queries.info.model["fingerprint"] != gallery.info.model["fingerprint"]:
         raise DataError(
             f"queries and gallery must be embeddings of one model, got {queries.info.model['name']} in "
@@ -69,7 +74,13 @@ def labelled_sets(queries, gallery=None):
         )
     numbers = {name: i for i, name in enumerate(sorted({*queries.class_names, *gallery.class_names}))}
     labels = [torch.tensor([numbers[name] for name in store.class_names]) for store in (queries, gallery)]
-    return queries.embeddings, labels[0], gallery.embeddings, labels[1]
+    return {
+        "query_embeddings": queries.embeddings,
+        "query_labels": labels[0],
+        "gallery_embeddings": gallery.embeddings,
+        "gallery_labels": labels[1],
+        "excluded": same_stored_images(queries, gallery),
+    }
 
 
 def evaluate_stores(queries, gallery=None, **options):
@@ -85,8 +96,9 @@ def evaluate_stores(queries, gallery=None, **options):
     Raises:
         DataError: an item has no class, or the stores don't fit together.
     """
-    metrics = embedding_metrics(*labelled_sets(queries, gallery), **options)
-    return {"model": queries.info.model, "data": _described(queries, gallery), "metrics": metrics}
+    sets = labelled_sets(queries, gallery)
+    metrics = embedding_metrics(**sets, **options)
+    return {"model": queries.info.model, "data": _described(queries, gallery, sets), "metrics": metrics}
 
 
 def compare_stores(
@@ -121,8 +133,11 @@ def compare_stores(
                 f"{one.folder} and {other.folder}"
             )
     sets = [labelled_sets(first, first_gallery), labelled_sets(second, second_gallery)]
-    scores = [retrieval_scores(*arguments, recall_at=recall_at) for arguments in sets]
-    clusters = sets[0][1] if resample == "classes" else None
+    if first_gallery is not None:  # one of the stores may know more about the same images than the other
+        excluded = torch.cat([part["excluded"] for part in sets]).unique(dim=0)
+        sets = [{**part, "excluded": excluded} for part in sets]
+    scores = [retrieval_scores(**arguments, recall_at=recall_at) for arguments in sets]
+    clusters = sets[0]["query_labels"] if resample == "classes" else None
     comparison = {
         name: asdict(compare_paired(values, scores[1][name], clusters, confidence, seed=seed))
         for name, values in scores[0].items()
@@ -130,18 +145,20 @@ def compare_stores(
     return {
         "first": first.info.model,
         "second": second.info.model,
-        "data": _described(first, first_gallery),
+        "data": _described(first, first_gallery, sets[0]),
         "resample": resample,
         "comparison": comparison,
     }
 
 
-def _described(queries, gallery):
-    sets = {"queries": queries} if gallery is None else {"queries": queries, "gallery": gallery}
-    return {
+def _described(queries, gallery, sets):
+    stores = {"queries": queries} if gallery is None else {"queries": queries, "gallery": gallery}
+    described = {
         name: {**store.info.data, "images": len(store), "skipped": len(store.info.skipped)}
-        for name, store in sets.items()
+        for name, store in stores.items()
     }
+    described["queries"] |= count_in_gallery(sets.get("excluded"))
+    return described
 
 
 def write_report(folder, report):
@@ -159,7 +176,7 @@ def write_report(folder, report):
 def metrics_table(report):
     """Markdown of what [`evaluate_stores`] returned; shares in percent."""
     model, metrics = report["model"], report["metrics"]
-    lines = [f"# {model['name']}", "", f"{model['kind']}, fingerprint {model['fingerprint'][:12]}", ""]
+    lines = [f"# {code_span(model['name'])}", "", f"{model['kind']}, fingerprint {model['fingerprint'][:12]}", ""]
     lines += _data_lines(report)
     with_intervals = any(name.endswith("_low") for name in metrics)
     columns = ["measure", "value", *(["interval"] if with_intervals else []), "what it is"]
@@ -178,7 +195,7 @@ def metrics_table(report):
 def comparison_table(report):
     """Markdown of what [`compare_stores`] returned; shares in percent."""
     lines = [
-        f"# {report['first']['name']} against {report['second']['name']}",
+        f"# {code_span(report['first']['name'])} against {code_span(report['second']['name'])}",
         "",
         *_data_lines(report),
         "",
@@ -196,8 +213,9 @@ def comparison_table(report):
 
 def _data_lines(report):
     return [
-        f"- {name}: {data['description']}, {data['images']:,} images"
+        f"- {name}: {code_span(data['description'])}, {data['images']:,} images"
         + (f", {data['skipped']:,} skipped" if data["skipped"] else "")
+        + (f", {data['num_in_gallery']:,} of them in the gallery too: excluded" if "num_in_gallery" in data else "")
         for name, data in report["data"].items()
     ]
 

@@ -15,6 +15,7 @@ from .embedding_map import choose_mapped, map_embeddings, save_embedding_map
 from .failures import choose_failures, find_failures, save_failure_grid
 from .metrics import count_relevant
 from .neighbours import nearest_neighbours
+from .overlap import select_pairs
 from .pictures import choose_queries, save_neighbour_grid
 from .proxy_curves import save_proxy_movement
 
@@ -33,7 +34,8 @@ class EvaluatedImages:
         dataset: An [`ImageDataset`] or [`StreamedImages`], or a dict of two, `query` and `gallery`: whatever has
             `open_images(rows)`, `class_names` and, for attention, `transform`.
         embeddings: `VPTSPTrainer.last_evaluated`: a dict of `query` and `gallery`, each a pair of embeddings `(N, E)`
-            and labels `(N,)` in the data set's order; the gallery's are None where the queries are the gallery.
+            and labels `(N,)` in the data set's order; the gallery's are None where the queries are the gallery. Its
+            `excluded`, if there, are pairs of a query and a gallery item that it may not find.
     """
 
     dataset: object
@@ -47,6 +49,8 @@ class EvaluatedImages:
         self.gallery_rows, self.gallery_labels, self.gallery_embeddings = self.query_rows, self.query_labels, None
         if both:
             self.gallery_rows, self.gallery_embeddings, self.gallery_labels = _readable(*self.embeddings["gallery"])
+        pairs = self.embeddings.get("excluded")
+        self.excluded = None if pairs is None else select_pairs(pairs, self.query_rows, self.gallery_rows)
 
     @property
     def sets(self):
@@ -58,7 +62,15 @@ class EvaluatedImages:
     def neighbours(self):
         """The eight nearest neighbours of every query: similarity and index, `(Q, 8)`, fewer in a small gallery."""
         most = len(self.gallery_labels) - int(self.gallery_embeddings is None)
-        return nearest_neighbours(self.query_embeddings, min(8, most), self.gallery_embeddings)
+        if self.excluded is not None and len(self.excluded):
+            most -= int(self.excluded[:, 0].bincount().max())
+        return nearest_neighbours(self.query_embeddings, min(8, most), self.gallery_embeddings, excluded=self.excluded)
+
+    @functools.cached_property
+    def num_relevant(self):
+        """`(Q,)` int64, R of each query; see [`count_relevant`]."""
+        gallery_labels = None if self.gallery_embeddings is None else self.gallery_labels
+        return count_relevant(self.query_labels, gallery_labels, self.excluded)
 
     def query_images(self, chosen):
         """Images of some queries, a list in their order."""
@@ -96,7 +108,7 @@ def draw_neighbours(path, evaluated, count=8, seed=0):
 
 def draw_failures(path, evaluated, count=8):
     """The worst failures, spread over the classes, with what was found instead and the first right neighbour."""
-    failures = find_failures(*evaluated.sets)
+    failures = find_failures(*evaluated.sets, excluded=evaluated.excluded)
     places = choose_failures(failures, evaluated.query_labels, count)
     chosen, right, ranks = failures.query[places], failures.right[places], failures.rank[places].tolist()
     nearest, index = (values[chosen] for values in evaluated.neighbours)
@@ -121,8 +133,7 @@ def draw_failures(path, evaluated, count=8):
 def draw_confusion(path, evaluated, count=6):
     """The classes most often taken for another, with examples."""
     similarity, index = (values[:, 0] for values in evaluated.neighbours)
-    gallery_labels = None if evaluated.gallery_embeddings is None else evaluated.gallery_labels
-    relevant = count_relevant(evaluated.query_labels, gallery_labels)
+    relevant = evaluated.num_relevant
     found = evaluated.gallery_labels[index]
     pairs = confused_pairs(evaluated.query_labels, found, relevant, similarity)
     examples = torch.tensor([pair.example for pair in pairs[:count]], dtype=torch.int64)

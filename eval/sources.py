@@ -37,7 +37,7 @@ class ImageSource:
         image_root: Folder that the ids are relative to; None where the images are in no folder.
 
     Raises:
-        DataError: there are no images, or two have the same id.
+        DataError: there are no images, two have the same id, or an id or class is not valid UTF-8.
     """
 
     ids: list[str]
@@ -53,6 +53,9 @@ class ImageSource:
         twice = [name for name, count in Counter(self.ids).items() if count > 1]
         if twice:
             raise DataError(f"{self.description}: each image must be there once, got several of {some(twice)}")
+        for name in [*self.ids, *self.class_names]:
+            if not name.isascii() and name != name.encode(errors="replace").decode():
+                raise DataError(f"{self.description}: {name!r} is not valid UTF-8, and can't be stored: rename it")
 
     def __len__(self):
         return len(self.ids)
@@ -85,13 +88,25 @@ class ImageSource:
         return digest.hexdigest()
 
     def _content_digest(self, row):
-        stored = self.stored(row)
-        if isinstance(stored, bytes):
-            return hashlib.blake2b(stored, digest_size=32).digest()
-        try:
-            return hashlib.blake2b(Path(stored).read_bytes(), digest_size=32).digest()
-        except OSError as error:
-            raise DataError(f"{stored}: can't read this file ({error.strerror or error})") from error
+        return content_digest(self.stored(row))
+
+
+def content_digest(stored):
+    """BLAKE2b of an image's file, 32 bytes.
+
+    Args:
+        stored: Its path or contents.
+
+    Raises:
+        DataError: the file can't be read; the message names it.
+    """
+    if isinstance(stored, bytes):
+        return hashlib.blake2b(stored, digest_size=32).digest()
+    try:
+        with Path(stored).open("rb") as stream:
+            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).digest()
+    except OSError as error:
+        raise DataError(f"{stored}: can't read this file ({error.strerror or error})") from error
 
 
 def folder_source(folder):
@@ -208,4 +223,4 @@ def _common_root(files, preferred):
     return Path(os.path.commonpath([os.path.dirname(file) for file in files])) if files else preferred  # noqa: PTH120
 
 
-__all__ = ["UNLABELLED", "ImageSource", "folder_source", "list_source", "split_source"]
+__all__ = ["UNLABELLED", "ImageSource", "content_digest", "folder_source", "list_source", "split_source"]

@@ -7,16 +7,18 @@
 
 Parquet, since one file then holds ids, classes and vectors, any tool reads it, and its fixed-size lists come out as
 one block of memory without a copy per row; safetensors would need a second file for the texts. Columns: `id` (text),
-`label` (int64, -1 without a class), `class_name` (text), `embedding` (list of E float32 or float16).
+`label` (int64, -1 without a class), `class_name` (text), `content` (text: BLAKE2b of the image's file, in hexadecimal
+digits), `embedding` (list of E float32 or float16).
 
 Shards hold `shard_size` rows each, in the order of the data, whoever wrote them: `shard-00003-of-00012.parquet` has
 the rows from 3 * shard_size. They appear under their names only when they are complete, and `store.json` says
-`complete` only when all are there.
+`complete` only when all are there. It then holds the size and SHA-256 of each, which are compared when it is opened.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,8 +30,12 @@ import torch
 
 from ..data_scripts.errors import DataError, some
 from ..files.atomic import TEMPORARY_SUFFIX, atomic_path
-from .records import load_record, save_record
+from ..files.digests import file_record
+from ..files.locks import LOCK_FILE, locked
+from .records import check_files, load_record, save_record
 
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 STORE_FILE = "store.json"
@@ -52,6 +58,7 @@ class StoreInfo:
         skipped: Ids of images that could not be read; known when the store is complete.
         complete: Whether all shards are there.
         format_version: Of this layout.
+        files: Name -> `bytes` and `sha256` of each shard of a complete store; None where an older version wrote it.
     """
 
     model: dict
@@ -64,6 +71,7 @@ class StoreInfo:
     skipped: list[str] = field(default_factory=list)
     complete: bool = False
     format_version: int = FORMAT_VERSION
+    files: dict | None = field(default=None, metadata={"optional": True})
 
     @property
     def num_shards(self):
@@ -71,6 +79,10 @@ class StoreInfo:
 
     def shard_name(self, shard):
         return f"shard-{shard:05d}-of-{self.num_shards:05d}.parquet"
+
+    @property
+    def shard_names(self):
+        return [self.shard_name(shard) for shard in range(self.num_shards)]
 
     def shard_rows(self, shard):
         """The rows of the data that a shard holds, a range."""
@@ -86,32 +98,57 @@ def load_store_info(folder):
     return load_record(StoreInfo, Path(folder) / STORE_FILE, "store of embeddings")
 
 
-def begin_store(folder, info):
-    """Make the folder of a store, or find what an earlier run left in it.
+def find_store(folder, info):
+    """What an earlier run left in a folder that is to be a store; None in a new or empty one.
 
     Args:
         folder: New, empty, or that of a store of the same embeddings.
         info: What is to be stored.
 
-    Returns:
-        The [`StoreInfo`] of the folder: `info`, or that of a store which is complete already.
-
     Raises:
         DataError: the folder holds something else: another model's embeddings, other data, other files.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        leftover.unlink()
     if (folder / STORE_FILE).is_file():
         found = load_store_info(folder)
         _refuse_other(folder, found, info)
         return found
-    others = sorted(path.name for path in folder.iterdir())
-    if others:
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if others := sorted(name for name in names if name != LOCK_FILE and not _is_temporary(name)):
         raise DataError(f"{folder} must be a new or empty folder or a store, got one with {some(others)}")
-    save_record(Path(folder) / STORE_FILE, info)
-    return info
+    return None
+
+
+def store_lock(folder, timeout):
+    """Context that keeps other processes from writing to a store; see [`locked`]."""
+    return locked(Path(folder) / LOCK_FILE, f"the store {folder}", timeout)
+
+
+def begin_store(folder, info):
+    """Make a folder a store, or clear away what an interrupted run left half written. The caller holds the lock.
+
+    Args:
+        folder, info: As for [`find_store`].
+
+    Returns:
+        The [`StoreInfo`] of the folder: `info`, or that of an earlier run.
+
+    Raises:
+        DataError: as [`find_store`].
+    """
+    folder = Path(folder)
+    found = find_store(folder, info)
+    if found is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_record(folder / STORE_FILE, info)
+    for path in folder.iterdir():
+        if _is_temporary(path.name):
+            path.unlink()
+    return found or info
+
+
+def _is_temporary(name):
+    return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
 
 
 def _refuse_other(folder, found, wanted):
@@ -139,7 +176,7 @@ def missing_shards(folder, info):
     return [shard for shard in range(info.num_shards) if not (Path(folder) / info.shard_name(shard)).is_file()]
 
 
-def write_shard(folder, info, shard, ids, labels, class_names, embeddings, skipped=()):
+def write_shard(folder, info, shard, ids, labels, class_names, embeddings, skipped=(), contents=None):
     """Write one shard, in one go.
 
     Args:
@@ -148,37 +185,57 @@ def write_shard(folder, info, shard, ids, labels, class_names, embeddings, skipp
         ids, labels, class_names: Of its rows.
         embeddings: `(rows, E)` float32.
         skipped: Ids of the rows that are left out, since their images can't be read.
+        contents: Digests of the rows' images (`content_digest`); None where they are not known.
     """
     values = embeddings.numpy().astype(info.embedding_dtype).ravel()
     columns = {
         "id": pa.array(ids, pa.string()),
         "label": pa.array(labels, pa.int64()),
         "class_name": pa.array(class_names, pa.string()),
+        **({} if contents is None else {"content": pa.array(contents, pa.string())}),
         "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values), info.embedding_dim),
     }
     table = pa.table(columns).replace_schema_metadata({_SKIPPED: json.dumps(list(skipped))})
     with atomic_path(Path(folder) / info.shard_name(shard)) as path:
         # No compression: embeddings have no redundancy that it would find
-        pq.write_table(table, path, compression="none", use_dictionary=["class_name"])
+        pq.write_table(table, path, compression="none", use_dictionary=["class_name"], write_page_checksum=True)
 
 
 def finish_store(folder, info):
-    """Declare a store complete, once all shards are there, and collect what was skipped.
+    """Declare a store complete, once all shards are there; collect what was skipped, and the shards' checksums.
 
     Raises:
-        DataError: a shard is missing, or all images were skipped.
+        DataError: a shard is missing or damaged, or all images were skipped.
     """
+    folder = Path(folder)
     missing = missing_shards(folder, info)
     if missing:
         raise DataError(f"{folder}: {len(missing)} of {info.num_shards} shards are missing, the first is {missing[0]}")
-    info.skipped = []
-    for shard in range(info.num_shards):
-        schema = pq.read_schema(Path(folder) / info.shard_name(shard))
-        info.skipped += json.loads(schema.metadata[_SKIPPED])
+    info.skipped, info.files = [], {}
+    for shard, name in enumerate(info.shard_names):
+        skipped = _check_shard(folder / name, len(info.shard_rows(shard)))
+        info.skipped += skipped
+        info.files[name] = file_record(folder / name)
     if len(info.skipped) == info.num_images:
         raise DataError(f"{folder}: none of the {info.num_images} images can be read")
     info.complete = True
-    save_record(Path(folder) / STORE_FILE, info)
+    save_record(folder / STORE_FILE, info)
+
+
+def _check_shard(path, num_rows):
+    """Ids that a shard skipped, if it can be read through (Parquet's own checksums included) and is complete."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            skipped = json.loads(file.schema_arrow.metadata[_SKIPPED])
+            found = sum(len(batch) for batch in file.iter_batches())
+    except (OSError, KeyError, ValueError) as error:  # pyarrow's errors are among them
+        raise DataError(f"{path} can't be read ({error}): delete it, and it will be made anew") from error
+    if found + len(skipped) != num_rows:
+        raise DataError(
+            f"{path} has {found} rows and {len(skipped)} skipped images, expected {num_rows} in all: delete it, and "
+            "it will be made anew"
+        )
+    return skipped
 
 
 class EmbeddingStore:
@@ -198,7 +255,7 @@ class EmbeddingStore:
         """Open a store.
 
         Raises:
-            DataError: the folder is no store, or its embedding was interrupted.
+            DataError: the folder is no store, its embedding was interrupted, or a shard is missing or damaged.
         """
         info = load_store_info(folder)
         if not info.complete:
@@ -207,7 +264,26 @@ class EmbeddingStore:
                 f"{folder} is not complete ({done} of {info.num_shards} shards): run the command that wrote it once "
                 "more, it will go on where it stopped"
             )
-        return cls(folder, info)
+        self = cls(folder, info)
+        try:
+            self._check()
+        except DataError as error:
+            raise DataError(f"{error}. Delete the store, and the command that wrote it makes it anew") from error
+        return self
+
+    def _check(self):
+        if self.info.files is not None:
+            check_files(self.folder, self.info.files, self.info.shard_names)
+        elif missing := missing_shards(self.folder, self.info):
+            raise DataError(f"{self.folder} lacks {some(self.info.shard_name(shard) for shard in missing)}")
+        else:
+            logger.warning("the store %s was written without checksums: damage can't be noticed", self.folder)
+        try:
+            found = len(self._names)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.folder} can't be read ({error})") from error
+        if found != len(self):
+            raise DataError(f"{self.folder} has {found} rows, expected {len(self)}: it is damaged")
 
     def __len__(self):
         return self.info.num_images - len(self.info.skipped)
@@ -239,6 +315,14 @@ class EmbeddingStore:
         return self._names.column("class_name").to_pylist()
 
     @cached_property
+    def contents(self):
+        """n digests of the images' files, in hexadecimal; None where the store doesn't know them (older versions)."""
+        shards = [self._read_shard(shard, ["content"]) for shard in range(self.info.num_shards)]
+        if not all(shard.num_columns for shard in shards):
+            return None
+        return pa.concat_tables(shards).column("content").to_pylist()
+
+    @cached_property
     def embeddings(self):
         """`(n, E)` float32 tensor, L2-normalised; read shard by shard into one block of memory."""
         block = torch.empty(len(self), self.info.embedding_dim)
@@ -260,7 +344,9 @@ __all__ = [
     "EmbeddingStore",
     "StoreInfo",
     "begin_store",
+    "find_store",
     "finish_store",
     "missing_shards",
+    "store_lock",
     "write_shard",
 ]

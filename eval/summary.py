@@ -9,7 +9,7 @@ import torch
 from .clustering import clustering_metrics
 from .geometry import geometry_metrics
 from .intervals import bootstrap_interval
-from .metrics import mean_scores, retrieval_metrics, retrieval_scores
+from .metrics import count_in_gallery, mean_scores, retrieval_metrics, retrieval_scores
 
 
 def embedding_metrics(
@@ -26,14 +26,15 @@ def embedding_metrics(
     num_resamples=2000,
     seed=0,
     device=None,
+    excluded=None,
 ):
     """Retrieval, clustering and geometry of embeddings, with confidence intervals on demand.
 
     Similarities are computed once. Clustering and geometry look at all items: those of the gallery too, where there
-    is one.
+    is one, and each once.
 
     Args:
-        query_embeddings, query_labels, gallery_embeddings, gallery_labels, recall_at, map_at, device: As of
+        query_embeddings, query_labels, gallery_embeddings, gallery_labels, recall_at, map_at, device, excluded: As of
             [`retrieval_metrics`].
         clustering: Whether to add [`clustering_metrics`]; k-means takes longest where there are many classes.
         geometry: Whether to add [`geometry_metrics`].
@@ -60,10 +61,9 @@ def embedding_metrics(
     """
     if resample not in ("classes", "queries"):
         raise ValueError(f"resample must be 'classes' or 'queries', got {resample!r}")
-    scores = retrieval_scores(
-        query_embeddings, query_labels, gallery_embeddings, gallery_labels, recall_at, device=device, map_at=map_at
-    )
-    metrics = mean_scores(scores)
+    sets = (query_embeddings, query_labels, gallery_embeddings, gallery_labels)
+    scores = retrieval_scores(*sets, recall_at, device=device, map_at=map_at, excluded=excluded)
+    metrics = mean_scores(scores) | count_in_gallery(excluded)
     if confidence is not None:
         clusters = query_labels if resample == "classes" else None
         for name, values in scores.items():
@@ -73,6 +73,10 @@ def embedding_metrics(
         return metrics
     embeddings, labels = query_embeddings, query_labels
     if gallery_embeddings is not None:
+        if excluded is not None:  # they are in the gallery
+            alone = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+            alone[excluded[:, 0].to(labels.device)] = False
+            embeddings, labels = embeddings[alone.to(embeddings.device)], labels[alone]
         embeddings = torch.cat([embeddings, gallery_embeddings.to(embeddings.device)])
         labels = torch.cat([labels, gallery_labels.to(labels.device)])
     if clustering:

@@ -72,16 +72,17 @@ def rank_with_ties(similarity, query_labels, gallery_labels, depth):
     """The first ranks of some queries, with their ties counted over the whole gallery.
 
     Args:
-        similarity: `(b, G)` float; -inf where an item may not be found.
+        similarity: `(b, G)` float; -inf where an item may not be found: it comes last, and is no hit.
         query_labels: `(b,)` int64.
         gallery_labels: `(G,)` int64.
-        depth: Number of ranks K; at least that many items of each row can be found.
+        depth: Number of ranks K <= G.
 
     Returns:
         `TiedRanking` with fields of shape `(b, depth)`.
     """
     values, columns = similarity.topk(min(depth + 1, similarity.shape[1]), dim=1)
     hits = gallery_labels[columns[:, :depth]] == query_labels[:, None]
+    hits &= values[:, :depth].isfinite()
     ranks = torch.arange(depth, device=values.device).expand(len(values), depth)
     hits_so_far = torch.nn.functional.pad(hits.cumsum(1), (1, 0))  # (b, depth + 1)
 
@@ -102,7 +103,7 @@ def rank_with_ties(similarity, query_labels, gallery_labels, depth):
             last = ends[cut] == depth
             equal = similarity[cut] == values[cut, depth, None]
             size[cut] = torch.where(last, equal.sum(1, keepdim=True), size[cut])
-            equal &= gallery_labels == query_labels[cut, None]
+            equal &= (gallery_labels == query_labels[cut, None]) & similarity[cut].isfinite()
             group_hits[cut] = torch.where(last, equal.sum(1, keepdim=True), group_hits[cut])
     return TiedRanking(before=before, size=size, hits_before=hits_before, hits=group_hits)
 

@@ -7,10 +7,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from ..data_scripts.errors import some
 from .checks import check_embeddings
+
+
+# What the indexes call their own columns
+RESERVED_COLUMNS = ("key", "id", "embedding")
 
 
 class Hit(NamedTuple):
@@ -38,12 +43,14 @@ class VectorIndex(ABC):
         model: Who made the embeddings: dict with `name` and `fingerprint`; None where nobody said.
         embedding_dim: E.
         image_root: Folder that the ids are relative to, or None.
+        columns: Names of the metadata.
         embedder: [`Embedder`] for searches by image, or None.
     """
 
     model: dict | None
     embedding_dim: int
     image_root: str | None
+    columns: list[str]
     embedder = None
 
     def use_embedder(self, embedder):
@@ -72,7 +79,7 @@ class VectorIndex(ABC):
 
     @abstractmethod
     def add(self, ids, embeddings, metadata=None):
-        """Add items.
+        """Add items. All is checked before anything is changed: after an error the index is as it was.
 
         Args:
             ids: n different texts, none of them in the index.
@@ -158,6 +165,15 @@ class VectorIndex(ABC):
             raise ValueError("searching by image needs a model: open the index with embedder=..., or use_embedder")
         return self.search(self.embedder.embed_images(images), k, where, containing)
 
+    def _check_added(self, ids, embeddings, metadata, **limits):
+        """Ids, embeddings `(n, E)` float32 on the CPU, and metadata, if `add` can take them; else its errors."""
+        embeddings = self._check_width(embeddings)
+        ids, columns = check_items(ids, embeddings, metadata, **limits)
+        if sorted(columns) != sorted(self.columns):
+            raise ValueError(f"metadata must have the columns {self.columns}, got {sorted(columns)}")
+        self.refuse_present(ids)
+        return ids, embeddings, columns
+
     def _check_queries(self, embeddings, k):
         if k < 1:
             raise ValueError(f"k must be >= 1, got {k}")
@@ -170,18 +186,84 @@ class VectorIndex(ABC):
         return embeddings.detach().float().cpu()
 
 
-def check_items(ids, embeddings, metadata):
-    """Ids and metadata as lists, if there is one of each per embedding; else a ValueError."""
-    ids = list(ids)
-    if not all(isinstance(name, str) for name in ids):
-        raise ValueError("ids must be texts, got others among them")
+def check_items(ids, embeddings, metadata, max_id_bytes=None, max_text_bytes=None):
+    """Ids and metadata as lists, if there is one of each per embedding and a file can hold them all.
+
+    Args:
+        ids: n different texts.
+        embeddings: n of them.
+        metadata: Column -> n texts, or None.
+        max_id_bytes, max_text_bytes: What an id and another text may take in UTF-8; None: anything.
+
+    Returns:
+        List of ids, and dict of column -> list.
+
+    Raises:
+        ValueError: something else, which the message names.
+    """
+    ids = check_texts(ids, "ids", max_id_bytes)
     if len(set(ids)) < len(ids):
         raise ValueError(f"ids must differ, got {len(ids) - len(set(ids))} that occur more than once")
-    columns = {name: list(values) for name, values in (metadata or {}).items()}
+    names = check_texts(metadata or {}, "names of columns")
+    if reserved := sorted(set(names) & set(RESERVED_COLUMNS)):
+        raise ValueError(f"a column of metadata can't be called {some(reserved)}: the index has its own")
+    columns = {name: check_texts(values, name, max_text_bytes) for name, values in (metadata or {}).items()}
     for name, values in (("ids", ids), *columns.items()):
         if len(values) != len(embeddings):
             raise ValueError(f"{name} must have one entry per embedding, {len(embeddings)}, got {len(values)}")
     return ids, columns
+
+
+def check_texts(values, name, max_bytes=None):
+    """Values as a list, if all of them are texts that UTF-8 can hold, in `max_bytes` at most; else a ValueError."""
+    if isinstance(values, (str, bytes)):
+        raise ValueError(f"{name} must be texts, got a single one: {values!r}")
+    values = list(values)
+    for value in values:
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be texts, got {value!r} among them")
+        try:
+            size = len(value.encode())
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} must be texts that UTF-8 can hold, got {value!r} among them") from None
+        if max_bytes is not None and size > max_bytes:
+            raise ValueError(f"{name} must take at most {max_bytes} bytes in UTF-8, got {size}: {value[:50]!r}...")
+    return values
+
+
+@contextmanager
+def edit_index(place, timeout=60.0):
+    """Open an index to change it, and keep what was changed.
+
+        with edit_index("runs/photos/index") as index:
+            index.add(ids, embeddings, {"class_name": names})
+
+    An index in a folder is locked from opening to saving, so that of two processes the second goes on from what the
+    first has saved. It is saved at the end of the block, if it was changed and the block didn't raise. Milvus writes
+    each change as it is made.
+
+    Args:
+        place: As for [`open_index`].
+        timeout: Seconds to wait for another process that is changing the index.
+
+    Yields:
+        The index.
+
+    Raises:
+        InUseError: another process was changing it all that time.
+        DataError: there is no index.
+    """
+    if is_milvus(place):
+        index = open_index(place)
+        try:
+            yield index
+        finally:
+            index.close()
+        return
+    from .index import RetrievalIndex
+
+    with RetrievalIndex.edit(place, timeout) as index:
+        yield index
 
 
 def open_index(place, embedder=None, **options):
@@ -208,4 +290,14 @@ def is_milvus(place):
     return place.startswith(("http://", "https://")) or place.partition("#")[0].endswith(".db")
 
 
-__all__ = ["Hit", "IndexMismatchError", "VectorIndex", "check_items", "is_milvus", "open_index"]
+__all__ = [
+    "RESERVED_COLUMNS",
+    "Hit",
+    "IndexMismatchError",
+    "VectorIndex",
+    "check_items",
+    "check_texts",
+    "edit_index",
+    "is_milvus",
+    "open_index",
+]

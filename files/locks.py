@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+"""What the lock is called in a folder that is locked as a whole."""
 
 
 class InUseError(RuntimeError):
@@ -14,7 +21,7 @@ class InUseError(RuntimeError):
 
 @contextmanager
 def locked(path, what, timeout=0.0):
-    """Hold the lock file `path` while the block runs.
+    """Hold the lock file `path` while the block runs; if another process has it, say so and wait.
 
     The system gives a lock back when its process ends, however it ends; the file itself may stay.
 
@@ -25,12 +32,20 @@ def locked(path, what, timeout=0.0):
 
     Raises:
         InUseError: another process (or another lock of this one) holds it for longer than `timeout`.
+        ValueError: timeout is negative.
     """
+    if not timeout >= 0:  # filelock would wait for ever
+        raise ValueError(f"timeout must be >= 0 seconds, got {timeout}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=timeout)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if timeout:
+                logger.warning("%s is in use by another process: waiting for up to %g seconds", what, timeout)
+            lock.acquire(timeout=timeout)
     except Timeout:
         waited = f", also after {timeout:g} seconds" if timeout else ""
         raise InUseError(f"{what} is in use by another process{waited} (lock file {path})") from None
@@ -40,4 +55,4 @@ def locked(path, what, timeout=0.0):
         lock.release()
 
 
-__all__ = ["InUseError", "locked"]
+__all__ = ["LOCK_FILE", "InUseError", "locked"]

@@ -59,11 +59,11 @@ def test_which_items_are_mapped():
 
 def test_map_picture_names_classes(tmp_path):
     labels = torch.arange(60) % 20
-    names = [f"вид {i}" for i in range(19)] + ["costs $5 and $6, and its name goes on and on and on"]
+    names = ["_вид $0 \\$", *(f"вид {i}" for i in range(1, 19)), "costs $5 and $6, and its name goes on and on and on"]
     classes = [0, 1, 19]
     path = save_embedding_map(tmp_path / "map.svg", np.random.rand(60, 2), labels, names, classes, "All of $it")
     svg = path.read_text("utf-8")
-    for text in ("вид 0", "вид 1", "costs $5", "17 other classes", "t-SNE dimension 1", "All of $it"):
+    for text in ("_вид $0 \\$", "вид 1", "costs $5", "17 other classes", "t-SNE dimension 1", "All of $it"):
         assert text in svg
     assert "вид 3" not in svg and "on and on and on" not in svg
     path = save_embedding_map(tmp_path / "map.png", np.random.rand(60, 2), labels, names, [0], dpi=100, method="pca")

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from vptsp import VPTSPModel
 from vptsp.data_scripts import EvalTransform, ImageDataset, load_splits
 from vptsp.eval import EmbeddingStore, RetrievalIndex, embedding_metrics, retrieval_metrics
 from vptsp.eval.__main__ import _parser, main
+from vptsp.eval.index_files import index_lock
 from vptsp.image_processor_vptsp import build_image_processor
 
 
@@ -101,7 +103,9 @@ def test_queries_against_a_gallery(retriever, tmp_path):
     root = tmp_path / "photos"
     write_classes(root / "train", {"x": 2, "y": 2})
     write_classes(root / "query", {"a": 2, "c": 1})
-    write_classes(root / "gallery", {"a": 2, "b": 3, "c": 2})
+    write_classes(root / "gallery", {"z": 1, "y": 1, "a": 2, "b": 3, "c": 2})  # classes decide the pixels
+    shutil.rmtree(root / "gallery" / "y")
+    shutil.rmtree(root / "gallery" / "z")
     data = {"dataset_name": "folder", "data_dir": root, "data_cache_dir": tmp_path / "tables"}
     options = {**data, "embeddings_cache": tmp_path / "cache", "no_clustering": True, "no_geometry": True}
     assert run("evaluate", model=retriever, output=tmp_path / "a", recall_at=[2], map_at=[], **options) == 0
@@ -170,6 +174,49 @@ def test_approximate_index_prints_its_recall(store, tmp_path, capsys):
     assert "recall@10 against exact search 1.000 with nprobe 2" in capsys.readouterr().out
 
 
+def test_removed_items_are_counted_once(store, tmp_path, capsys):
+    assert run("index", store=store, index=tmp_path / "index") == 0
+    assert run("index", index=tmp_path / "index", remove=["a/000.png", "a/000.png"]) == 0
+    assert "removed 1, 15 items" in capsys.readouterr().out
+
+
+def test_a_second_command_is_told_that_the_index_is_in_use(store, tmp_path, capsys):
+    place = tmp_path / "index"
+    assert run("index", store=store, index=place) == 0
+    assert run("index", index=place, remove=["a/000.png"]) == 0
+    with index_lock(place, 0):
+        for change in ({"store": store, "add": True}, {"remove": ["a/001.png"]}):
+            line = refused(capsys, "index", index=place, lock_timeout=0.1, **change)
+            assert line == (
+                f"error: the index {place} is in use by another process, also after 0.1 seconds "
+                f"(lock file {place / '.lock'})"
+            )
+        assert run("search", index=place, id=["a/001.png"]) == 0
+    assert len(RetrievalIndex.open(place)) == 15
+
+
+def test_a_damaged_store_or_index_ends_the_command(store, tmp_path, capsys):
+    copy, place = tmp_path / "store", tmp_path / "index"
+    shutil.copytree(store, copy)
+    assert run("index", store=copy, index=place) == 0
+    shard = copy / "shard-00000-of-00001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[500] ^= 1
+    shard.write_bytes(content)
+    assert "another content than was written" in refused(capsys, "evaluate", store=copy, output=tmp_path / "out")
+    shard.unlink()
+    for command in ({"command": "evaluate", "output": tmp_path / "out"}, {"command": "index", "index": place}):
+        assert "lacks shard-00000-of-00001.parquet" in refused(capsys, store=copy, **command)
+    vectors = place / "index-000000.faiss"
+    content = bytearray(vectors.read_bytes())
+    content[-1] ^= 1
+    vectors.write_bytes(content)
+    for options in ({}, {"mmap": True}):
+        line = refused(capsys, "search", index=place, id=["a/000.png"], **options)
+        assert "index-000000.faiss has another content than was written" in line
+    assert run("search", index=place, id=["a/000.png"], mmap=True, no_verify=True) == 0
+
+
 def test_another_models_index_is_refused(store, backbone_folder, photos, tmp_path, capsys):
     run("index", store=store, index=tmp_path / "index")
     search = {"index": tmp_path / "index", "image": [photos / "a" / "000.png"], "model": backbone_folder}
@@ -216,7 +263,7 @@ def test_what_does_not_fit_is_refused(store, retriever, photos, tmp_path, capsys
         ("--gallery_store goes with --store", {**evaluate, "model": retriever, "gallery_store": store}),
         ("--remove goes without --model, --store and --add", {**index, "remove": ["a"], "add": True}),
         ("--factory is for faiss", {**index, "index": "a.db", "store": store, "factory": "Flat"}),
-        ("--mmap and --gpu are for faiss", {**search, "index": "a.db", "id": ["a"], "gpu": True}),
+        ("--mmap, --gpu and --no_verify are for faiss", {**search, "index": "a.db", "id": ["a"], "gpu": True}),
         ("is no index: it has no index.json", {**search, "id": ["a"]}),
         ("give --image or --id, got neither", search),
         ("where must be COLUMN=VALUE, got 'a'", {**search, "id": ["a"], "where": ["a"]}),

@@ -268,7 +268,7 @@ def test_saving_again_replaces_the_files(embeddings, tmp_path):
     index.remove(["item 0"])
     index.save(tmp_path / "index")
     names = sorted(path.name for path in (tmp_path / "index").iterdir())
-    assert names == ["index-000001.faiss", "index.json", "metadata-000001.parquet"]
+    assert names == [".lock", "index-000001.faiss", "index.json", "metadata-000001.parquet"]
     with pytest.raises(DataError, match="new or empty folder or an index, got one with 'index'"):
         index.save(tmp_path)
 
@@ -284,7 +284,7 @@ def test_interrupted_saving_leaves_the_old_index(embeddings, tmp_path, monkeypat
 
     index.remove([f"item {i}" for i in range(100)])
     with monkeypatch.context() as patch:
-        patch.setattr(f"vptsp.eval.index.{fails}", fail)
+        patch.setattr(f"vptsp.eval.index_files.{fails}", fail)
         with pytest.raises(KeyboardInterrupt):
             index.save(tmp_path / "index")
     opened = RetrievalIndex.open(tmp_path / "index")
@@ -292,7 +292,7 @@ def test_interrupted_saving_leaves_the_old_index(embeddings, tmp_path, monkeypat
     assert opened.search(embeddings[:5], 3) == before
     index.save(tmp_path / "index")
     assert len(RetrievalIndex.open(tmp_path / "index")) == 200
-    assert len(list((tmp_path / "index").iterdir())) == 3
+    assert len(list((tmp_path / "index").glob("[!.]*"))) == 3
 
 
 def test_killed_between_writes(embeddings, tmp_path, monkeypatch):
@@ -303,13 +303,20 @@ def test_killed_between_writes(embeddings, tmp_path, monkeypatch):
     (tmp_path / "index" / ".metadata-000001.parquet.7.tmp").write_bytes(b"half")
     assert len(RetrievalIndex.open(tmp_path / "index")) == 300
     index.save(tmp_path / "index")
-    assert len(list((tmp_path / "index").iterdir())) == 3
+    names = sorted(path.name for path in (tmp_path / "index").iterdir())
+    assert names == [".lock", "index-000001.faiss", "index.json", "metadata-000001.parquet"]
 
 
 def test_files_that_do_not_belong_together_are_refused(embeddings, tmp_path):
     build(embeddings).save(tmp_path / "a")
     build(embeddings[:100]).save(tmp_path / "b")
     (tmp_path / "b" / "index-000000.faiss").replace(tmp_path / "a" / "index-000000.faiss")
+    with pytest.raises(DataError, match=r"index-000000\.faiss has 7290 bytes, expected 21690: it is damaged"):
+        RetrievalIndex.open(tmp_path / "a")
+    manifest = tmp_path / "a" / "index.json"
+    values = json.loads(manifest.read_text())
+    del values["files"]  # as an older version saved
+    manifest.write_text(json.dumps(values))
     with pytest.raises(DataError, match="don't belong together: 100 vectors, 300 rows of metadata, 300 expected"):
         RetrievalIndex.open(tmp_path / "a")
     (tmp_path / "a" / "index-000000.faiss").write_bytes(b"nothing")

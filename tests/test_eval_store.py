@@ -1,19 +1,31 @@
 """eval/sources.py, eval/store.py, eval/embed.py: what is embedded, what a store holds, interruption and reuse."""
 
+import hashlib
 import json
 import os
 import socket
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from data_fixtures import write_classes, write_image
 from datasets import load_dataset
 
 from vptsp.data_scripts import DataError, ImageError, load_splits
-from vptsp.eval import Embedder, EmbeddingStore, cached_store, embed_to_store, folder_source, list_source, split_source
+from vptsp.eval import (
+    Embedder,
+    EmbeddingStore,
+    ImageSource,
+    cached_store,
+    embed_to_store,
+    folder_source,
+    list_source,
+    split_source,
+)
 from vptsp.eval.embedder import ImagePreprocessor
-from vptsp.eval.store import STORE_FILE
+from vptsp.eval.store import STORE_FILE, store_lock
+from vptsp.files.locks import InUseError
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +126,7 @@ def test_store_holds_what_the_model_gives(embedder, photos, tmp_path):
     assert store.class_names == [source.class_name(row) for row in range(11)]
     assert store.info.model["fingerprint"] == embedder.fingerprint
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [
+        ".lock",
         *(f"shard-0000{i}-of-00003.parquet" for i in range(3)),
         STORE_FILE,
     ]
@@ -146,7 +159,7 @@ def test_interrupted_run_goes_on(embedder, photos, tmp_path):
     counting = Counting(embedder)
     store = embed_to_store(counting, source, folder, shard_size=4, progress=False)
     assert counting.count == 3
-    assert not list(folder.glob(".*"))
+    assert [path.name for path in folder.glob(".*")] == [".lock"]
     whole = embed_to_store(embedder, source, tmp_path / "whole", shard_size=4, progress=False)
     assert torch.equal(store.embeddings, whole.embeddings)
 
@@ -159,7 +172,7 @@ def test_shard_appears_only_when_it_is_complete(embedder, photos, tmp_path, monk
     monkeypatch.setattr("vptsp.eval.store.pq.write_table", fail_halfway)
     with pytest.raises(OSError, match="no space left"):
         embed_to_store(embedder, folder_source(photos), tmp_path / "store", progress=False)
-    assert [path.name for path in (tmp_path / "store").iterdir()] == [STORE_FILE]
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [".lock", STORE_FILE]
 
 
 def test_finished_store_is_used_as_it_is(embedder, photos, tmp_path):
@@ -223,6 +236,144 @@ def test_a_store_moves_with_its_images(embedder, photos, tmp_path):
     for name in ("store", "photos"):
         (tmp_path / name).rename(moved / name)
     assert EmbeddingStore.open(moved / "store").info.image_root == str(moved / "photos")
+
+
+# ---- Damage, and several writers
+
+
+def without_fields(folder, *names):
+    """As an older version wrote it."""
+    values = json.loads((folder / STORE_FILE).read_text())
+    (folder / STORE_FILE).write_text(json.dumps({name: v for name, v in values.items() if name not in names}))
+
+
+@pytest.fixture
+def stored(embedder, photos, tmp_path):
+    embed_to_store(embedder, folder_source(photos), tmp_path / "store", shard_size=4, progress=False)
+    return tmp_path / "store"
+
+
+def test_damage_of_the_same_size_is_noticed(stored, embedder, photos):
+    path = stored / "shard-00001-of-00003.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    for read in (
+        lambda: EmbeddingStore.open(stored),
+        lambda: embed_to_store(embedder, folder_source(photos), stored, shard_size=4, progress=False),
+    ):
+        with pytest.raises(DataError, match=r"shard-00001-of-00003\.parquet has another content .* Delete the store"):
+            read()
+
+
+@pytest.mark.parametrize("with_checksums", [True, False])
+def test_a_missing_shard_is_noticed(stored, embedder, photos, with_checksums):
+    (stored / "shard-00001-of-00003.parquet").unlink()
+    if not with_checksums:
+        without_fields(stored, "files")
+    with pytest.raises(DataError, match=r"lacks .*shard-00001-of-00003"):
+        EmbeddingStore.open(stored)
+    with pytest.raises(DataError, match=r"lacks .*shard-00001-of-00003"):
+        embed_to_store(embedder, folder_source(photos), stored, shard_size=4, progress=False)
+
+
+def test_shards_that_changed_places_are_noticed(stored):
+    first, second = (stored / f"shard-0000{i}-of-00003.parquet" for i in range(2))
+    first.rename(stored / "aside")
+    second.rename(first)
+    (stored / "aside").rename(second)
+    with pytest.raises(DataError, match=r"shard-00000-of-00003\.parquet has .*: it is damaged"):
+        EmbeddingStore.open(stored)
+
+
+def test_a_store_without_checksums_opens_with_a_warning(stored, caplog):
+    expected = EmbeddingStore.open(stored)
+    assert not caplog.text
+    without_fields(stored, "files")
+    opened = EmbeddingStore.open(stored)
+    assert f"the store {stored} was written without checksums" in caplog.text
+    assert opened.ids == expected.ids
+    assert torch.equal(opened.embeddings, expected.embeddings)
+
+
+def test_a_store_that_lost_rows_is_noticed_without_checksums(stored):
+    without_fields(stored, "files")
+    path = stored / "shard-00000-of-00003.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+    with pytest.raises(DataError, match="has 10 rows, expected 11: it is damaged"):
+        EmbeddingStore.open(stored)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "short"])
+def test_what_an_interrupted_run_left_is_checked(embedder, photos, tmp_path, damage):
+    source, folder = folder_source(photos), tmp_path / "store"
+    with pytest.raises(KeyboardInterrupt):
+        embed_to_store(Counting(embedder, stop_after=8), source, folder, shard_size=4, progress=False)
+    path = folder / "shard-00000-of-00003.parquet"
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(content[:-20])
+    elif damage == "flip":
+        content[len(content) // 3] ^= 1
+        path.write_bytes(content)
+    else:
+        pq.write_table(pq.read_table(path).slice(1), path)
+    with pytest.raises(DataError, match=r"shard-00000-of-00003\.parquet .*delete it, and it will be made anew"):
+        embed_to_store(embedder, source, folder, shard_size=4, progress=False)
+    path.unlink()
+    store = embed_to_store(embedder, source, folder, shard_size=4, progress=False)
+    torch.testing.assert_close(store.embeddings, embedder.embed_images([photos / name for name in source.ids]))
+
+
+def test_contents_are_of_the_files(embedder, photos, tmp_path):
+    (photos / "a" / "000.png").write_bytes((photos / "b" / "001.png").read_bytes())
+    (photos / "b" / "002.png").write_bytes(b"no image")
+    store = embed_to_store(
+        embedder, folder_source(photos), tmp_path / "store", shard_size=4, skip_corrupt=True, progress=False
+    )
+    expected = [hashlib.blake2b((photos / name).read_bytes(), digest_size=32).hexdigest() for name in store.ids]
+    assert store.contents == expected
+    assert store.contents[store.ids.index("a/000.png")] == store.contents[store.ids.index("b/001.png")]
+
+
+def test_an_older_store_knows_no_contents(stored):
+    path = stored / "shard-00001-of-00003.parquet"
+    table = pq.read_table(path).drop_columns(["content"])
+    pq.write_table(table, path)
+    without_fields(stored, "files")
+    assert EmbeddingStore.open(stored).contents is None
+
+
+def test_a_second_run_waits_for_the_first(embedder, photos, tmp_path, caplog):
+    source, folder = folder_source(photos), tmp_path / "store"
+    seen = []
+
+    class Slow(Counting):
+        def embed_pixels(self, pixel_values):
+            if not seen:
+                seen.append(1)
+                (folder / ".shard-00000-of-00001.parquet.77.tmp").write_bytes(b"being written")
+                with pytest.raises(InUseError, match=f"the store {folder} is in use by another process, also after"):
+                    embed_to_store(embedder, source, folder, progress=False, lock_timeout=0.2)
+                assert list(folder.glob(".*.tmp"))  # nothing of the first run was cleared away
+            return super().embed_pixels(pixel_values)
+
+    embed_to_store(Slow(embedder), source, folder, progress=False, num_workers=1)
+    assert "waiting for up to 0.2 seconds" in caplog.text
+    with store_lock(folder, 0):  # a finished store needs no lock
+        assert len(embed_to_store(embedder, source, folder, progress=False, lock_timeout=0)) == 11
+
+
+def test_no_lock_is_left_in_a_folder_of_something_else(embedder, photos):
+    before = sorted(path.name for path in photos.iterdir())
+    with pytest.raises(DataError, match="new or empty folder or a store"):
+        embed_to_store(embedder, folder_source(photos), photos, progress=False)
+    assert sorted(path.name for path in photos.iterdir()) == before
+
+
+def test_names_that_no_file_can_hold_are_refused_at_once():
+    with pytest.raises(DataError, match=r"'b\\udcff' is not valid UTF-8"):
+        ImageSource(["a", "b\udcff"], np.array([-1, -1]), [], lambda row: b"", "two images")
 
 
 def _embed_on_rank(rank, port, photos, folder, backbone_folder):

@@ -71,3 +71,8 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
         process.wait()
     with locked(lock, "the run"):
         pass
+
+
+def test_no_lock_waits_for_ever(tmp_path):
+    with pytest.raises(ValueError, match="timeout must be >= 0 seconds, got -1"), locked(tmp_path / "l", "x", -1):
+        pass

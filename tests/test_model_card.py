@@ -184,6 +184,9 @@ def test_queries_and_gallery_are_told_apart(model):
     results = {**RESULTS, "dataset": {"name": "inshop", "query_images": 3, "gallery_images": 2}}
     assert "queries against a gallery of other images" in retriever_card(model, results=results).text
     assert "a query never retrieves itself" in retriever_card(model, results=RESULTS).text
+    told = " 7 queries are in the gallery too, where they are excluded."
+    assert told in retriever_card(model, results={**results, "final_num_in_gallery": 7}).text
+    assert told not in retriever_card(model, results=results).text
 
 
 def test_card_of_a_retriever_alone(backbone_folder):

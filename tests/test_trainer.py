@@ -236,7 +236,10 @@ def test_evaluation_is_retrieval_on_the_given_classes(backbone_folder, tmp_path,
 def test_query_against_gallery(backbone_folder, tmp_path, eval_dataset):
     trainer = VPTSPTrainer(model=make_model(backbone_folder), args=make_args(tmp_path))
     metrics = trainer.evaluate({"query": eval_dataset, "gallery": eval_dataset})
-    assert metrics["eval_recall_at_1"] == 1.0  # every query is in the gallery, and nothing is excluded
+    assert metrics["eval_num_in_gallery"] == len(eval_dataset)  # every query is in the gallery, and excluded there
+    alone = trainer.evaluate(eval_dataset)
+    for name in ("recall_at_1", "recall_at_2", "map_at_r", "r_precision"):
+        assert metrics[f"eval_{name}"] == pytest.approx(alone[f"eval_{name}"])
     with pytest.raises(ValueError, match=r"must have query and gallery, got \['test'\]"):
         trainer.evaluate({"test": eval_dataset})
 

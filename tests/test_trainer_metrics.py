@@ -1,13 +1,18 @@
 """Which metrics VPTSPTrainer reports, and the same metrics for a plain Trainer."""
 
 import functools
+import shutil
 
 import pytest
 import torch
+from data_fixtures import write_classes
+from datasets import Dataset, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
-from vptsp.eval import compute_retrieval_metrics, embedding_metrics, retrieval_metrics
+from vptsp.data_scripts import EvalTransform, ImageDataset
+from vptsp.data_scripts.images import list_images
+from vptsp.eval import compute_retrieval_metrics, embedding_metrics, retrieval_metrics, retrieval_scores
 
 
 class ReadyImages(torch.utils.data.Dataset):
@@ -69,6 +74,33 @@ def test_all_metrics_of_queries_and_gallery(backbone_folder, tmp_path):
     metrics = trainer.evaluate(sets)
     expected = embedding_metrics(*trainer.embed(sets["query"]), *trainer.embed(sets["gallery"]), seed=42)
     assert {name: metrics[f"eval_{name}"] for name in expected} == expected
+
+
+def test_queries_that_are_in_the_gallery_under_another_name(backbone_folder, tmp_path, caplog):
+    """Noise for embeddings: whoever finds itself scores 100 %."""
+    root = write_classes(tmp_path / "photos", dict.fromkeys("abcd", 5))
+    shutil.copytree(root, tmp_path / "copies")
+    sets = {}
+    for name, folder in (("query", root), ("gallery", tmp_path / "copies")):
+        paths = [str(folder / file.path) for file in list_images(folder)]
+        table = Dataset.from_dict({"image": paths, "label": [row // 5 for row in range(20)]})
+        sets[name] = ImageDataset(table.cast_column("image", Image()), EvalTransform(18, 16), skip_corrupt=True)
+    (root / "b" / "002.png").write_bytes(b"no image")
+    trainer = make_trainer(backbone_folder, tmp_path, eval_metrics="all", bootstrap_samples=0)
+    embeddings, labels = torch.nn.functional.normalize(torch.randn(20, 8), dim=1), torch.arange(20) // 5
+    read = torch.arange(20) != 7
+    trainer.embed = lambda data, *_: (embeddings, torch.where(read, labels, -1) if data is sets["query"] else labels)
+    with caplog.at_level("WARNING"):
+        metrics, again = trainer.evaluate(sets), trainer.evaluate(sets)
+    alone = retrieval_scores(embeddings, labels)
+    assert alone["recall_at_1"].mean() < 0.6
+    for name in ("recall_at_1", "map_at_r", "r_precision"):
+        expected = pytest.approx(alone[name][read].mean().item())
+        assert metrics[f"eval_{name}"] == again[f"eval_{name}"] == expected
+    assert (metrics["eval_num_in_gallery"], metrics["eval_num_unreadable"]) == (19, 1)
+    assert metrics["eval_nmi"] == embedding_metrics(embeddings, labels, seed=42)["nmi"]  # each image once
+    assert caplog.text.count("19 queries are in the gallery too: they are excluded there") == 1
+    assert trainer.last_evaluated["excluded"].tolist() == [[row, row] for row in range(20) if row != 7]
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ Args:
     labels: N integers, their classes.
     gallery_embeddings: G vectors of norm 1: the queries search these instead; None: there is no other set.
     gallery_labels: G integers.
+    excluded: Pairs of a query and a gallery item that it may not find, since it is that item (`same_items`); None: the
+        gallery holds none of the queries.
     recall_at: The K of Recall@K.
     map_at: The K of mAP@K.
     clustering: Whether to compute NMI and pairwise F1 of k-means.
@@ -92,6 +94,7 @@ class RetrievalMetric(evaluate.Metric):
         confidence=None,
         resample="classes",
         seed=0,
+        excluded=None,
     ):
         return embedding_metrics(
             _to_tensor(embeddings),
@@ -105,6 +108,7 @@ class RetrievalMetric(evaluate.Metric):
             confidence=confidence,
             resample=resample,
             seed=seed,
+            excluded=None if excluded is None else _to_tensor(excluded),
         )
 
 
