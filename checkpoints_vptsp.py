@@ -216,10 +216,11 @@ def rotate(root, limit, keep):
         _delete(folder)
 
 
-def delete_checkpoints(root):
-    """Delete all checkpoints in `root`."""
-    for folder in checkpoints_in(root):
-        _delete(folder)
+def delete_checkpoints(folders):
+    """Delete checkpoints, those of them that are still there."""
+    for folder in folders:
+        if folder.is_dir():
+            _delete(folder)
 
 
 def _delete(folder):

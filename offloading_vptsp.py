@@ -28,6 +28,9 @@ def prepare_class_prompts(trainer):
     if model.offloaded_class_prompts is not None:
         if trainer.optimizer is not None:
             check_optimizer(trainer.optimizer)
+        elif trainer.optimizer_cls_and_kwargs is not None:
+            optimizer_cls, options = trainer.optimizer_cls_and_kwargs
+            check_optimizer(optimizer_cls([torch.zeros(1)], **options))
         elif args.optim not in SUPPORTED_OPTIM:
             raise ValueError(
                 f"optim must be one of {', '.join(SUPPORTED_OPTIM)} with offloaded class prompts, got "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from accelerate.utils import gather_object
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 from .checkpoints_vptsp import (
     OPTIMIZER_NAME,
@@ -17,6 +20,7 @@ from .checkpoints_vptsp import (
     check_checkpoint,
     checkpoint_name,
     checkpoint_step,
+    checkpoints_in,
     delete_checkpoints,
     discard_partial,
     last_checkpoint,
@@ -30,8 +34,10 @@ from .checkpoints_vptsp import (
     set_random_state,
     write_failure,
 )
+from .files.locks import InUseError
 from .interruption_vptsp import InterruptionCallback
-from .run_errors_vptsp import CheckpointError, CheckpointWriteError
+from .output_folder_vptsp import finish_replacing, output_lock
+from .run_errors_vptsp import CheckpointError, CheckpointWriteError, NoStepError
 from .run_record_vptsp import record_run, run_differences
 
 
@@ -48,6 +54,8 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._resumed_from = None
         self._record = None
+        self._holds_output = False
+        self._earlier_checkpoints = []
         self._started, self._earlier_seconds = time.time(), 0.0
         self._interruption = InterruptionCallback()
         for callback in (_CarryOn(self), self._interruption, _EpochEndFirst()):
@@ -56,22 +64,61 @@ class ResumableTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """Train, as `Trainer.train`.
 
+        Meanwhile no other run can use `output_dir` (`holding_output`).
+
         Args:
-            resume_from_checkpoint: True to go on from the last whole checkpoint in `output_dir`, or the folder of one.
+            resume_from_checkpoint: True to go on from the last whole checkpoint in `output_dir`, or the folder of one;
+                None for what the argument of that name says.
             trial: As for `Trainer`.
             ignore_keys_for_eval: As for `Trainer`.
 
         Raises:
             CheckpointError: there is no such checkpoint, it is damaged, or its run was another one.
             CheckpointWriteError: a checkpoint can't be written; earlier ones are intact.
+            InUseError: another run uses `output_dir`.
+            NoStepError: there was nothing to train on.
             TrainingInterrupted: after Ctrl-C or SIGTERM, once a checkpoint is saved.
         """
         self._record = None
-        self._resumed_from = self.checkpoint_to_resume(resume_from_checkpoint)
-        if self._resumed_from is None and self.args.save_strategy != "no":
-            self._together(prepare_root, self.args.output_dir, writer_only=True)
-        with self._interruption.watching():
-            return super().train(self._resumed_from, trial, ignore_keys_for_eval)
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        with self.holding_output():
+            self._resumed_from = self.checkpoint_to_resume(resume_from_checkpoint)
+            if self._resumed_from is None and self.args.save_strategy != "no":
+                self._together(prepare_root, self.args.output_dir, writer_only=True)
+            with self._interruption.watching():
+                outcome = super().train(self._resumed_from, trial, ignore_keys_for_eval)
+        if outcome.global_step == 0:
+            raise NoStepError(f"training ended without a single step: there is no batch in {self.train_dataset!r}")
+        return outcome
+
+    @contextmanager
+    def holding_output(self):
+        """Keep other runs out of `output_dir` while the block runs; inside of another such block it changes nothing.
+
+        One process holds the lock for all. The system gives it back however that process ends.
+
+        Raises:
+            InUseError: another run holds it; on every process.
+        """
+        if self._holds_output:
+            yield
+            return
+        with ExitStack() as stack:
+            problem = None
+            if self.is_world_process_zero():
+                try:
+                    stack.enter_context(output_lock(self.args.output_dir))
+                    finish_replacing(self.args.output_dir)
+                except InUseError as error:
+                    problem = str(error)
+            if problem := next(filter(None, gather_object([problem])), None):
+                raise InUseError(problem)
+            self._holds_output = True
+            try:
+                yield
+            finally:
+                self._holds_output = False
 
     # ---- Writing
 
@@ -91,6 +138,8 @@ class ResumableTrainer(Trainer):
             if self.args.should_save:
                 discard_partial(partial)
             raise write_failure(final, error) from error
+        self._earlier_checkpoints = [folder for folder in self._earlier_checkpoints if folder.name != final.name]
+        self.delete_replaced()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         keep = [final, self.state.best_model_checkpoint]
@@ -112,9 +161,29 @@ class ResumableTrainer(Trainer):
         self.state.save_to_json(str(partial / STATE_NAME))
         publish(partial, self._run_record())
 
-    def delete_checkpoints(self):
-        """Delete all checkpoints in `output_dir`, before a new run that is to take the place of an earlier one."""
-        self._together(delete_checkpoints, self.args.output_dir, writer_only=True)
+    def replace_checkpoints(self):
+        """Let the run that begins now take the place of an earlier one in `output_dir`.
+
+        The earlier run's checkpoints stay until the new one has written its first, or `delete_replaced` is called.
+        """
+        self._earlier_checkpoints = checkpoints_in(self.args.output_dir)
+
+    def delete_replaced(self):
+        """Delete what `replace_checkpoints` has found: this run has what takes its place."""
+        self._together(delete_checkpoints, self._earlier_checkpoints, writer_only=True)
+        self._earlier_checkpoints = []
+
+    def _determine_best_metric(self, metrics, trial):
+        """As `Trainer` does, which would pass over what is not a number, and end with no best checkpoint at all."""
+        if self.args.metric_for_best_model is not None:
+            name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
+            chooses = self.args.load_best_model_at_end or self.args.save_strategy == SaveStrategy.BEST
+            if chooses and math.isnan(metrics.get(name, 0.0)):
+                raise ValueError(
+                    f"metric_for_best_model: {name} is nan at step {self.state.global_step}, so no checkpoint can be "
+                    "the best: give another metric or test set, or load_best_model_at_end false"
+                )
+        return super()._determine_best_metric(metrics, trial)
 
     def _progress(self):
         """Where this process is, beyond what model, optimiser and `TrainerState` say."""
