@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from .configuration_vptsp import DENSE_CLASS_PROMPT_BYTES
+from .output_folder_vptsp import output_held
 from .row_optimizers_vptsp import SUPPORTED_OPTIM, check_optimizer
 
 
@@ -36,7 +37,8 @@ def prepare_class_prompts(trainer):
                 f"optim must be one of {', '.join(SUPPORTED_OPTIM)} with offloaded class prompts, got "
                 f"{str(args.optim.value)!r}; class_prompt_store dense takes any"
             )
-        _place(model.offloaded_class_prompts, args)
+        with output_held(args):  # files of a run that is going on must not be written over
+            _place(model.offloaded_class_prompts, args)
         trainer.add_callback(ClassPromptCallback(trainer))
         if model.config.class_prompt_store == "auto":
             level = logging.WARNING  # the rule by which they move is another

@@ -5,14 +5,16 @@ Light to import, so that a run can refuse a folder before it loads anything.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .files.atomic import sync_path
-from .files.locks import locked
+from .files.locks import InUseError, locked
+from .run_errors_vptsp import CheckpointWriteError
 
 
 RESULTS_NAME = "all_results.json"
@@ -32,9 +34,53 @@ class OutputFolderError(ValueError):
     """A folder that can't be written to without loss. The message names it and what to do."""
 
 
-def output_lock(folder):
-    """A context in which no other run can use a folder. Raises `InUseError` if one does."""
-    return locked(Path(folder) / LOCK_NAME, f"output_dir {folder}")
+_held = set()  # folders that this process holds
+
+
+@contextmanager
+def output_held(args):
+    """Keep other runs out of `output_dir` while the block runs; inside of another such block it changes nothing.
+
+    One process holds the lock for all ranks. The system gives it back however that process ends. Files of an earlier
+    run whose replacement was cut short are put in place.
+
+    Args:
+        args: A `VPTSPTrainingArguments`.
+
+    Raises:
+        CheckpointWriteError: the folder can't be written to.
+        InUseError: another run holds it. Either is raised on every process.
+    """
+    from accelerate.utils import gather_object
+
+    folder = Path(args.output_dir).absolute()
+    if folder in _held:
+        yield
+        return
+    with ExitStack() as stack:
+        problem = None
+        if args.process_index == 0:
+            try:
+                stack.enter_context(_lock(folder, args.output_dir))
+                finish_replacing(folder)
+            except InUseError as error:
+                problem = error
+            except OSError as error:
+                message = f"output_dir {args.output_dir} can't take checkpoints: {error.strerror or error}"
+                problem = CheckpointWriteError(error.errno, message)
+        if problem := next(filter(None, gather_object([problem])), None):
+            raise problem
+        _held.add(folder)
+        try:
+            yield
+        finally:
+            _held.discard(folder)
+
+
+def _lock(folder, shown):
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    return locked(folder / LOCK_NAME, f"output_dir {shown}")
 
 
 # ---- Whose it is
@@ -163,8 +209,8 @@ def finish_replacing(folder):
     marks = [Path(name) for name in _MARKS if Path(name) in files]
     for name in marks:
         (folder / name).unlink(missing_ok=True)
-    if Path(RESULTS_NAME) in marks:
-        for name in PICTURES:  # of other results; new ones are drawn once these are there
+    if Path(RESULTS_NAME) in marks and "picture" not in json.loads((ready / RESULTS_NAME).read_text(encoding="utf-8")):
+        for name in PICTURES:  # of other results; those of these are drawn once these are there
             (folder / name).unlink(missing_ok=True)
     sync_path(folder)
     for name in [*(name for name in files if name not in marks), *marks]:
@@ -179,7 +225,7 @@ __all__ = [
     "OutputFolderError",
     "check_output_folder",
     "finish_replacing",
-    "output_lock",
+    "output_held",
     "refuse_other_model",
     "replaced_together",
 ]

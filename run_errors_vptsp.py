@@ -11,8 +11,8 @@ class CheckpointWriteError(OSError):
     """A checkpoint that could not be written. The message names the folder and the reason; earlier ones are intact."""
 
 
-class NoStepError(ValueError):
-    """Training that ended without a single step."""
+class TrainingError(ValueError):
+    """Training that can't have a result: there was not a single step, or no checkpoint can be the best."""
 
 
 class TrainingInterrupted(KeyboardInterrupt, SystemExit):
@@ -32,4 +32,4 @@ class TrainingInterrupted(KeyboardInterrupt, SystemExit):
         self.signal, self.step, self.code = signum, step, 128 + signum
 
 
-__all__ = ["CheckpointError", "CheckpointWriteError", "NoStepError", "TrainingInterrupted"]
+__all__ = ["CheckpointError", "CheckpointWriteError", "TrainingError", "TrainingInterrupted"]

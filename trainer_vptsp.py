@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.trainer_utils import EvalPrediction, speed_metrics
 
-from .checkpoints_vptsp import is_checkpoint_folder
+from .checkpoints_vptsp import check_files, is_checkpoint_folder
 from .class_prompts_vptsp import CLASS_PROMPT_STATES_NAME
 from .data_scripts.sampler import ClassBalancedBatchSampler
 from .data_scripts.streaming import StreamedImages
@@ -391,6 +391,7 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
             self._offloaded.load_states(Path(resume_from_checkpoint) / CLASS_PROMPT_STATES_NAME)
 
     def _load_best_model(self):
+        check_files(self.state.best_model_checkpoint)
         self.model.load_saved(self.state.best_model_checkpoint)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from numbers import Real
 
 
@@ -42,15 +42,6 @@ REFUSED_FIELDS = {
     "use_cache": "it is for the generation of text",
     "use_liger_kernel": "there are no such kernels for these models",
 }
-# The defaults of `VPTSPTrainingArguments`; what is false is one value, be it None, False, "" or [].
-_ALLOWED = {
-    "dataloader_in_order": True,
-    "eval_do_concat_batches": True,
-    "include_num_input_tokens_seen": "no",
-    "length_column_name": "length",
-    "skip_memory_metrics": True,
-    "train_sampling_strategy": "random",
-}
 # Arguments of `Trainer.__init__` that can't be honoured.
 REFUSED_TRAINER_ARGUMENTS = {
     "compute_loss_func": "the loss is a field of the model's configuration, and own losses are registered",
@@ -76,11 +67,12 @@ def check_arguments(args):
     Raises:
         ValueError: a field has a value that can't be honoured; the message names it and says what will do.
     """
-    for name, reason in REFUSED_FIELDS.items():
-        value = getattr(args, name)
-        if not _is_allowed(name, value):
-            shown = _ALLOWED.get(name, "left out")
-            raise ValueError(f"{name} must be {str(shown).lower()}, got {value!r}: {reason}")
+    for item in fields(args):
+        value = getattr(args, item.name)
+        if item.name in REFUSED_FIELDS and not _is_allowed(item, value):
+            expected = str(item.default).lower() if isinstance(item.default, (bool, float, str)) else ""
+            reason = REFUSED_FIELDS[item.name]
+            raise ValueError(f"{item.name} must be {expected or 'left out'}, got {value!r}: {reason}")
     if args.ddp_broadcast_buffers is not False:
         raise ValueError(
             f"ddp_broadcast_buffers must be false, got {args.ddp_broadcast_buffers!r}: the proxy state is exchanged "
@@ -91,16 +83,17 @@ def check_arguments(args):
     _check_optimizer(args)
 
 
-def _is_allowed(name, value):
-    if name == "accelerator_config" and hasattr(value, "to_dict"):  # as `TrainingArguments` leaves it
-        return all(getattr(value, item.name) == getattr(type(value)(), item.name) for item in fields(value))
-    if name == "debug":
+def _is_allowed(item, value):
+    """Whether a field is at its default; what is false is one value, be it None, False, "" or []."""
+    if item.name == "accelerator_config" and hasattr(value, "to_dict"):  # as `TrainingArguments` leaves it
+        return all(getattr(value, part.name) == getattr(type(value)(), part.name) for part in fields(value))
+    if item.name == "debug":
         values = value.split() if isinstance(value, str) else value or []
-        return all(str(getattr(item, "value", item)) == "underflow_overflow" for item in values)
-    if name == "include_num_input_tokens_seen" and not value:
-        return True
-    allowed = _ALLOWED.get(name)
-    return value == allowed if allowed is not None else not value
+        return all(_text(part) == "underflow_overflow" for part in values)
+    if item.name == "include_num_input_tokens_seen":
+        return value in (False, "no")
+    has_default = item.default is not MISSING and item.default
+    return value == item.default if has_default else not value
 
 
 def _check_numbers(args):

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from vptsp import VPTSPForMetricLearning, VPTSPTrainer, VPTSPTrainingArguments
-from vptsp.run_errors_vptsp import NoStepError
+from vptsp.run_errors_vptsp import TrainingError
 from vptsp.unsupported_arguments_vptsp import REFUSED_FIELDS, REFUSED_TRAINER_ARGUMENTS
 
 
@@ -20,9 +20,9 @@ OWN = {item.name for item in dataclasses.fields(VPTSPTrainingArguments)} - set(F
 # Field -> a value other than the default, and the words of the refusal.
 REFUSED = {
     "accelerator_config": ({"split_batches": True}, "accelerator_config must be left out"),
-    "auto_find_batch_size": (True, "auto_find_batch_size must be left out, got True"),
+    "auto_find_batch_size": (True, "auto_find_batch_size must be false, got True"),
     "batch_eval_metrics": (True, "batch_eval_metrics"),
-    "bf16_full_eval": (True, "bf16_full_eval must be left out, got True: .*give bf16"),
+    "bf16_full_eval": (True, "bf16_full_eval must be false, got True: .*give bf16"),
     "dataloader_drop_last": (True, "dataloader_drop_last"),
     "dataloader_in_order": (False, "dataloader_in_order must be true, got False"),
     "ddp_broadcast_buffers": (True, "ddp_broadcast_buffers must be false, got True"),
@@ -37,16 +37,16 @@ REFUSED = {
     "include_for_metrics": (["inputs"], r"include_for_metrics must be left out, got \['inputs'\]"),
     "include_num_input_tokens_seen": ("all", "include_num_input_tokens_seen must be no, got 'all'"),
     "label_names": (["label"], "label_names"),
-    "label_smoothing_factor": (0.1, "label_smoothing_factor must be left out, got 0.1"),
+    "label_smoothing_factor": (0.1, "label_smoothing_factor must be 0.0, got 0.1"),
     "length_column_name": ("width", "length_column_name must be length, got 'width'"),
     "liger_kernel_config": ({"rope": True}, "liger_kernel_config"),
-    "logging_nan_inf_filter": (True, "logging_nan_inf_filter must be left out, got True: a loss that is not"),
+    "logging_nan_inf_filter": (True, "logging_nan_inf_filter must be false, got True: a loss that is not"),
     "neftune_noise_alpha": (0.1, "neftune_noise_alpha"),
     "optim_args": ("betas=1", "optim_args must be left out"),
     "optim_target_modules": ("all-linear", "optim_target_modules"),
     "parallelism_config": (object(), "parallelism_config"),
     "prediction_loss_only": (True, "prediction_loss_only"),
-    "remove_unused_columns": (True, "remove_unused_columns must be left out, got True: images are decoded lazily"),
+    "remove_unused_columns": (True, "remove_unused_columns must be false, got True: images are decoded lazily"),
     "skip_memory_metrics": (False, "skip_memory_metrics must be true, got False"),
     "train_sampling_strategy": ("group_by_length", "train_sampling_strategy must be random, got 'group_by_length'"),
     "use_cache": (True, "use_cache"),
@@ -508,5 +508,5 @@ class NoBatches:
 def test_a_run_without_a_step_is_an_error(tmp_path, model):
     trainer = make_trainer(model, tmp_path)
     trainer._train_batch_sampler = NoBatches
-    with pytest.raises(NoStepError, match="training ended without a single step"):
+    with pytest.raises(TrainingError, match="training ended without a single step"):
         trainer.train()

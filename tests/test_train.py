@@ -290,8 +290,9 @@ def test_pushing_a_retriever_on_a_local_backbone_is_refused(arguments, capsys, b
 def test_the_curves_begin_with_the_frozen_backbone(monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr(train, "draw_pictures", lambda folder, trainer, frozen, count: given.append(frozen) or set())
-    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path))
+    done = {name: lambda *args, **kwargs: True for name in ("save_model", "delete_replaced", "create_model_card")}
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), is_world_process_zero=lambda: True, **done)
     results = {"frozen_recall_at_1": 0.1, "final_recall_at_1": 0.2, "seed": 0}
-    train.write_results(results, trainer, train.RunArguments(picture_queries=2))
+    train.save_results(results, trainer, train.RunArguments(picture_queries=2))
     assert given == [{"frozen_recall_at_1": 0.1}]
     assert results["picture"] is None
