@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -197,7 +198,8 @@ class VPTSPConfig(PreTrainedConfig):
         for field in ("proxy_keep", "proxy_bias_ratio"):
             _require(self, field, lambda value: 0 <= value <= 1, "in [0, 1]")
         for field in ("loss_alpha", "adapter_scale", "lora_alpha"):
-            _require(self, field, lambda value: value > 0, "> 0")
+            _require(self, field, lambda value: 0 < value < math.inf, "> 0")
+        _require(self, "loss_delta", math.isfinite, "a number")
         # which losses there are is for the training model to know: a retriever loads where its loss is not installed
         _require(self, "loss", lambda value: isinstance(value, str), "the name of a loss")
         _require(self, "miner", lambda v: v is None or v.startswith("pml."), "None or pml.<Name>")

@@ -238,9 +238,7 @@ def test_another_normalisation_is_refused(build, output):
     other = build(folder, **short)
     other.processing_class = build_image_processor(16, 18)
     other.processing_class.image_mean = [0.4, 0.4, 0.4]
-    with pytest.raises(
-        CheckpointError, match=r"image_processor.image_mean: only in the checkpoint 0.5, .*only now 0.4"
-    ):
+    with pytest.raises(CheckpointError, match=r"image_mean: only in the checkpoint 0.5, .*only now 0.4"):
         other.train(resume_from_checkpoint=True)
 
 
