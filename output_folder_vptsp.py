@@ -142,19 +142,18 @@ def refuse_other_model(folder, backbone=None):
         return
     if (folder / "run.json").is_file():
         raise OutputFolderError(f"output_dir {folder} is a checkpoint of another run, which would be spoiled")
-    weights = sorted(path.name for pattern in _WEIGHTS for path in folder.glob(pattern))
-    if (folder / CONFIG_NAME).exists():
-        kind = _model_type(folder / CONFIG_NAME)
-        if kind != "vptsp":
-            raise OutputFolderError(
-                f"output_dir {folder} holds another model ({CONFIG_NAME} has model_type {kind!r}), which would be "
-                "overwritten. Give another output_dir"
-            )
-    elif weights:
+    if (found := model_in(folder)) and _model_type(folder / CONFIG_NAME) != "vptsp":
+        kind = "without config.json" if found != CONFIG_NAME else f"of type {_model_type(folder / CONFIG_NAME)!r}"
         raise OutputFolderError(
-            f"output_dir {folder} holds another model ({weights[0]}, without {CONFIG_NAME}), which would be "
-            "overwritten. Give another output_dir"
+            f"output_dir {folder} holds another model ({found}, {kind}), which would be overwritten. Give another one"
         )
+
+
+def model_in(folder) -> str | None:
+    """The name of a file by which a folder holds a model: its configuration, or its weights; None if it holds none."""
+    folder = Path(folder)
+    weights = sorted(path.name for pattern in _WEIGHTS for path in folder.glob(pattern))
+    return CONFIG_NAME if (folder / CONFIG_NAME).exists() else next(iter(weights), None)
 
 
 def _model_type(path):
@@ -172,8 +171,8 @@ def replaced_together(folder):
     """A folder beside the files of `folder`, to write new ones to; they take their places once all are there.
 
     Ended at whatever moment, `folder` has all the old files, or all the new ones; or, between the first and the last
-    renaming, no `config.json` (and, if there is a new one, no `all_results.json`) but all new files, some of them in
-    `.retriever.ready`, which `finish_replacing` moves. Other files of `folder` stay, but for the pictures of the
+    renaming, neither `config.json` nor `all_results.json`, if there are new ones, while what is not yet in its place
+    is in `.retriever.ready`, for `finish_replacing`. Other files of `folder` stay, but for the pictures of the
     results that are replaced.
 
     Args:
@@ -207,7 +206,7 @@ def finish_replacing(folder):
         return
     files = [path.relative_to(ready) for path in sorted(ready.rglob("*")) if path.is_file()]
     marks = [Path(name) for name in _MARKS if Path(name) in files]
-    for name in marks:
+    for name in reversed(marks):
         (folder / name).unlink(missing_ok=True)
     if Path(RESULTS_NAME) in marks and "picture" not in json.loads((ready / RESULTS_NAME).read_text(encoding="utf-8")):
         for name in PICTURES:  # of other results; those of these are drawn once these are there
@@ -225,6 +224,7 @@ __all__ = [
     "OutputFolderError",
     "check_output_folder",
     "finish_replacing",
+    "model_in",
     "output_held",
     "refuse_other_model",
     "replaced_together",
