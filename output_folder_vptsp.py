@@ -67,7 +67,7 @@ def output_held(args):
                 problem = error
             except OSError as error:
                 message = f"output_dir {args.output_dir} can't take checkpoints: {error.strerror or error}"
-                problem = CheckpointWriteError(error.errno, message)
+                problem = CheckpointWriteError(*([message] if error.errno is None else [error.errno, message]))
         if problem := next(filter(None, gather_object([problem])), None):
             raise problem
         _held.add(folder)
