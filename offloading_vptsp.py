@@ -42,6 +42,8 @@ def prepare_class_prompts(trainer):
         trainer.add_callback(ClassPromptCallback(trainer))
         if model.config.class_prompt_store == "auto":
             level = logging.WARNING  # the rule by which they move is another
+    elif args.class_prompt_folder is not None:
+        logger.warning("class_prompt_folder %s is not used: no class prompts are offloaded", args.class_prompt_folder)
     logger.log(level, "class prompts: %s", describe_class_prompts(model))
 
 

@@ -92,6 +92,11 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
                     f"labels of train_dataset must be in 0..{num_classes - 1} (num_classes of the model), "
                     f"but it has {dataset.num_classes} classes"
                 )
+        elif self.args.stream_buffer_size is not None:
+            raise ValueError(
+                f"stream_buffer_size is of streams, got {self.args.stream_buffer_size} with a train_dataset that is "
+                "a table: leave it out"
+            )
         elif not hasattr(dataset, "labels"):
             raise ValueError("train_dataset must have `labels`, the class of every image; see ImageDataset")
         else:
@@ -139,7 +144,9 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
             "num_workers": self.args.dataloader_num_workers,
             "pin_memory": self.args.dataloader_pin_memory,
             "prefetch_factor": self.args.dataloader_prefetch_factor,
-            "multiprocessing_context": self.args.dataloader_multiprocessing_context,
+            "multiprocessing_context": getattr(
+                self.args, "dataloader_multiprocessing_context", None
+            ),  # newer than 5.8
             "worker_init_fn": leave_signals_to_main_process,
         }
 
