@@ -1,5 +1,6 @@
 """Whose folder a run writes to, that it has it alone, and that what it leaves there belongs together."""
 
+import functools
 import json
 import os
 import shutil
@@ -12,9 +13,8 @@ import checkpoint_runs
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
 
-from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainingArguments, pretrain_backbone
+from vptsp import VPTSPModel, VPTSPTrainingArguments, pretrain_backbone
 from vptsp.checkpoints_vptsp import checkpoints_in
 from vptsp.eval import run_pictures
 from vptsp.files.locks import InUseError
@@ -265,8 +265,8 @@ def old(tmp_path):
     return output
 
 
-def save_until(output, moment):
-    """In a child: replace the files, and be killed at the n-th thing that is done to one. Returns the exit status."""
+def kill_at(output, moment, action):
+    """In a child: do something, and be killed at the n-th thing that is done to a file. Returns the exit status."""
     child = os.fork()
     if child == 0:
         count = 0
@@ -281,10 +281,14 @@ def save_until(output, moment):
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(audit)
-        with replaced_together(output) as staged:
-            write(staged, marked(output, 2))
+        action()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def replace(output):
+    with replaced_together(output) as staged:
+        write(staged, marked(output, 2))
 
 
 def numbers(output):
@@ -303,7 +307,7 @@ def test_killed_at_whatever_moment_the_files_are_of_one_save(old, tmp_path):
     while status != 0:
         moment += 1
         output = shutil.copytree(old, tmp_path / f"run-{moment}")
-        status = save_until(output, moment)
+        status = kill_at(output, moment, functools.partial(replace, output))
         found = numbers(output)
         whole = len(found) == 4 and len(set(found.values())) == 1
         # else it is no finished run, or no model either, and the new save is all there
@@ -318,6 +322,29 @@ def test_killed_at_whatever_moment_the_files_are_of_one_save(old, tmp_path):
         assert (output / "pictures" / "map.png").exists() == (found["config.json"] == 1)
     assert outcomes == sorted(outcomes) and set(outcomes) == {1.0, 2.0}
     assert outcomes.count(2.0) > 5 and outcomes.count(1.0) > 5
+
+
+def test_a_trainer_killed_as_it_saves_leaves_one_retriever_with_its_scores(build, tmp_path):
+    output, embeddings = tmp_path / "run", {}
+    trainer = build(output)
+    pixels = torch.randn(2, 3, 16, 16)
+    for number in (1, 2):
+        with torch.no_grad():
+            trainer.model.retriever.prompts.tokens.add_(1)
+            embeddings[number] = trainer.model.retriever.eval()(pixels).embeddings
+        trainer.results = {"seed": number}
+        if number == 1:
+            trainer.save_model()
+    found, moment, status = [], 0, None
+    while status != 0:
+        moment += 7
+        copy = shutil.copytree(output, tmp_path / f"run-{moment}")
+        status = kill_at(copy, moment, lambda copy=copy: trainer.save_model(str(copy)))
+        finish_replacing(copy)
+        number = json.loads((copy / "all_results.json").read_text())["seed"]
+        assert torch.equal(VPTSPModel.from_pretrained(copy)(pixels).embeddings, embeddings[number])
+        found.append(number)
+    assert found == sorted(found) and set(found) == {1, 2} and found.count(1) > 1
 
 
 def test_a_save_that_fails_changes_nothing(old):
@@ -364,72 +391,3 @@ def test_save_pretrained_replaces_no_file_by_half_of_one(build, tmp_path, monkey
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert torch.equal(saved["prompts.tokens"], model.retriever.prompts.tokens)
     assert set(contents(tmp_path / "saved")) == set(before)
-
-
-# ---- Training without VPTSPTrainer
-
-
-class Noise(torch.utils.data.Dataset):
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
-        return {"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": index % 4}
-
-
-def make_model(backbone_folder, **fields):
-    fields = {"num_classes": 4, "embedding_dim": 8, "num_prompts": 2, "num_class_prompts": 1, **fields}
-    return VPTSPForMetricLearning.from_backbone(backbone_folder, **fields)
-
-
-def batch(start=0):
-    examples = [Noise()[start + i] for i in range(4)]
-    return torch.stack([e["pixel_values"] for e in examples]), torch.tensor([e["labels"] for e in examples])
-
-
-@pytest.mark.parametrize("proxy_update", ["gru_relu", "mean"])
-def test_a_trainer_that_never_commits_is_stopped(backbone_folder, tmp_path, proxy_update):
-    model = make_model(backbone_folder, proxy_update=proxy_update)
-    args = TrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=4, save_strategy="no")
-    with pytest.raises(RuntimeError, match=r"never committed.* train with VPTSPTrainer .*commit_proxies\(output\)"):
-        Trainer(model, args, train_dataset=Noise()).train()
-
-
-def test_without_a_proxy_state_any_trainer_will_do(backbone_folder, tmp_path):
-    model = make_model(backbone_folder, proxy_update="none")
-    args = TrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=4, save_strategy="no")
-    assert Trainer(model, args, train_dataset=Noise()).train().global_step == 6
-
-
-def test_loops_that_commit_are_not_stopped(backbone_folder):
-    model = make_model(backbone_folder).train()
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        for start in (0, 1, 2):  # gradients of three batches add up
-            output = model(*batch(start))
-            output.loss.backward()
-            model.commit_proxies(output)
-    output = model(*batch())
-    model.commit_proxies(output)  # too early, but committed
-    output.loss.backward()
-    first, second = model(*batch()), model(*batch(1))  # two passes before one backward
-    (first.loss + second.loss).backward()
-    model.commit_proxies(first)
-    model.commit_proxies(second)
-    model(*batch())  # a loss that nothing is done with
-    model(*batch())
-    with torch.no_grad():
-        model(*batch())
-    output = model(*batch())
-    output.loss.backward()
-    model.eval()
-    model(*batch()).loss.backward()  # in evaluation there is nothing to commit
-    model.train()
-    with torch.no_grad():
-        model(*batch())
-    with pytest.raises(RuntimeError, match="never committed"):
-        model(*batch())
-    model.commit_proxies(output)
-    model(*batch())
