@@ -2,18 +2,18 @@
 
 A checkpoint is put together in `output_dir/.checkpoint-N.partial` and renamed to `checkpoint-N` once all of it is on
 the disk. So whatever ends a run at whatever moment, a folder of that name is whole; and if it is not after all (a disk
-that broke, a deletion that was cut short), the sizes in its `run.json` say so.
+that broke, a deletion that was cut short), the sizes and digests in its `run.json` say so.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
+import math
 import random
 import re
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.trainer_callback import TrainerState
 
+from .files.atomic import sync_path, write_json
+from .files.digests import DamagedFileError, check_file, folder_record
 from .run_errors_vptsp import CheckpointError, CheckpointWriteError
 
 
@@ -28,7 +30,8 @@ RUN_NAME = "run.json"
 STATE_NAME = "trainer_state.json"
 OPTIMIZER_NAME = "optimizer"
 PROGRESS_NAME = "progress"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1 has the sizes of files, but no digests
 
 WRITE_ERRORS = (OSError, SafetensorError)
 """What a full disk, a missing permission or a file in the way raises."""
@@ -52,9 +55,9 @@ def save_tree(folder, name, tree):
         OSError or SafetensorError: it can't be written.
     """
     tensors = {}
-    text = json.dumps(_packed(tree, name, tensors))
+    packed = _packed(tree, name, tensors)
     save_file(tensors, Path(folder) / f"{name}.safetensors")
-    (Path(folder) / f"{name}.json").write_text(text, encoding="utf-8")
+    write_json(Path(folder) / f"{name}.json", packed, indent=None)
 
 
 def load_tree(folder, name):
@@ -83,6 +86,8 @@ def _packed(value, place, tensors):
     if isinstance(value, (list, tuple)):
         items = [_packed(item, f"{place}/{i}", tensors) for i, item in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items
+    if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers
+        return {"float": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"{place} can't be saved in a checkpoint: {type(value).__name__} is no tensor, number or string")
@@ -95,6 +100,8 @@ def _unpacked(value, tensors):
         return value
     if "tensor" in value:
         return tensors[value["tensor"]]
+    if "float" in value:
+        return float(value["float"])
     if "array" in value:
         return _unpacked(value["array"], tensors).numpy().astype(value["dtype"], copy=False)
     if "tuple" in value:
@@ -176,20 +183,18 @@ def publish(partial, record):
 
     Args:
         partial: As from `partial_checkpoint`.
-        record: What goes into `run.json`, along with the sizes of all files.
+        record: What goes into `run.json`, along with the sizes and digests of all files.
     """
     partial = Path(partial)
-    files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    record = {"format_version": FORMAT_VERSION, **record, "files": sizes}
-    (partial / RUN_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    files = folder_record(partial, exclude=(RUN_NAME,))
+    write_json(partial / RUN_NAME, {"format_version": FORMAT_VERSION, **record, "files": files}, indent=1)
     for path in [*partial.rglob("*"), partial]:
-        _sync(path)
+        sync_path(path)
     final, replaced = partial.with_name(partial.stem[1:]), partial.with_suffix(".replaced")
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
-    _sync(final.parent)
+    sync_path(final.parent)
     if replaced.exists():
         _remove(replaced)
 
@@ -216,10 +221,11 @@ def rotate(root, limit, keep):
         _delete(folder)
 
 
-def delete_checkpoints(root):
-    """Delete all checkpoints in `root`."""
-    for folder in checkpoints_in(root):
-        _delete(folder)
+def delete_checkpoints(folders):
+    """Delete checkpoints, those of them that are still there."""
+    for folder in folders:
+        if folder.is_dir():
+            _delete(folder)
 
 
 def _delete(folder):
@@ -257,22 +263,11 @@ def _remove(path):
         shutil.rmtree(path)
 
 
-def _sync(path):
-    """Wait until a file, or the list of a folder's files, is on the disk."""
-    if path.is_dir() and os.name != "posix":  # elsewhere folders can't be opened
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # ---- Reading
 
 
-def check_checkpoint(folder) -> dict:
-    """Check that a checkpoint is whole, without reading its tensors.
+def check_files(folder) -> dict:
+    """Check that every file of a checkpoint is there and is the one that was written.
 
     Returns:
         Its `run.json`.
@@ -286,16 +281,30 @@ def check_checkpoint(folder) -> dict:
     if not (folder / RUN_NAME).is_file():
         raise CheckpointError(f"{folder} is no checkpoint of VPTSPTrainer: it has no {RUN_NAME}")
     record = _read_json(folder / RUN_NAME)
-    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
-        version = record.get("format_version") if isinstance(record, dict) else None
-        raise CheckpointError(f"{folder / RUN_NAME} has format_version {version!r}, expected {FORMAT_VERSION}")
-    sizes = record.get("files")
-    if not isinstance(sizes, dict):
+    version = record.get("format_version") if isinstance(record, dict) else None
+    if version not in READABLE_VERSIONS:
+        expected = " or ".join(map(str, READABLE_VERSIONS))
+        raise CheckpointError(f"{folder / RUN_NAME} has format_version {version!r}, expected {expected}")
+    if not isinstance(record.get("files"), dict):
         raise CheckpointError(f"{folder / RUN_NAME} lists no files")
-    for name, size in sizes.items():
-        _check_file(folder, name, size)
+    for name, expected in record["files"].items():
+        _check_file(folder, name, {"bytes": expected} if isinstance(expected, int) else expected)
+    return record
+
+
+def check_checkpoint(folder) -> dict:
+    """Check that a checkpoint is whole, and that a run can go on from it.
+
+    Returns:
+        Its `run.json`.
+
+    Raises:
+        CheckpointError: as of `check_files`, or it lacks what going on takes.
+    """
+    folder = Path(folder)
+    record = check_files(folder)
     for name in (STATE_NAME, f"{OPTIMIZER_NAME}.json", f"{PROGRESS_NAME}.json"):
-        if name not in sizes:
+        if name not in record["files"]:
             raise CheckpointError(f"{folder} was saved without {name} (save_only_model), so no run can go on from it")
     try:
         TrainerState.load_from_json(str(folder / STATE_NAME))
@@ -324,15 +333,14 @@ def last_checkpoint(root) -> Path:
     raise CheckpointError(f"resume_from_checkpoint: output_dir {root} holds no checkpoint{reason}")
 
 
-def _check_file(folder, name, size):
-    place = PurePosixPath(name)
-    if place.is_absolute() or ".." in place.parts:
-        raise CheckpointError(f"{folder / RUN_NAME} lists the file {name!r}, which is outside of the checkpoint")
-    path = folder / place
-    if not path.is_file():
-        raise CheckpointError(f"the checkpoint {folder} lacks {name}")
-    if path.stat().st_size != size:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected {size}: the checkpoint is damaged")
+def _check_file(folder, name, expected):
+    try:
+        check_file(folder, name, expected)
+    except DamagedFileError as error:
+        raise CheckpointError(str(error)) from error
+    path = Path(folder) / name
+    if "sha256" in expected:
+        return
     if path.suffix == ".json":
         _read_json(path)
     elif path.suffix == ".safetensors":
@@ -350,4 +358,4 @@ def _read_json(path):
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-__all__ = ["check_checkpoint", "checkpoints_in", "delete_checkpoints", "last_checkpoint"]
+__all__ = ["check_checkpoint", "check_files", "checkpoints_in", "delete_checkpoints", "last_checkpoint"]

@@ -85,7 +85,7 @@ def export_program(model, path, image_processor=None) -> float:
         ValueError: the model is not float32.
     """
     model = model.retriever
-    metadata = json.dumps(export_metadata(model, image_processor), indent=2)
+    metadata = json.dumps(export_metadata(model, image_processor), indent=2, allow_nan=False)
 
     def write(file):
         torch.export.save(_traced(model), file, extra_files={"metadata.json": metadata})
@@ -158,7 +158,9 @@ def export_metadata(model, image_processor=None) -> dict[str, str]:
             raise ValueError(f"the image processor crops to {crop} pixels, but the model takes {values['image_size']}")
         values["resize_size"] = image_processor.size["shortest_edge"]
         values["image_mean"], values["image_std"] = image_processor.image_mean, image_processor.image_std
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, allow_nan=False) for name, value in values.items()
+    }
 
 
 def _require_onnx():
@@ -201,14 +203,24 @@ def _write_checked(model, path, write, read) -> float:
 
 @torch.no_grad()
 def _largest_difference(model, embed) -> float:
-    """Between `embed` and the model with its prompts as tokens, over batches of several sizes."""
-    largest = 0.0
+    """Between `embed` and the model with its prompts as tokens, over batches of several sizes; NaN where one is.
+
+    Raises:
+        RuntimeError: embeddings have another shape.
+    """
+    differences = []
     for number in CHECKED_BATCH_SIZES:
         pixel_values = _images(model, number)
         tokens = model.embed_patches(pixel_values.to(model.device))
         expected = model.head(model.encode(tokens, model.prompts())).cpu()
-        largest = max(largest, (embed(pixel_values) - expected).abs().max().item())
-    return largest
+        embeddings = embed(pixel_values)
+        if embeddings.shape != expected.shape:  # which could be compared all the same, by broadcasting
+            raise RuntimeError(
+                f"the exported file gives embeddings of shape {tuple(embeddings.shape)} for {number} images, expected "
+                f"{tuple(expected.shape)}: it was not kept"
+            )
+        differences.append((embeddings - expected).abs().max())
+    return torch.stack(differences).max().item()  # torch's maximum of NaN and a number is NaN, unlike Python's
 
 
 def _parse_arguments(argv):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from pathlib import Path
@@ -162,10 +163,12 @@ def _metadata(model, results, title) -> dict:
 
 
 def _metrics_of(results, prefix) -> dict[str, tuple[str, str, float]]:
-    """Metric -> what it is called, what it is, its value; of those known under `{prefix}_`."""
+    """Metric -> what it is called, what it is, its value; of those known under `{prefix}_` that have a value."""
     found = {}
     for key, value in results.items():
         metric = key.removeprefix(f"{prefix}_")
+        if not isinstance(value, (int, float)) or not math.isfinite(value):  # None as `all_results.json` has it
+            continue
         for pattern, texts in METRICS.items():
             if metric != key and (match := re.fullmatch(pattern, metric)):
                 found[metric] = (*(text.replace("{}", "".join(match.groups())) for text in texts), value)

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from .class_prompts_vptsp import CLASS_PROMPTS_NAME, OffloadedClassPrompts, build_class_prompts
 from .configuration_vptsp import VPTSPConfig
+from .files.atomic import atomic_path
 from .loss_registry_vptsp import build_criterion, check_loss
 from .losses_vptsp import proxy_anchor_loss, proxy_nca_loss
 from .modeling_vptsp import VPTSPModel, VPTSPPreTrainedModel, embedding_head
@@ -117,6 +118,7 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
             [`VPTSPMetricLearningOutput`].
 
         Raises:
+            RuntimeError: the gradients of an earlier batch were computed, but its rows were not committed.
             ValueError: labels are outside 0..C-1 or not as many as images. On an accelerator or compiled,
                 with `images_per_class`, their range is left to the caller, since looking would stall the device.
         """
@@ -141,6 +143,7 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
         with torch.autocast(embeddings.device.type, enabled=False):
             if vectors is not None:
                 rows = self.proxies.new_rows(vectors, groups)
+                self.proxies.expect_commit(rows)
             if gather:
                 embeddings, labels, rows, groups = _gather_batches(embeddings, labels, rows, groups)
             # the model's own losses go through the other classes in parts; others get what they are to compare with
@@ -199,7 +202,10 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
             raise ValueError(f"labels must be in 0..{self.config.num_classes - 1}, got {low}..{high}")
 
     def commit_proxies(self, output: VPTSPMetricLearningOutput):
-        """Write the proxy state's new rows that `forward` returned; once a batch, after the backward pass."""
+        """Write the proxy state's new rows that `forward` returned; once a batch, after the backward pass.
+
+        [`VPTSPTrainer`] does it; a training loop of one's own has to, before its next forward pass.
+        """
         if output.proxy_rows is not None:
             self.proxies.commit(output.proxy_classes, output.proxy_rows.detach())
 
@@ -214,7 +220,8 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
         store = self.offloaded_class_prompts
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if store is not None and is_main_process:
-            store.save(Path(save_directory) / CLASS_PROMPTS_NAME)
+            with atomic_path(Path(save_directory) / CLASS_PROMPTS_NAME) as temporary:
+                store.save(temporary)
 
     def load_saved(self, folder):
         super().load_saved(folder)

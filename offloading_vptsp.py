@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from .configuration_vptsp import DENSE_CLASS_PROMPT_BYTES
+from .output_folder_vptsp import output_held
 from .row_optimizers_vptsp import SUPPORTED_OPTIM, check_optimizer
 
 
@@ -28,15 +29,21 @@ def prepare_class_prompts(trainer):
     if model.offloaded_class_prompts is not None:
         if trainer.optimizer is not None:
             check_optimizer(trainer.optimizer)
+        elif trainer.optimizer_cls_and_kwargs is not None:
+            optimizer_cls, options = trainer.optimizer_cls_and_kwargs
+            check_optimizer(optimizer_cls([torch.zeros(1)], **options))
         elif args.optim not in SUPPORTED_OPTIM:
             raise ValueError(
                 f"optim must be one of {', '.join(SUPPORTED_OPTIM)} with offloaded class prompts, got "
                 f"{str(args.optim.value)!r}; class_prompt_store dense takes any"
             )
-        _place(model.offloaded_class_prompts, args, trainer.optimizer)
+        with output_held(args):  # files of a run that is going on must not be written over
+            _place(model.offloaded_class_prompts, args, trainer.optimizer)
         trainer.add_callback(ClassPromptCallback(trainer))
         if model.config.class_prompt_store == "auto":
             level = logging.WARNING  # the rule by which they move is another
+    elif args.class_prompt_folder is not None:
+        logger.warning("class_prompt_folder %s is not used: no class prompts are offloaded", args.class_prompt_folder)
     logger.log(level, "class prompts: %s", describe_class_prompts(model))
 
 

@@ -42,7 +42,7 @@ class RecallAtKLoss(nn.Module):
         if not ks or any(not isinstance(k, int) or k < 1 for k in ks):
             raise ValueError(f"ks must hold integers >= 1, got {ks!r}")
         for name, value in (("recall_temperature", recall_temperature), ("rank_temperature", rank_temperature)):
-            if value <= 0:
+            if not 0 < value < math.inf:  # also where it is not a number
                 raise ValueError(f"{name} must be > 0, got {value!r}")
         self.ks = tuple(ks)
         self.recall_temperature = recall_temperature
@@ -114,7 +114,7 @@ class HyperbolicLoss(nn.Module):
     def __init__(self, temperature=0.2, curvature=0.1, clip_radius=2.3):
         super().__init__()
         for name, value in (("temperature", temperature), ("curvature", curvature), ("clip_radius", clip_radius)):
-            if value <= 0:
+            if not 0 < value < math.inf:  # also where it is not a number
                 raise ValueError(f"{name} must be > 0, got {value!r}")
         if math.sqrt(curvature) * clip_radius > 3:
             raise ValueError(

@@ -10,18 +10,31 @@ A stand-in where no pretrained backbone can be had. With access to the Hub, use 
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
 from vptsp.data_scripts import DataArguments, DataError, check_data_arguments
+from vptsp.files.atomic import write_json
+from vptsp.files.locks import InUseError
+from vptsp.output_folder_vptsp import OutputFolderError, model_in, output_held, replaced_together
+from vptsp.run_errors_vptsp import CheckpointWriteError, TrainingError
+
+
+METRICS_NAME = "pretraining.json"  # says that a model is one of this command's, which may be replaced
 
 
 @dataclass
 class PretrainingArguments:
-    """Shape of the transformer and length of its training."""
+    """Shape of the transformer and length of its training.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
 
     output_dir: str = field(metadata={"help": "Folder for the backbone."})
     hidden_size: int = field(default=192, metadata={"help": "Width."})
@@ -36,6 +49,31 @@ class PretrainingArguments:
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
     bf16: bool = field(default=False, metadata={"help": "Mixed precision in bfloat16."})
+    overwrite_output: bool = field(default=False, metadata={"help": "Replace a backbone that this command wrote."})
+
+    def __post_init__(self):
+        if not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"num_train_epochs must be > 0, got {self.num_train_epochs}")
+        for name in ("learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+
+
+def check_output(folder, overwrite):
+    """Refuse a folder with a model, unless it is one of this command's that may be replaced.
+
+    Raises:
+        OutputFolderError: the message says what is there.
+    """
+    found = model_in(folder)
+    if found is None:
+        return
+    if not (Path(folder) / METRICS_NAME).is_file():
+        raise OutputFolderError(f"output_dir {folder} holds another model ({found}): give another one")
+    if not overwrite:
+        raise OutputFolderError(
+            f"output_dir {folder} holds an earlier backbone: give another one or --overwrite_output"
+        )
 
 
 class AugmentedImages(Dataset):
@@ -54,7 +92,13 @@ class AugmentedImages(Dataset):
 
 
 def pretrain(args: PretrainingArguments, data_args: DataArguments) -> dict[str, float]:
-    """Train and save the backbone; returns the Trainer's metrics."""
+    """Train and save the backbone; returns the Trainer's metrics.
+
+    Raises:
+        InUseError: another run uses `output_dir`.
+        OutputFolderError: it holds a model.
+        TrainingError: there was not a single step.
+    """
     from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
     from vptsp.data_scripts import ImageDataset, collate_images, make_transforms
@@ -96,23 +140,35 @@ def pretrain(args: PretrainingArguments, data_args: DataArguments) -> dict[str, 
         remove_unused_columns=False,
     )
     model = ViTForImageClassification(config)
-    trainer = Trainer(model=model, args=training_args, train_dataset=AugmentedImages(images), data_collator=collate)
-    metrics = trainer.train().metrics
-    model.vit.save_pretrained(args.output_dir)
-    build_image_processor(data_args.image_size, data_args.resize_size).save_pretrained(args.output_dir)
-    return metrics
+    with output_held(training_args):
+        check_output(args.output_dir, args.overwrite_output)
+        trainer = Trainer(
+            model=model, args=training_args, train_dataset=AugmentedImages(images), data_collator=collate
+        )
+        outcome = trainer.train()
+        if outcome.global_step == 0:
+            raise TrainingError(f"training ended without a single step: {len(images)} images")
+        with replaced_together(args.output_dir) as staged:
+            model.vit.save_pretrained(staged)
+            build_image_processor(data_args.image_size, data_args.resize_size).save_pretrained(staged)
+            write_json(staged / METRICS_NAME, outcome.metrics)
+    return outcome.metrics
 
 
 def main(argv=None):
-    """Entry point; exit status 2 and one line on stderr where the data can't be used."""
+    """Entry point; exit status 2 and one line on stderr where data, numbers or folder can't be used."""
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser((PretrainingArguments, DataArguments), description=__doc__)
-    args, data_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     try:
+        args, data_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        check_output(args.output_dir, args.overwrite_output)
         check_data_arguments(data_args)
         pretrain(args, data_args)
-    except DataError as error:
+    except (DataError, OutputFolderError, InUseError, CheckpointWriteError, TrainingError) as error:
         print(f"pretrain_backbone.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import tempfile
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -105,6 +106,21 @@ def _relative_to(backbone, folder):
         return Path(os.path.relpath(backbone, folder)).as_posix()
     except ValueError:  # another drive
         return str(Path(backbone).resolve())
+
+
+@contextmanager
+def _written_aside(folder):
+    """A folder to write files to, each of which then replaces that of its name in `folder` in one step.
+
+    If the block raises, nothing is replaced. The configuration, which makes a folder a model, comes last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
+        yield Path(aside)
+        for path in sorted(Path(aside).iterdir(), key=lambda path: path.name == CONFIG_NAME):
+            with path.open("rb+") as stream:  # what is renamed must be on the disk before its name is
+                os.fsync(stream.fileno())
+            path.replace(folder / path.name)
 
 
 def _refuse_local_backbone(backbone, retriever):
@@ -246,14 +262,17 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         """The [`VPTSPModel`]: the part that embeds images and is shared."""
         return self.vptsp if self.retriever_prefix else self
 
-    def save_pretrained(self, save_directory, state_dict=None, save_backbone=None, **kwargs):
+    def save_pretrained(self, save_directory, state_dict=None, save_backbone=None, place=None, **kwargs):
         """Save what is tuned; the frozen backbone is only named, unless `save_backbone`.
+
+        Files are written aside and then renamed, so that none is ever half of what it was or is to be.
 
         Args:
             save_directory: Folder to write to.
             state_dict: Weights to save instead of the model's own.
             save_backbone: Save the backbone too; None for what the configuration says. A backbone that has no name is
-                always saved, and so is one that is tuned as a whole.
+              place: Folder that the caller will move the files to, as seen from which a local backbone is named; None
+                for `save_directory`.
             **kwargs: As for `PreTrainedModel.save_pretrained`.
 
         Raises:
@@ -275,10 +294,12 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         kwargs["save_original_format"] = False
         backbone = self.config.backbone
         try:
-            self.config.backbone = _relative_to(backbone, save_directory)
+            self.config.backbone = _relative_to(backbone, save_directory if place is None else place)
             if self.config.save_backbone and backbone is not None and Path(backbone).is_dir():
                 self.config.backbone = None  # saved along: where it came from says nothing elsewhere
-            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+            writes = kwargs.get("is_main_process", True)
+            with _written_aside(Path(save_directory)) if writes else nullcontext(save_directory) as aside:
+                super().save_pretrained(aside, state_dict=state_dict, **kwargs)
         finally:
             self.config.backbone = backbone
 

@@ -5,6 +5,7 @@ Shapes: B images, M classes in a batch, K images of the largest of them, C class
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -107,6 +108,7 @@ class SemanticProxies(nn.Module):
         self.original_proxies = nn.Parameter(torch.empty(shape))
         if self.update != "none":
             self.register_buffer("state", torch.empty(shape))
+            self._num_batches, self._is_due = 0, False
             self.dropout = nn.Dropout(config.rnn_dropout)
         if self.update in ("gru", "gru_relu"):
             self.gru = GRUUpdate(config.embedding_dim, self.update)
@@ -146,6 +148,33 @@ class SemanticProxies(nn.Module):
             state = F.normalize(self.dropout(state), dim=-1)
         return state
 
+    def expect_commit(self, rows):
+        """Remember a training batch's new rows: once their gradient is there, they must be committed before the next.
+
+        A loop that never commits (that of `transformers.Trainer`) would train against a state that stays as it was
+        drawn. Batches without gradients, as those of an evaluation, are nothing to commit. A compiled `forward` can't
+        look.
+
+        Args:
+            rows: `(M, E)`, from `new_rows`.
+
+        Raises:
+            RuntimeError: those of an earlier batch are due.
+        """
+        if not (self.training and rows.requires_grad) or torch.compiler.is_compiling():
+            return
+        if self._is_due:
+            raise RuntimeError(
+                "the proxy state's new rows of the batch before were never committed, so the proxies would not follow "
+                "the images: train with VPTSPTrainer (transformers.Trainer does not commit), or call "
+                "model.commit_proxies(output) after every backward pass"
+            )
+        self._num_batches += 1
+        rows.register_hook(functools.partial(self._note_gradient, self._num_batches))
+
+    def _note_gradient(self, batch, gradient):
+        self._is_due |= batch == self._num_batches
+
     def proxies(self, classes=None, rows=None, proxy_range="all"):
         """Proxies Q that the loss compares with, L2-normalised.
 
@@ -169,6 +198,7 @@ class SemanticProxies(nn.Module):
     @torch.no_grad()
     def commit(self, classes, rows):
         """Write a batch's rows `(M, E)` into S. Rows that are not finite are left out, so that S stays usable."""
+        self._num_batches, self._is_due = self._num_batches + 1, False
         old = self.state.index_select(0, classes)
         finite = rows.isfinite().all(dim=-1, keepdim=True)
         self.state.index_copy_(0, classes, torch.where(finite, rows.to(old.dtype), old))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import TrainerCallback
 
+from .files.atomic import write_json
+
 
 FILE_NAME = "proxy_movement.json"
 QUANTILES = (0.1, 0.5, 0.9)
@@ -66,7 +68,7 @@ class ProxyMovement(TrainerCallback):
         ]
         folder.mkdir(parents=True, exist_ok=True)
         content = {"columns": ["mean", *QUANTILES], "records": self.records}
-        (folder / FILE_NAME).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        write_json(folder / FILE_NAME, content, indent=None)
 
 
 def read_proxy_movement(path):

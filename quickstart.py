@@ -105,7 +105,7 @@ def main(argv=None) -> None:
     start = time.perf_counter()
     output, backbone, seed = args.output_dir, args.output_dir / "backbone", str(args.seed)
 
-    words = options({**BACKBONE_ARGUMENTS, "output_dir": backbone, "seed": seed})
+    words = [*options({**BACKBONE_ARGUMENTS, "output_dir": backbone, "seed": seed}), "--overwrite_output"]
     run([sys.executable, "-m", "vptsp.pretrain_backbone", *words], "python pretrain_backbone.py " + " ".join(words))
 
     config = resources.files("vptsp.configs") / "quickstart.yaml"

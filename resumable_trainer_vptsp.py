@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from accelerate.utils import gather_object
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 from .checkpoints_vptsp import (
     OPTIMIZER_NAME,
@@ -15,8 +18,10 @@ from .checkpoints_vptsp import (
     STATE_NAME,
     WRITE_ERRORS,
     check_checkpoint,
+    check_files,
     checkpoint_name,
     checkpoint_step,
+    checkpoints_in,
     delete_checkpoints,
     discard_partial,
     last_checkpoint,
@@ -30,8 +35,10 @@ from .checkpoints_vptsp import (
     set_random_state,
     write_failure,
 )
+from .files.atomic import write_json
 from .interruption_vptsp import InterruptionCallback
-from .run_errors_vptsp import CheckpointError, CheckpointWriteError
+from .output_folder_vptsp import output_held
+from .run_errors_vptsp import CheckpointError, CheckpointWriteError, TrainingError
 from .run_record_vptsp import record_run, run_differences
 
 
@@ -42,12 +49,23 @@ class ResumableTrainer(Trainer):
     schedule and random generators are stored as safetensors and JSON, and so are the running sums of the loss, so that
     the log goes on too; a checkpoint of another run is refused; Ctrl-C and SIGTERM save before they stop
     (`interruption_vptsp.py`).
+
+    Attributes:
+        data_settings: Dict of JSON values that say which data the run has, beyond what the data sets can tell; a run
+            that goes on must have the same. None compares the data sets alone.
     """
+
+    data_settings: dict | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._resumed_from = None
         self._record = None
+        self._earlier_checkpoints = []
+        self._given_optimizer = None
+        if self.optimizer is not None:
+            options = {name: repr(value) for name, value in self.optimizer.defaults.items()}
+            self._given_optimizer = {"class": type(self.optimizer).__name__, "options": options}
         self._started, self._earlier_seconds = time.time(), 0.0
         self._interruption = InterruptionCallback()
         for callback in (_CarryOn(self), self._interruption, _EpochEndFirst()):
@@ -56,22 +74,33 @@ class ResumableTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """Train, as `Trainer.train`.
 
+        Meanwhile no other run can use `output_dir` (`output_held`).
+
         Args:
-            resume_from_checkpoint: True to go on from the last whole checkpoint in `output_dir`, or the folder of one.
+            resume_from_checkpoint: True to go on from the last whole checkpoint in `output_dir`, or the folder of one;
+                None for what the argument of that name says.
             trial: As for `Trainer`.
             ignore_keys_for_eval: As for `Trainer`.
 
         Raises:
             CheckpointError: there is no such checkpoint, it is damaged, or its run was another one.
             CheckpointWriteError: a checkpoint can't be written; earlier ones are intact.
+            InUseError: another run uses `output_dir`.
+            TrainingError: there was nothing to train on.
             TrainingInterrupted: after Ctrl-C or SIGTERM, once a checkpoint is saved.
         """
         self._record = None
-        self._resumed_from = self.checkpoint_to_resume(resume_from_checkpoint)
-        if self._resumed_from is None and self.args.save_strategy != "no":
-            self._together(prepare_root, self.args.output_dir, writer_only=True)
-        with self._interruption.watching():
-            return super().train(self._resumed_from, trial, ignore_keys_for_eval)
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        with output_held(self.args):
+            self._resumed_from = self.checkpoint_to_resume(resume_from_checkpoint)
+            if self._resumed_from is None and self.args.save_strategy != "no":
+                self._together(prepare_root, self.args.output_dir, writer_only=True)
+            with self._interruption.watching():
+                outcome = super().train(self._resumed_from, trial, ignore_keys_for_eval)
+        if outcome.global_step == 0:
+            raise TrainingError(f"training ended without a single step: there is no batch in {self.train_dataset!r}")
+        return outcome
 
     # ---- Writing
 
@@ -91,6 +120,8 @@ class ResumableTrainer(Trainer):
             if self.args.should_save:
                 discard_partial(partial)
             raise write_failure(final, error) from error
+        self._earlier_checkpoints = [folder for folder in self._earlier_checkpoints if folder.name != final.name]
+        self.delete_replaced()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         keep = [final, self.state.best_model_checkpoint]
@@ -109,12 +140,32 @@ class ResumableTrainer(Trainer):
         callbacks = [*self.callback_handler.callbacks, self.control]
         callbacks = [callback for callback in callbacks if isinstance(callback, ExportableState)]
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=callbacks).stateful_callbacks
-        self.state.save_to_json(str(partial / STATE_NAME))
+        write_json(partial / STATE_NAME, asdict(self.state))
         publish(partial, self._run_record())
 
-    def delete_checkpoints(self):
-        """Delete all checkpoints in `output_dir`, before a new run that is to take the place of an earlier one."""
-        self._together(delete_checkpoints, self.args.output_dir, writer_only=True)
+    def replace_checkpoints(self):
+        """Let the run that begins now take the place of an earlier one in `output_dir`.
+
+        The earlier run's checkpoints stay until the new one has written its first, or `delete_replaced` is called.
+        """
+        self._earlier_checkpoints = checkpoints_in(self.args.output_dir)
+
+    def delete_replaced(self):
+        """Delete what `replace_checkpoints` has found: this run has what takes its place."""
+        self._together(delete_checkpoints, self._earlier_checkpoints, writer_only=True)
+        self._earlier_checkpoints = []
+
+    def _determine_best_metric(self, metrics, trial):
+        """As `Trainer` does, which would pass over what is not a number, and end with no best checkpoint at all."""
+        if self.args.metric_for_best_model is not None:
+            name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
+            chooses = self.args.load_best_model_at_end or self.args.save_strategy == SaveStrategy.BEST
+            if chooses and math.isnan(metrics.get(name, 0.0)):
+                raise TrainingError(
+                    f"metric_for_best_model: {name} is nan at step {self.state.global_step}, so no checkpoint can be "
+                    "the best: give another metric or test set, or load_best_model_at_end false"
+                )
+        return super()._determine_best_metric(metrics, trial)
 
     def _progress(self):
         """Where this process is, beyond what model, optimiser and `TrainerState` say."""
@@ -128,8 +179,30 @@ class ResumableTrainer(Trainer):
 
     def _run_record(self):
         if self._record is None:
-            self._record = record_run(self.args, self.model, self.train_dataset, self.eval_dataset)
+            self._record = record_run(
+                self.args,
+                self.model,
+                self.train_dataset,
+                self.eval_dataset,
+                **({} if self.data_settings is None else {"data": self.data_settings}),
+                image_processor=self._image_processor_record(),
+                optimizer=self._optimizer_record(),
+            )
         return self._record
+
+    def _image_processor_record(self):
+        """How images are normalised; None without an image processor."""
+        names = ("do_normalize", "image_mean", "image_std", "do_rescale", "rescale_factor")
+        found = {name: getattr(self.processing_class, name, None) for name in names}
+        found = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in found.items()}
+        return None if self.processing_class is None else found
+
+    def _optimizer_record(self):
+        """The optimiser that the constructor was given; None where the arguments say which."""
+        if self.optimizer_cls_and_kwargs is not None:
+            optimizer_cls, options = self.optimizer_cls_and_kwargs
+            return {"class": optimizer_cls.__name__, "options": {name: repr(value) for name, value in options.items()}}
+        return self._given_optimizer
 
     def _together(self, action, *args, writer_only=False, **kwargs):
         """Do what may fail on one process's disk; if it does, every process raises, and none waits for another.
@@ -177,7 +250,9 @@ class ResumableTrainer(Trainer):
             raise CheckpointError(
                 f"{folder} is of another run:\n{lines}\nGive what it had, or begin a run in another output_dir"
             )
-        self._best_checkpoint(folder)
+        best = self._best_checkpoint(folder)
+        if best is not None and self.args.load_best_model_at_end:
+            check_files(best)
         return str(folder)
 
     def _best_checkpoint(self, folder) -> str | None:

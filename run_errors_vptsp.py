@@ -11,6 +11,10 @@ class CheckpointWriteError(OSError):
     """A checkpoint that could not be written. The message names the folder and the reason; earlier ones are intact."""
 
 
+class TrainingError(ValueError):
+    """Training that can't have a result: there was not a single step, or no checkpoint can be the best."""
+
+
 class TrainingInterrupted(KeyboardInterrupt, SystemExit):
     """A signal has ended training, after a checkpoint was saved.
 
@@ -28,4 +32,4 @@ class TrainingInterrupted(KeyboardInterrupt, SystemExit):
         self.signal, self.step, self.code = signum, step, 128 + signum
 
 
-__all__ = ["CheckpointError", "CheckpointWriteError", "TrainingInterrupted"]
+__all__ = ["CheckpointError", "CheckpointWriteError", "TrainingError", "TrainingInterrupted"]

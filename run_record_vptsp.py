@@ -13,6 +13,8 @@ from importlib import metadata
 import numpy as np
 
 from .data_scripts.errors import some
+from .data_scripts.streaming import StreamedImages
+from .files.atomic import json_value
 
 
 # Settings that don't change what is trained, or only by rounding: they may be others when a run goes on.
@@ -78,7 +80,36 @@ FREE_MODEL_FIELDS = {
 logger = logging.getLogger(__name__)
 
 
-def record_run(args, model, train_dataset, eval_dataset) -> dict:
+# Schedules that look at scores: with these, when and on what is evaluated changes what is trained.
+_SCHEDULES_BY_SCORE = ("reduce_lr_on_plateau", "greedy")
+
+# Data arguments that don't change what is trained: places, checks, and names of classes, which are compared apart.
+# Leaving unreadable images out changes nothing before the first of them, and without that the run would have ended.
+FREE_DATA_ARGUMENTS = (
+    "data_dir",
+    "data_cache_dir",
+    "train_classes",
+    "test_classes",
+    "verify_counts",
+    "skip_corrupt",
+)
+
+
+def is_free_setting(name, args) -> bool:
+    """Whether a training argument may be another when a run goes on."""
+    if name.startswith("eval_") and str(getattr(args.lr_scheduler_type, "value", "")) in _SCHEDULES_BY_SCORE:
+        return False
+    return name in FREE_SETTINGS or name.startswith(FREE_PREFIXES)
+
+
+def record_data_arguments(data_args) -> dict:
+    """What of `DataArguments` a run that goes on must have the same, beside what the data sets themselves can tell."""
+    return {
+        item.name: getattr(data_args, item.name) for item in fields(data_args) if item.name not in FREE_DATA_ARGUMENTS
+    }
+
+
+def record_run(args, model, train_dataset, eval_dataset, **parts) -> dict:
     """What goes into a checkpoint's `run.json`: nothing but what JSON knows.
 
     Args:
@@ -86,13 +117,14 @@ def record_run(args, model, train_dataset, eval_dataset) -> dict:
         model: The training model.
         train_dataset: As for `VPTSPTrainer`.
         eval_dataset: As for `VPTSPTrainer`; None leaves it out of the comparison.
+        **parts: What else the result depends on, under a name each.
 
     Returns:
-        Dict of `settings`, `model`, `tuned`, `train_data`, `eval_data` and `versions`.
+        Dict of `settings`, `model`, `tuned`, `train_data`, `eval_data`, `versions` and the other parts.
     """
     values = args.to_dict()
     names = [item.name for item in fields(args) if item.name in values]
-    kept = [name for name in names if name not in FREE_SETTINGS and not name.startswith(FREE_PREFIXES)]
+    kept = [name for name in names if not is_free_setting(name, args)]
     record = {
         "settings": {name: values[name] for name in kept}
         | {"global_batch_size": args.train_batch_size * args.world_size},
@@ -105,7 +137,7 @@ def record_run(args, model, train_dataset, eval_dataset) -> dict:
         record["eval_data"] = {name: _data_record(part) for name, part in eval_dataset.items()}
     elif eval_dataset is not None:
         record["eval_data"] = _data_record(eval_dataset)
-    return json.loads(json.dumps(record))
+    return json.loads(json.dumps(json_value(record | parts), allow_nan=False, default=repr))
 
 
 def run_differences(saved, now) -> list[str]:
@@ -118,8 +150,8 @@ def run_differences(saved, now) -> list[str]:
     if saved.get("versions") != now["versions"]:
         changed = _differences(saved.get("versions", {}), now["versions"])
         logger.warning("going on with other versions, which may round otherwise: %s", "; ".join(changed))
-    parts = [name for name in now if name != "versions"]
-    return [line for name in parts if name in saved for line in _differences(saved[name], now[name], name)]
+    parts = [name for name in now if name != "versions" and name in saved]
+    return [line for name in parts for line in _differences(saved[name], now[name], name)]
 
 
 def _differences(saved, now, place=""):
@@ -127,7 +159,10 @@ def _differences(saved, now, place=""):
         return []
     if isinstance(saved, dict) and isinstance(now, dict):
         prefix = f"{place}." if place else ""
-        return [line for key in saved if key in now for line in _differences(saved[key], now[key], prefix + key)]
+        lines = [line for key in saved if key in now for line in _differences(saved[key], now[key], prefix + key)]
+        if place.startswith(("train_data", "eval_data")):  # of another kind: a stream, or queries with a gallery
+            lines += [f"{prefix}{key}: only in the checkpoint" for key in saved if key not in now]
+        return lines
     if isinstance(saved, list) and isinstance(now, list):
         before, after = set(map(repr, saved)), set(map(repr, now))
         gone, new = [name for name in saved if repr(name) not in after], [n for n in now if repr(n) not in before]
@@ -144,7 +179,9 @@ def _without_places(config):
 
 
 def _data_record(dataset):
-    record = {"classes": list(dataset.class_names)} if hasattr(dataset, "class_names") else {}
+    record = {"kind": "stream" if isinstance(dataset, StreamedImages) else "table"}
+    if hasattr(dataset, "class_names"):
+        record["classes"] = list(dataset.class_names)
     if hasattr(dataset, "transform"):  # without the addresses in memory that default representations have
         record["transform"] = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(dataset.transform))
     if hasattr(dataset, "fingerprint"):
@@ -158,4 +195,4 @@ def _versions():
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
-__all__ = ["record_run", "run_differences"]
+__all__ = ["FREE_DATA_ARGUMENTS", "is_free_setting", "record_data_arguments", "record_run", "run_differences"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -12,7 +11,9 @@ from huggingface_hub import ModelCard
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
+from .files.atomic import atomic_path, write_json
 from .model_card_vptsp import TAGS, retriever_card
+from .output_folder_vptsp import RESULTS_NAME
 
 
 logger = logging.getLogger(__name__)
@@ -42,12 +43,30 @@ class SharesRetriever:
 
     def write_card(self, folder, model_name=None, **metadata):
         """`create_model_card` for any folder. A `README.md` that is no retriever's model card is left as it is."""
-        path = folder / "README.md"
-        if path.is_file() and not set(TAGS) <= set(ModelCard.load(path).data.tags or ()):
-            logger.warning(f"{path} is left as it is: it is no model card of a retriever")
-            return
+        if not _is_foreign_card(folder / "README.md"):
+            with atomic_path(folder / "README.md") as temporary:
+                self._card(model_name, **metadata).save(temporary)
+
+    def _card(self, model_name=None, **metadata):
         name = model_name or self.hub_model_id or self.args.hub_model_id
-        retriever_card(self.model, name, self.results, self.args, **metadata).save(path)
+        return retriever_card(self.model, name, self.results, self.args, **metadata)
+
+    def write_shared(self, folder, place=None, **metadata):
+        """Write the retriever, its image processor, `results` (once they are set) and model card.
+
+        Args:
+            folder: Existing folder to write to.
+            place: Folder that the files will be moved to; None for `folder`. A `README.md` there that is no
+                retriever's model card stays.
+            **metadata: As for `create_model_card`.
+        """
+        self.model.retriever.save_pretrained(folder, place=place)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if self.results is not None:
+            write_json(folder / RESULTS_NAME, self.results)
+        if place is None or not _is_foreign_card(place / "README.md"):
+            self._card(**metadata).save(folder / "README.md")
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
@@ -97,16 +116,10 @@ class SharesRetriever:
         """Write what is shared into a folder of its own, so that nothing else can slip in, and upload that."""
         staging = tempfile.TemporaryDirectory()
         folder = Path(staging.name)
-        self.model.retriever.save_pretrained(folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        if self.results is not None:
-            text = json.dumps(self.results, indent=2) + "\n"
-            (folder / "all_results.json").write_text(text, encoding="utf-8")
-            if picture := self.results.get("picture"):
-                (folder / picture).parent.mkdir(exist_ok=True)
-                shutil.copy(Path(self.args.output_dir, picture), folder / picture)
-        self.write_card(folder, **card_options)
+        self.write_shared(folder, **card_options)
+        if picture := (self.results or {}).get("picture"):
+            (folder / picture).parent.mkdir(exist_ok=True)
+            shutil.copy(Path(self.args.output_dir, picture), folder / picture)
         upload = hf_api().upload_folder(
             repo_id=self.hub_model_id,
             folder_path=folder,
@@ -117,6 +130,14 @@ class SharesRetriever:
         )
         upload.add_done_callback(lambda future: _uploaded(future, staging))
         return upload.result() if blocking else upload
+
+
+def _is_foreign_card(path):
+    """Whether a file is there that is no model card of a retriever; it is said."""
+    if not path.is_file() or set(TAGS) <= set(ModelCard.load(path).data.tags or ()):
+        return False
+    logger.warning(f"{path} is left as it is: it is no model card of a retriever")
+    return True
 
 
 def _uploaded(future, staging):

@@ -11,191 +11,26 @@ retriever, `all_results.json` and pictures.
 
 from __future__ import annotations
 
-import difflib
-import json
-import os
 import platform
 import statistics
 import sys
 import time
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from importlib import metadata
 from pathlib import Path
 
-import yaml
-
-from vptsp.command_help import documented_fields, help_text, option_groups
-from vptsp.data_scripts import DataArguments, DataError, check_data_arguments
-from vptsp.run_errors_vptsp import CheckpointError, CheckpointWriteError, TrainingInterrupted
-
-
-USAGE = "%(prog)s [CONFIG.yaml] [--FIELD VALUE ...]"
-
-
-# Fields of VPTSPConfig that follow from the data or the backbone and so are nobody's to set.
-_DERIVED = ("num_classes", "backbone_fingerprint", "format_version")
-# Mappings, which the command line gives as JSON.
-_MAPPINGS = ("backbone_config", "loss_kwargs", "miner_kwargs", "tuning_kwargs")
-
-
-@dataclass
-class RunArguments:
-    """What is left: where results may go."""
-
-    overwrite_output: bool = field(
-        default=False, metadata={"help": "Write into an output_dir that holds an earlier run's results."}
-    )
-    picture_queries: int = field(
-        default=8, metadata={"help": "Queries in the pictures of neighbours; 0 for no pictures at all."}
-    )
-    final_metrics: str = field(
-        default="all", metadata={"help": "What the last evaluation computes; as eval_metrics of those before."}
-    )
-
-
-class ConfigError(ValueError):
-    """A configuration that can't work, with what to change."""
-
-
-def model_arguments_class():
-    """A dataclass of the fields of `VPTSPConfig` that a user may set, for `HfArgumentParser`."""
-    from transformers import PreTrainedConfig
-
-    from vptsp.configuration_vptsp import VPTSPConfig
-
-    inherited = {item.name for item in fields(PreTrainedConfig)} | set(_DERIVED)
-    own = [item for item in fields(VPTSPConfig) if item.name not in inherited]
-    help_texts = documented_fields(VPTSPConfig.__doc__)
-    columns = []
-    for item in own:
-        kind = "str | None" if item.name in _MAPPINGS else item.type
-        default = None if item.default is MISSING else item.default
-        text = help_texts[item.name].replace("%", "%%")
-        columns.append((item.name, kind, field(default=default, metadata={"help": text})))
-    return make_dataclass("ModelArguments", columns)
-
-
-def parse_arguments(argv):
-    """Command line -> (model fields that were given, training, data and run arguments).
-
-    Raises:
-        ConfigError: the YAML file can't be read, or it or the command line holds something unknown or out of range.
-    """
-    from transformers import HfArgumentParser
-
-    from vptsp.training_args_vptsp import VPTSPTrainingArguments
-
-    classes = (model_arguments_class(), VPTSPTrainingArguments, DataArguments, RunArguments)
-    parser = HfArgumentParser(classes, prog="train.py", usage=USAGE)
-    known = {item.name for cls in classes for item in fields(cls) if item.init}
-    if argv and not argv[0].startswith("-"):
-        values = read_config(argv[0], known)
-        argv = argv[1:]
-        parser.set_defaults(**values)
-    try:
-        model_args, training_args, data_args, run_args = parser.parse_args_into_dataclasses(
-            argv, look_for_args_file=False
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    model_fields = vars(model_args)
-    for name in _MAPPINGS:
-        if isinstance(model_fields[name], str):
-            try:
-                model_fields[name] = json.loads(model_fields[name])
-            except json.JSONDecodeError as error:
-                holds = "JSON with a model_type" if name == "backbone_config" else "a JSON mapping"
-                raise ConfigError(f"{name} must be {holds}: {error}") from error
-    return model_fields, training_args, data_args, run_args
-
-
-def read_config(path, known):
-    """Fields of a YAML file, or of one of the package's own `configs` by its name (`cub_vits16`, `table1/vpt`).
-
-    Raises:
-        ConfigError: no such file, not YAML, not a mapping, or a field that does not exist.
-    """
-    preset = Path(__file__).parent / "configs" / f"{path}.yaml"
-    file = preset if preset.is_file() and not Path(path).is_file() else Path(path)
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"the configuration {path} can't be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the configuration {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"the configuration {path} must hold 'field: value' lines, got {type(values).__name__}")
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            raise ConfigError(f"{path}: there is no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    return values
-
-
-def check_run(model_fields, training_args, data_args, run_args):
-    """Refuse what can't work, before anything heavy is loaded.
-
-    Raises:
-        ConfigError or DataError: with the field or folder, and what was expected.
-    """
-    from vptsp.configuration_vptsp import VPTSPConfig
-    from vptsp.loss_registry_vptsp import check_loss
-    from vptsp.open_backbone_vptsp import open_config, resized_config
-    from vptsp.training_args_vptsp import EVAL_METRICS
-
-    check_data_arguments(data_args)
-    if run_args.final_metrics not in EVAL_METRICS:
-        raise ConfigError(f"final_metrics must be one of {', '.join(EVAL_METRICS)}, got {run_args.final_metrics!r}")
-    backbone = model_fields["backbone"]
-    if backbone is None and model_fields["backbone_config"] is None:
-        raise ConfigError("backbone must be the Hub name or the folder of a vision transformer, got None")
-    if backbone is not None:
-        _check_backbone_name(str(backbone))
-    try:
-        if backbone is not None and Path(backbone).is_dir():
-            model_fields = {**model_fields, "backbone_config": open_config(backbone)}
-        config = VPTSPConfig(**model_fields)
-        if config.backbone_config is not None:
-            resized_config(config.backbone_config, data_args.image_size)
-        check_loss(config)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(str(error)) from error
-    if training_args.push_to_hub and not model_fields["save_backbone"] and backbone and Path(backbone).is_dir():
-        raise ConfigError(
-            f"push_to_hub: the backbone is the local folder {backbone}, which others don't have. Give --backbone its "
-            "name on the Hub, or --save_backbone true to push it along"
-        )
-    _check_output(Path(training_args.output_dir), training_args.resume_from_checkpoint, run_args.overwrite_output)
-
-
-def _check_backbone_name(backbone):
-    folder = Path(backbone)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"backbone: the folder {backbone} holds no config.json")
-        return
-    if folder.is_absolute() or backbone.startswith(".") or backbone.count("/") > 1:
-        raise ConfigError(f"backbone: there is no folder {backbone}")
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(backbone)
-    except HFValidationError as error:
-        raise ConfigError(f"backbone is neither a folder nor a Hub name: {backbone!r}") from error
-
-
-def _check_output(folder, resume, overwrite):
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir must be a folder, {folder} is a file")
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir {folder} can't be written: no permission in {parent}")
-    results = [folder / "all_results.json", *folder.glob("checkpoint-*")] if folder.is_dir() else []
-    if any(path.exists() for path in results) and not (resume or overwrite):
-        raise ConfigError(
-            f"output_dir {folder} holds an earlier run. Give another output_dir, --resume_from_checkpoint true to "
-            "go on with it, or --overwrite_output to replace it"
-        )
+from vptsp.command_help import help_text, option_groups
+from vptsp.data_scripts import DataError
+from vptsp.files.locks import InUseError
+from vptsp.output_folder_vptsp import OutputFolderError, check_output_folder, output_held
+from vptsp.run_arguments_vptsp import (
+    DERIVED,
+    USAGE,
+    ConfigError,
+    RunArguments,
+    check_run,
+    parse_arguments,
+)
+from vptsp.run_errors_vptsp import CheckpointError, CheckpointWriteError, TrainingError, TrainingInterrupted
 
 
 def build_model(model_fields, num_classes, image_size):
@@ -374,6 +209,7 @@ def prepare(model_fields, training_args, data_args):
 
     from vptsp.image_processor_vptsp import build_image_processor
     from vptsp.proxy_movement_vptsp import ProxyMovement
+    from vptsp.run_record_vptsp import record_data_arguments
     from vptsp.trainer_vptsp import VPTSPTrainer
 
     images = data_args.image_datasets()
@@ -394,45 +230,52 @@ def prepare(model_fields, training_args, data_args):
         )
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
+    trainer.data_settings = record_data_arguments(data_args)
     return trainer, images, step_seconds
 
 
 def run(model_fields, training_args, data_args, run_args, command):
-    """Train, evaluate and save; returns the results that `all_results.json` gets."""
-    from accelerate.utils import gather_object
+    """Train, evaluate and save; returns the results that `all_results.json` gets.
 
+    Raises:
+        InUseError: another run uses `output_dir`.
+    """
+    with output_held(training_args):
+        # again, for what another run may have done since, and now nobody can
+        resume, overwrite = training_args.resume_from_checkpoint, run_args.overwrite_output
+        check_output_folder(training_args.output_dir, model_fields["backbone"], resume, overwrite)
+        trainer, images, step_seconds = prepare(model_fields, training_args, data_args)
+        results = train_and_evaluate(trainer, images, step_seconds, run_args)
+        results = {"command": command, "seed": training_args.seed, **described_data(data_args, images), **results}
+        save_results(results, trainer, run_args)
+        if training_args.push_to_hub and (commit := trainer.push_to_hub()):  # None on all processes but the first
+            print(f"pushed            {commit.commit_url}", flush=True)
+    return results
+
+
+def train_and_evaluate(trainer, images, step_seconds, run_args):
+    """Scores of the frozen backbone, training, scores of what it gave; as a part of the results."""
     from vptsp.offloading_vptsp import describe_class_prompts
 
-    trainer, images, step_seconds = prepare(model_fields, training_args, data_args)
-    checkpoint = trainer.checkpoint_to_resume(training_args.resume_from_checkpoint)
+    checkpoint = trainer.checkpoint_to_resume(trainer.args.resume_from_checkpoint)
     if checkpoint is None and run_args.overwrite_output:
-        trainer.delete_checkpoints()
+        trainer.replace_checkpoints()
     is_main = trainer.is_world_process_zero()
     summary = tuned_summary(trainer.model)
     if is_main:
-        print_summary(summary, images, training_args, describe_class_prompts(trainer.model))
+        print_summary(summary, images, trainer.args, describe_class_prompts(trainer.model))
 
     frozen = trainer.evaluate_backbone()
     if run_args.final_metrics == "all":
         check_classes_answered(trainer)
     if is_main:
         print_scores("frozen backbone", frozen, "frozen")
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    outcome = trainer.train(resume_from_checkpoint=checkpoint or False)
     final = trainer.evaluate(metric_key_prefix="final", eval_metrics=run_args.final_metrics)
-    trainer.save_model(_internal_call=True)  # nothing is uploaded before the scores are there
-    skipped = set(gather_object([name for part in images.values() for name in part.skipped]))
-    results = {
-        "command": command,
-        "seed": training_args.seed,
-        "versions": versions(),
-        "dataset": {
-            "name": data_args.dataset_name,
-            "repo": data_args.dataset_repo,
-            "revision": data_args.dataset_revision,
-            **{f"{name}_classes": part.num_classes for name, part in images.items()},
-            **{f"{name}_images": _length(part) for name, part in images.items()},
-            "skipped_images": sorted(skipped),
-        },
+    if is_main:
+        print_scores("frozen backbone", frozen, "frozen")
+        print_scores("tuned", final, "final")
+    return {
         **summary,
         **frozen,
         **final,
@@ -443,26 +286,41 @@ def run(model_fields, training_args, data_args, run_args, command):
         "train_loss": outcome.training_loss,
         "peak_memory_megabytes": peak_memory_megabytes(),
     }
-    if is_main:
-        print_scores("frozen backbone", frozen, "frozen")
-        print_scores("tuned", final, "final")
-        write_results(results, trainer, run_args)
+
+
+def described_data(data_args, images):
+    """The data set and what was left out of it, and versions; as a part of the results."""
+    from accelerate.utils import gather_object
+
+    skipped = set(gather_object([name for part in images.values() for name in part.skipped]))
+    dataset = {
+        "name": data_args.dataset_name,
+        "repo": data_args.dataset_repo,
+        "revision": data_args.dataset_revision,
+        **{f"{name}_classes": part.num_classes for name, part in images.items()},
+        **{f"{name}_images": _length(part) for name, part in images.items()},
+        "skipped_images": sorted(skipped),
+    }
+    return {"versions": versions(), "dataset": dataset}
+
+
+def save_results(results, trainer, run_args):
+    """Put retriever, scores and model card into `output_dir`, all at once, then pictures.
+
+    `results` gets the name of the picture that is to be shared.
+    """
     trainer.results = results
-    trainer.create_model_card()
-    if training_args.push_to_hub and (commit := trainer.push_to_hub()):  # None on all processes but the first
-        print(f"pushed            {commit.commit_url}", flush=True)
-    return results
-
-
-def write_results(results, trainer, run_args):
-    """Write scores and pictures into `output_dir`; `results` gets the name of the picture that is to be shared."""
+    trainer.save_model(_internal_call=True)  # nothing is uploaded before all is there
+    trainer.delete_replaced()
+    if not trainer.is_world_process_zero():
+        return
     output = Path(trainer.args.output_dir)
-    (output / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"saved             {output}: retriever, README.md, all_results.json", flush=True)
     if run_args.picture_queries:
         frozen = {name: value for name, value in results.items() if name.startswith("frozen_")}
         drawn = draw_pictures(output / "pictures", trainer, frozen, run_args.picture_queries)
         results["picture"] = "pictures/neighbours.png" if "neighbours.png" in drawn else None
+        trainer.create_model_card()
 
 
 def main(argv=None):
@@ -473,7 +331,7 @@ def main(argv=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
-        print(help_text("train.py", USAGE, __doc__, option_groups(_DERIVED, RunArguments)))
+        print(help_text("train.py", USAGE, __doc__, option_groups(DERIVED, RunArguments)))
         return
     from vptsp.model_card_vptsp import without_tokens
 
@@ -481,7 +339,7 @@ def main(argv=None):
         arguments = parse_arguments(argv)
         check_run(*arguments)
         run(*arguments, command=without_tokens(["train.py", *argv], arguments[1].hub_token))
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, InUseError, OutputFolderError, TrainingError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except CheckpointWriteError as error:

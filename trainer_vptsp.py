@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import EvalPrediction, speed_metrics
 from transformers.utils import logging
 
-from .checkpoints_vptsp import is_checkpoint_folder
+from .checkpoints_vptsp import check_files, is_checkpoint_folder
 from .class_prompts_vptsp import CLASS_PROMPT_STATES_NAME
 from .data_scripts.sampler import ClassBalancedBatchSampler
 from .data_scripts.streaming import StreamedImages
@@ -28,8 +28,11 @@ from .half_precision_vptsp import frozen_weights_in
 from .interruption_vptsp import leave_signals_to_main_process
 from .loss_registry_vptsp import find_loss
 from .offloading_vptsp import BatchesAhead, prepare_class_prompts
+from .output_folder_vptsp import refuse_other_model, replaced_together
 from .resumable_trainer_vptsp import ResumableTrainer
 from .sharing_vptsp import SharesRetriever
+from .training_args_vptsp import VPTSPTrainingArguments
+from .unsupported_arguments_vptsp import check_arguments, check_trainer_arguments
 
 
 logger = logging.get_logger(__name__)
@@ -53,13 +56,21 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         eval_dataset: One of these, of classes that training does not see, or a dict with `query` and `gallery`.
         processing_class: The image processor; its mean and std normalise the images, and it is saved along.
         compute_metrics: Optional; gets embeddings as `predictions` and labels as `label_ids`, and adds to the metrics.
-        kwargs: As for `Trainer`.
+        kwargs: As for `Trainer`: `callbacks`, `data_collator`, `optimizers` and `optimizer_cls_and_kwargs`, whose
+            `lr` and `weight_decay` are, unless given there, those of `args`.
 
     Raises:
-        ValueError: the training set does not fit the model or the batches, before anything starts.
+        OutputFolderError: `output_dir` holds a model that is no retriever, the backbone's for instance.
+        ValueError: the training set does not fit the model or the batches, or `compute_loss_func`, `model_init` or
+            `preprocess_logits_for_metrics` is given, which can't be honoured. Before anything starts.
     """
 
     def __init__(self, model, args, train_dataset=None, eval_dataset=None, **kwargs):
+        check_trainer_arguments(kwargs)
+        if not isinstance(args, VPTSPTrainingArguments):
+            raise TypeError(f"args must be a VPTSPTrainingArguments, got {type(args).__name__}")
+        check_arguments(args)  # they may have been changed since they were made
+        refuse_other_model(args.output_dir, model.config.backbone)
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would split classes; several devices need a process each
         kwargs.setdefault("data_collator", collate_images)
         self._extra_metrics = kwargs.pop("compute_metrics", None)
@@ -87,6 +98,11 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
                     f"labels of train_dataset must be in 0..{num_classes - 1} (num_classes of the model), "
                     f"but it has {dataset.num_classes} classes"
                 )
+        elif self.args.stream_buffer_size is not None:
+            raise ValueError(
+                f"stream_buffer_size is of streams, got {self.args.stream_buffer_size} with a train_dataset that is "
+                "a table: leave it out"
+            )
         elif not hasattr(dataset, "labels"):
             raise ValueError("train_dataset must have `labels`, the class of every image; see ImageDataset")
         else:
@@ -134,6 +150,9 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
             "num_workers": self.args.dataloader_num_workers,
             "pin_memory": self.args.dataloader_pin_memory,
             "prefetch_factor": self.args.dataloader_prefetch_factor,
+            "multiprocessing_context": getattr(
+                self.args, "dataloader_multiprocessing_context", None
+            ),  # newer than 5.8
             "worker_init_fn": leave_signals_to_main_process,
         }
 
@@ -206,8 +225,9 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         return self.accelerator.clip_grad_norm_(with_gradient, max_norm)
 
     def log(self, logs, start_time=None):
-        if "loss" in logs:
-            self._require_finite(torch.tensor(logs["loss"]))
+        for name in ("loss", "train_loss"):  # the latter is of the whole run, the steps after the last log included
+            if name in logs:
+                self._require_finite(torch.tensor(logs[name]))
         super().log(logs, start_time)
 
     def _require_finite(self, loss):
@@ -229,10 +249,15 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
             {"params": [p for name, p in tuned if not _is_proxy(name)]},
             {"params": [p for name, p in tuned if _is_proxy(name)], "lr": self.args.proxy_learning_rate},
         ]
-        optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        options["weight_decay"] = self.args.weight_decay
-        if optimizer_cls is torch.optim.SGD:
-            options |= {"momentum": self.args.sgd_momentum, "fused": True}
+        if self.optimizer_cls_and_kwargs is None:
+            optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options["weight_decay"] = self.args.weight_decay
+            if optimizer_cls is torch.optim.SGD:
+                options |= {"momentum": self.args.sgd_momentum, "fused": True}
+        else:
+            optimizer_cls, given = self.optimizer_cls_and_kwargs
+            decay = {"weight_decay": self.args.weight_decay} if self.args.weight_decay else {}
+            options = {"lr": self.args.learning_rate, **decay, **given}
         self.optimizer = optimizer_cls([group for group in groups if group["params"]], **options)
         return self.optimizer
 
@@ -376,17 +401,20 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
     # ---- Saving
 
     def _save(self, output_dir=None, state_dict=None):
-        """Checkpoint folders get all that training needs; any other folder gets the retriever, ready to be shared."""
+        """Checkpoint folders get all that training needs; any other folder gets what is shared, all of it at once."""
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        is_checkpoint = is_checkpoint_folder(folder)
-        model = self.model if is_checkpoint else self.model.retriever
-        model.save_pretrained(folder, is_main_process=self.args.should_save)
-        if self.processing_class is not None and self.args.should_save:
+        if not self.args.should_save:
+            return
+        if not is_checkpoint_folder(folder):
+            refuse_other_model(folder, self.model.config.backbone)
+            with replaced_together(folder) as staged:
+                self.write_shared(staged, folder)
+            return
+        self.model.save_pretrained(folder)
+        if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        if is_checkpoint and self._offloaded is not None and self.args.should_save and not self.args.save_only_model:
+        if self._offloaded is not None and not self.args.save_only_model:
             self._offloaded.save_states(folder / CLASS_PROMPT_STATES_NAME)
-        if not is_checkpoint and self.args.should_save:
-            self.write_card(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.model.load_saved(resume_from_checkpoint)
@@ -394,6 +422,7 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
             self._offloaded.load_states(Path(resume_from_checkpoint) / CLASS_PROMPT_STATES_NAME)
 
     def _load_best_model(self):
+        check_files(self.state.best_model_checkpoint)
         self.model.load_saved(self.state.best_model_checkpoint)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from .unsupported_arguments_vptsp import check_arguments
+
 
 EVAL_METRICS = ("retrieval", "all")
 
@@ -39,8 +41,8 @@ class VPTSPTrainingArguments(TrainingArguments):
             never uploaded.
 
     Raises:
-        ValueError: a value is out of range, the batch size is not divisible by `images_per_class`, or FSDP or
-            DeepSpeed is asked for.
+        ValueError: a value is out of range, the batch size is not divisible by `images_per_class`, FSDP or DeepSpeed
+            is asked for, or a field of `TrainingArguments` that has no meaning here is not at its default.
     """
 
     output_dir: str | None = field(
@@ -58,7 +60,9 @@ class VPTSPTrainingArguments(TrainingArguments):
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
     logging_steps: float = field(default=50, metadata={"help": "Log loss and learning rate every so many steps."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 for no clipping."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave non-finite losses out of the log."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must be false: a loss that is no number ends the run."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: images are decoded lazily."})
     ddp_broadcast_buffers: bool | None = field(
         default=False, metadata={"help": "Must be false: S is exchanged apart."}
@@ -99,10 +103,9 @@ class VPTSPTrainingArguments(TrainingArguments):
                 f"hub_strategy must be end or every_save, got {HubStrategy(self.hub_strategy).value}: checkpoints are "
                 "not for sharing"
             )
-        if self.enable_jit_checkpoint:
-            raise ValueError("enable_jit_checkpoint must be false: SIGTERM and Ctrl-C save a checkpoint in any case")
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # as the command line gives it
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"
+        check_arguments(self)
         if self.images_per_class < 1:
             raise ValueError(f"images_per_class must be >= 1, got {self.images_per_class}")
         if self.per_device_train_batch_size % self.images_per_class:
@@ -116,11 +119,6 @@ class VPTSPTrainingArguments(TrainingArguments):
             raise ValueError(f"eval_metrics must be one of {', '.join(EVAL_METRICS)}, got {self.eval_metrics!r}")
         if self.bootstrap_samples < 0:
             raise ValueError(f"bootstrap_samples must be >= 0, got {self.bootstrap_samples}")
-        if self.cosine_epochs is not None and self.cosine_epochs <= 0:
-            raise ValueError(f"cosine_epochs must be > 0, got {self.cosine_epochs}")
-        for name in ("learning_rate", "proxy_learning_rate", "min_learning_rate", "sgd_momentum", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
         super().__post_init__()

@@ -23,6 +23,8 @@ from pathlib import Path
 import yaml
 from compare_methods import check_earlier_run, find_configs, finish, read_row_overrides, run_command
 
+from vptsp.files.atomic import write_text
+
 
 MOST_RATES = 5
 
@@ -110,14 +112,17 @@ def choose(configs, output, overrides, row_overrides, start, seed, launch=launch
             arguments = run_command(config, seed, folder, options)
             check_earlier_run(folder, arguments)
             run = finish(folder, arguments, launch)
-            table.setdefault(name, {})[rate] = run.get("final_map_at_r", -math.inf)
+            found = run.get("final_map_at_r")
+            table.setdefault(name, {})[rate] = (
+                -math.inf if found is None or math.isnan(found) else found
+            )  # null: nothing was answered
             print(f"{name:<20} {rate:<8} MAP@R {100 * table[name][rate]:.2f}  {run.get('failure', '')}", flush=True)
             return table[name][rate]
 
         search(score)
         rates = {row: {"learning_rate": float(rate)} for row, rate in best_rates(table).items()}
-        (output / "rates.yaml").write_text(yaml.safe_dump(rates, sort_keys=False), encoding="utf-8")
-        (output / "rates.md").write_text(markdown(table), encoding="utf-8")
+        write_text(output / "rates.yaml", yaml.safe_dump(rates, sort_keys=False))
+        write_text(output / "rates.md", markdown(table))
     return table
 
 

@@ -15,7 +15,6 @@ are not in memory, with and without prefetching (Linux).
 
 import argparse
 import ctypes
-import json
 import math
 import platform
 import statistics
@@ -26,6 +25,7 @@ import torch
 from transformers import ViTConfig
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning
+from vptsp.files.atomic import write_json
 
 
 VITS = {
@@ -218,7 +218,7 @@ def main(argv=None):
         results["waiting"] = measure_waiting(args, args.rounds)
     print_table(results)
     if args.output is not None:
-        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(args.output, results)
 
 
 if __name__ == "__main__":

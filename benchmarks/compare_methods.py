@@ -25,7 +25,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
+from vptsp.files.atomic import write_json, write_text
+from vptsp.files.yaml_files import YamlError, read_yaml
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +76,7 @@ def finish(folder, arguments, launch):
     results = folder / "all_results.json"
     if not results.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "arguments.json").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "arguments.json", arguments)
         checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
         resume = ["--resume_from_checkpoint", str(checkpoints[-1])] if checkpoints else []
         status = launch([*arguments, *resume], folder / "log.txt")
@@ -236,9 +237,9 @@ def read_row_overrides(paths, rows):
     options = {}
     for path in paths:
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise ValueError(f"--overrides: {path} can't be read: {' '.join(str(error).split())}") from error
+            content = read_yaml(path)
+        except (OSError, YamlError) as error:
+            raise ValueError(f"--overrides: {path} can't be read: {error}") from error
         if not isinstance(content, dict) or not all(isinstance(fields, dict) for fields in content.values()):
             raise ValueError(f"--overrides: {path} must map rows to fields, as in 'vpt: {{learning_rate: 0.001}}'")
         if unknown := sorted(str(name) for name in content if name not in rows):
@@ -287,10 +288,11 @@ def compare(configs, seeds, output, overrides, launch=launch_process, row_overri
             folder = output / name / f"seed-{seed}"
             runs.append(finish(folder, planned[name, seed], launch))
             rows[name] = summarise(runs)
-            recall = runs[-1].get("final_recall_at_1", math.nan)
-            print(f"{name:<20} seed {seed}  R@1 {100 * recall:.2f}  {runs[-1].get('failure', '')}", flush=True)
-        (output / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        (output / "comparison.md").write_text(markdown(rows), encoding="utf-8")
+            recall = runs[-1].get("final_recall_at_1")  # None where no query could be answered
+            shown = "" if recall is None else f"{100 * recall:.2f}"
+            print(f"{name:<20} seed {seed}  R@1 {shown}  {runs[-1].get('failure', '')}", flush=True)
+        write_json(output / "comparison.json", rows)
+        write_text(output / "comparison.md", markdown(rows))
         plot(rows, output / "comparison.png")
     return rows
 

@@ -11,7 +11,6 @@ the generated pictures are all there is.
 
 import argparse
 import io
-import json
 import os
 import platform
 import random
@@ -30,6 +29,7 @@ from vptsp.data_scripts.decoding import EncodedImage
 from vptsp.data_scripts.images import list_images
 from vptsp.data_scripts.torch_dataset import ImageDataset, collate_images
 from vptsp.data_scripts.transforms import EvalTransform, TrainTransform
+from vptsp.files.atomic import write_json
 
 
 SIZES = ((500, 375), (1500, 1000))
@@ -211,7 +211,7 @@ def main(argv=None):
     }
     print_table(results)
     if args.output is not None:
-        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(args.output, results)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ clusters, without ties:
 """
 
 import argparse
-import json
 import platform
 import resource
 import statistics
@@ -32,6 +31,7 @@ import psutil
 import torch
 
 from vptsp.eval.metrics import count_relevant, retrieval_metrics
+from vptsp.files.atomic import write_json
 
 
 CASES = ("own", "mixed", "gallery")
@@ -198,7 +198,7 @@ def main():
     if args.output:
         settings = {"torch": torch.__version__, "python": platform.python_version(), **vars(args)}
         report = {"settings": {name: str(value) for name, value in settings.items()}, "rows": rows}
-        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(args.output, report)
 
 
 if __name__ == "__main__":

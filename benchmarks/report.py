@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import subprocess
@@ -11,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from vptsp.files.atomic import write_json
 
 
 def environment(device) -> dict:
@@ -66,4 +67,4 @@ def write_report(rows, device, output=None):
     print(table(rows), flush=True)
     if output is not None:
         report = {**environment(device), "rows": rows}
-        Path(output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(output, report)

@@ -24,11 +24,11 @@ from pathlib import Path
 
 import naive
 import torch
-import yaml
 from report import peak_host_megabytes, write_report
 from transformers import ViTConfig
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, backbones_vptsp
+from vptsp.files.yaml_files import read_yaml
 from vptsp.half_precision_vptsp import frozen_weights_in
 from vptsp.losses_vptsp import proxy_anchor_loss
 
@@ -47,7 +47,7 @@ class Contender:
     """One way to do the step of a setting; calling it does one."""
 
     def __init__(self, kind, setting, args):
-        fields = yaml.safe_load((CONFIGS / f"{setting}.yaml").read_text())
+        fields = read_yaml(CONFIGS / f"{setting}.yaml")
         self.kind, self.device, self.dtype = kind, args.device, PRECISIONS[args.precision]
         batch = args.batch_size or fields["per_device_train_batch_size"]
         self.images_per_class = fields["images_per_class"]

@@ -168,9 +168,10 @@ class TrainTransform:
         return pixels.flip(-1) if flip else pixels
 
     def __repr__(self) -> str:
+        margin = "" if self.decode_margin == 1 else f", decode_margin={self.decode_margin}"
         return (
             f"{type(self).__name__}(size={self.size}, scale={self.scale}, ratio={self.ratio}, "
-            f"horizontal_flip={self.horizontal_flip})"
+            f"horizontal_flip={self.horizontal_flip}{margin})"
         )
 
 

@@ -26,7 +26,7 @@ def series_of(log_history, name):
         >>> series_of([{"step": 2, "epoch": 0.5, "loss": 3.0}, {"step": 4, "epoch": 1.0, "loss": 2.0}], "loss")
         ([0.5, 1.0], [3.0, 2.0])
     """
-    entries = {entry["step"]: entry for entry in log_history if name in entry}
+    entries = {entry["step"]: entry for entry in log_history if entry.get(name) is not None}
     return [entry.get("epoch", 0.0) for entry in entries.values()], [entry[name] for entry in entries.values()]
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from ..data_scripts.errors import DataError, some
-from ..files.atomic import write_text
+from ..files.atomic import write_json
 from ..files.digests import DamagedFileError, check_file
 
 
@@ -22,7 +22,7 @@ def save_record(path, record):
     values["image_root"] = _portable(record.image_root, folder)
     if record.model is not None:
         values["model"]["name"] = _portable(record.model["name"], folder)
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, values)
 
 
 def load_record(cls, path, what):

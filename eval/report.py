@@ -6,15 +6,13 @@ write_report("runs/photos/evaluation", report)
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from ..data_scripts.errors import DataError
-from ..files.atomic import write_text
+from ..files.atomic import write_json, write_text
 from .intervals import compare_paired
 from .markdown import code_span
 from .metrics import count_in_gallery, retrieval_scores
@@ -168,7 +166,7 @@ def write_report(folder, report):
     name, text = (
         ("metrics", metrics_table(report)) if "metrics" in report else ("comparison", comparison_table(report))
     )
-    write_text(folder / f"{name}.json", json.dumps(_finite(report), indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / f"{name}.json", report)
     write_text(folder / f"{name}.md", text)
     return text
 
@@ -218,13 +216,6 @@ def _data_lines(report):
         + (f", {data['num_in_gallery']:,} of them in the gallery too: excluded" if "num_in_gallery" in data else "")
         for name, data in report["data"].items()
     ]
-
-
-def _finite(value):
-    """The same with None for numbers that JSON doesn't know, as the ratio of distances of collapsed embeddings."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shown(name, value):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +26,7 @@ def atomic_path(path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
-        with temporary.open("rb+") as stream:  # what is renamed must be on the disk before its name is
-            os.fsync(stream.fileno())
+        sync_path(temporary)  # what is renamed must be on the disk before its name is
         temporary.replace(path)
         _sync_folder(path.parent)
     finally:
@@ -48,4 +49,38 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
-__all__ = ["TEMPORARY_SUFFIX", "atomic_path", "write_text"]
+def write_json(path, value, indent=2):
+    """Write a JSON file (UTF-8) in one go, readable by every JSON reader.
+
+    Args:
+        path: The file.
+        value: Dicts, lists, tuples, strings, numbers, booleans and None. JSON has no NaN and no infinities: such
+            numbers (a score that there is none of) are written as `null`.
+        indent: Spaces, or None for one line.
+
+    Raises:
+        TypeError: it holds something else.
+    """
+    write_text(path, json.dumps(json_value(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def json_value(value):
+    """The same, with None in place of every number that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: json_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_value(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sync_path(path):
+    """Wait until a file's contents, or the list of a folder's files, are on the disk."""
+    path = Path(path)
+    if path.is_dir():
+        _sync_folder(path)
+    else:
+        with path.open("rb+") as stream:
+            os.fsync(stream.fileno())
+
+
+__all__ = ["TEMPORARY_SUFFIX", "atomic_path", "json_value", "sync_path", "write_json", "write_text"]

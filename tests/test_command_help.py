@@ -4,17 +4,17 @@ import subprocess
 import sys
 from dataclasses import fields
 
-from vptsp import VPTSPTrainingArguments, train
+from vptsp import VPTSPTrainingArguments, run_arguments_vptsp, train
 from vptsp.command_help import help_text, option_groups, options_in_source
 from vptsp.data_scripts import DataArguments
 
 
-GROUPS = option_groups(train._DERIVED, train.RunArguments)
+GROUPS = option_groups(train.DERIVED, train.RunArguments)
 
 
 def test_help_lists_every_option_once_with_a_text():
     names = [option.name for options in GROUPS.values() for option in options]
-    classes = (train.model_arguments_class(), VPTSPTrainingArguments, DataArguments, train.RunArguments)
+    classes = (run_arguments_vptsp.model_arguments_class(), VPTSPTrainingArguments, DataArguments, train.RunArguments)
     assert sorted(names) == sorted({item.name for cls in classes for item in fields(cls) if item.init})
     ours = [option for title, options in GROUPS.items() if "transformers" not in title for option in options]
     assert [option.name for option in ours if not option.text] == []

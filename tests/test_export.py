@@ -156,3 +156,30 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert f"retriever: there is no folder {tmp_path / 'none'}" in refused([str(tmp_path / "none"), *command[1:]])
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "pip install vptsp[export]" in refused([command[0], "--format", "onnx", *command[3:]])
+
+
+@pytest.mark.parametrize("kind", ["nan", "one image for all"])
+def test_a_file_that_gives_no_embeddings_is_not_kept(tmp_path, monkeypatch, kind):
+    """Python's `max(0.0, nan)` is 0.0, and embeddings of one image can be compared with those of three."""
+    retriever = make_retriever(BACKBONES["vit"])
+
+    def load(path):
+        program = torch.export.ExportedProgram
+        assert isinstance(exported_load(path), program)
+        return Broken()
+
+    class Broken:
+        def module(self):
+            def embed(pixel_values):
+                with torch.no_grad():
+                    embeddings = retriever(pixel_values).embeddings
+                return embeddings * torch.nan if kind == "nan" else embeddings[:1]
+
+            return embed
+
+    exported_load = torch.export.load
+    monkeypatch.setattr(torch.export, "load", load)
+    message = "by nan, more than 1e-04" if kind == "nan" else r"embeddings of shape \(1, 10\) for 3 images"
+    with pytest.raises(RuntimeError, match=message):
+        export.export_program(retriever, tmp_path / "retriever.pt2")
+    assert not list(tmp_path.iterdir())

@@ -1,14 +1,17 @@
 """Atomic writes, digests and locks of files."""
 
 import hashlib
+import json
+import math
 import subprocess
 import sys
 
 import pytest
 
-from vptsp.files.atomic import atomic_path
+from vptsp.files.atomic import atomic_path, write_json
 from vptsp.files.digests import DamagedFileError, check_file, file_digest, folder_record
 from vptsp.files.locks import InUseError, locked
+from vptsp.files.yaml_files import YamlError, read_yaml
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -76,3 +79,51 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
 def test_no_lock_waits_for_ever(tmp_path):
     with pytest.raises(ValueError, match="timeout must be >= 0 seconds, got -1"), locked(tmp_path / "l", "x", -1):
         pass
+
+
+def test_json_has_no_numbers_that_json_does_not_know(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [math.nan, (math.inf, 0.5)], "b": {"c": -math.inf}, "é": 1})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, [None, 0.5]], "b": {"c": None}, "é": 1}
+    assert "é" in text
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == text
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: 010", "quote it: '010' .YAML reads it otherwise: 010 is 8"),
+        ("a: [1:30]", "quote it: '1:30'"),
+        ("a: 0x1F", "quote it: '0x1F'"),
+        ("a: 1_000", "quote it: '1_000'"),
+        ("a: {b: no}", "quote it: 'no' .*no is false; write true or false"),
+        ("a: On", "quote it: 'On'"),
+        ("a: .nan", "quote it: '.nan'"),
+        ("a: 2024-01-02", "quote it: '2024-01-02'"),
+        ("010: a", "quote it: '010'"),
+        ("a: 1\nb: 2\na: 3", "'a' is there twice .*line 3"),
+        ("a: {b: 1, b: 1}", "'b' is there twice"),
+        ("a: [1", "while parsing"),
+        ("a: !!python/name:os.system", "could not determine a constructor"),
+    ],
+)
+def test_yaml_that_would_not_be_read_as_it_is_written_is_refused(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(YamlError, match=message):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_yaml_that_is_what_it_looks_like_is_read(tmp_path):
+    text = (
+        "a: '010'\nb: [1, -2, +3, 0, 1.5, 1.0e-3, 1e-3, 08]\nc: {d: true, e: False, f: null, g: ~, h: no one}\ni: 'no'"
+    )
+    (tmp_path / "a.yaml").write_text(text)
+    assert read_yaml(tmp_path / "a.yaml") == {
+        "a": "010",
+        "b": [1, -2, 3, 0, 1.5, 1e-3, "1e-3", "08"],
+        "c": {"d": True, "e": False, "f": None, "g": None, "h": "no one"},
+        "i": "no",
+    }

@@ -193,3 +193,11 @@ def test_card_of_a_retriever_alone(backbone_folder):
     retriever = VPTSPModel.from_backbone(backbone_folder, embedding_dim=10, dtype=torch.bfloat16)
     count = sum(retriever.state_dict()[name].numel() for name in retriever.tuned_names())
     assert f"{2 * count / 1e6:.2f} MB" in retriever_card(retriever, "ann/birds").text
+
+
+@pytest.mark.parametrize("value", [float("nan"), None])
+def test_scores_that_there_are_none_of_stay_out(model, value):
+    card = retriever_card(model, results={**RESULTS, "final_recall_at_1": value})
+    metrics = {result.metric_type for result in card.data.eval_results}
+    assert "recall_at_1" not in metrics and "map_at_r" in metrics
+    assert ": .nan" not in str(card) and "| nan |" not in str(card)

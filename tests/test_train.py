@@ -15,6 +15,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from vptsp import VPTSPConfig, VPTSPModel, VPTSPTrainer, train
+from vptsp.files.atomic import write_json
+from vptsp.files.locks import locked
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,6 +181,17 @@ def test_earlier_results_are_not_overwritten(arguments, tmp_path, capsys):
             ["--prompt_depth", "9"],
             "prompt_depth must be None or an integer >= 0 and <= the backbone's 4 layers, got 9",
         ),
+        (["--backbone_config", '{"model_type": "vit"}'], "backbone_config is for a random backbone, but backbone is"),
+        (["--backbone_revision", "main"], "backbone_revision is of a backbone on the Hub, got 'main' with the folder"),
+        (["--num_train_epochs", "-1"], "num_train_epochs must be > 0, got -1.0"),
+        (["--num_train_epochs", "nan"], "num_train_epochs must be > 0, got nan"),
+        (["--gradient_accumulation_steps", "-1"], "gradient_accumulation_steps must be an integer >= 1, got -1"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be an integer >= 1, got 0"),
+        (["--learning_rate", "nan"], "learning_rate must be >= 0, got nan"),
+        (["--loss_delta", "nan"], "loss_delta must be a number, got nan"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor must be 0.0, got 0.1: "),
+        (["--picture_queries", "-1"], "picture_queries must be >= 0, got -1"),
+        (["--loss_kwargs", '{"a": 1, "a": 2}'], "loss_kwargs must be a JSON mapping: 'a' is there twice"),
         (["--per_device_train_batch_size", "8"], "asks for 4 different classes in a batch, but there are 3"),
     ],
 )
@@ -192,6 +205,9 @@ def test_bad_files_are_named(arguments, tmp_path, capsys, images):
         [str(_write(tmp_path / "a.yaml", "num_promts: 3"))], capsys
     )
     assert "is not YAML" in refused([str(_write(tmp_path / "b.yaml", "a: [1"))], capsys)
+    assert "b.yaml is not YAML: quote it: '010'" in refused([str(_write(tmp_path / "b.yaml", "seed: 010"))], capsys)
+    twice = "num_prompts: 3\nseed: 1\nnum_prompts: 4"
+    assert "'num_prompts' is there twice" in refused([str(_write(tmp_path / "b.yaml", twice))], capsys)
     assert "must hold 'field: value' lines, got str" in refused([str(_write(tmp_path / "c.yaml", "x"))], capsys)
     assert "can't be read: No such file" in refused([str(tmp_path / "none.yaml")], capsys)
     empty = tmp_path / "empty"
@@ -290,8 +306,60 @@ def test_pushing_a_retriever_on_a_local_backbone_is_refused(arguments, capsys, b
 def test_the_curves_begin_with_the_frozen_backbone(monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr(train, "draw_pictures", lambda folder, trainer, frozen, count: given.append(frozen) or set())
-    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path))
+    done = {name: lambda *args, **kwargs: True for name in ("save_model", "delete_replaced", "create_model_card")}
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), is_world_process_zero=lambda: True, **done)
     results = {"frozen_recall_at_1": 0.1, "final_recall_at_1": 0.2, "seed": 0}
-    train.write_results(results, trainer, train.RunArguments(picture_queries=2))
+    train.save_results(results, trainer, train.RunArguments(picture_queries=2))
     assert given == [{"frozen_recall_at_1": 0.1}]
     assert results["picture"] is None
+
+
+def test_the_backbone_s_folder_is_no_output_dir(arguments, tmp_path, capsys, backbone_folder):
+    backbone = shutil.copytree(backbone_folder, tmp_path / "backbone")
+    before = {path.name: path.read_bytes() for path in backbone.iterdir()}
+    options = ["--backbone", str(backbone), "--output_dir", str(backbone), "--overwrite_output"]
+    assert "is the folder of the backbone, which would be overwritten" in refused([*arguments, *options], capsys)
+    assert {path.name: path.read_bytes() for path in backbone.iterdir()} == before
+
+
+def test_a_stream_can_not_go_on_with_the_run_of_a_table(arguments, tmp_path, capsys):
+    train.main(arguments)
+    resume = [*arguments, "--resume_from_checkpoint", "true"]
+    assert "train_data.kind: checkpoint 'table', now 'stream'" in _refusal([*resume, "--streaming", "true"], capsys)
+    assert "data.crop_scale_min: checkpoint 0.08, now 0.5" in _refusal([*resume, "--crop_scale_min", "0.5"], capsys)
+
+
+def _refusal(argv, capsys):
+    """All lines of a refusal."""
+    with pytest.raises(SystemExit, match="2"):
+        train.main(argv)
+    return capsys.readouterr().err
+
+
+def test_a_second_run_in_the_same_folder_is_refused(arguments, tmp_path, capsys):
+    with locked(tmp_path / "run" / ".lock", "a run"):
+        assert f"output_dir {tmp_path / 'run'} is in use by another process" in refused(arguments, capsys)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_run_that_takes_the_place_of_another(arguments, tmp_path):
+    output = tmp_path / "run"
+    train.main([*arguments, "--picture_queries", "2", "--seed", "1"])
+    (output / "notes.txt").write_text("mine")
+    first = {path.name: path.stat().st_ino for path in output.glob("checkpoint-*")}
+    train.main([*arguments, "--picture_queries", "0", "--seed", "2", "--max_steps", "4", "--overwrite_output"])
+    results = json.loads((output / "all_results.json").read_text(), parse_constant=pytest.fail)
+    assert (results["seed"], results["steps"]) == (2, 4)
+    assert "--seed 2" in (output / "README.md").read_text()
+    assert (output / "notes.txt").read_text() == "mine"
+    assert not list((output / "pictures").iterdir())  # those of the other run
+    left = {path.name: path.stat().st_ino for path in output.glob("checkpoint-*")}
+    assert left.keys() == {"checkpoint-3", "checkpoint-4"} and not left.items() & first.items()
+
+
+def test_results_that_are_no_numbers_are_null(tmp_path):
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), is_world_process_zero=lambda: True)
+    trainer.save_model = lambda **kwargs: write_json(tmp_path / "all_results.json", trainer.results)
+    trainer.delete_replaced = lambda: None
+    train.save_results({"final_nmi": float("nan")}, trainer, train.RunArguments(picture_queries=0))
+    assert (tmp_path / "all_results.json").read_text() == '{\n  "final_nmi": null\n}\n'

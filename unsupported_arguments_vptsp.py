@@ -1,0 +1,182 @@
+"""What `transformers.TrainingArguments` and `Trainer` offer and this Trainer does not: refused, never ignored."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import MISSING, fields
+from numbers import Real
+
+
+logger = logging.getLogger(__name__)
+
+# Field -> why only its default will do.
+REFUSED_FIELDS = {
+    "accelerator_config": "batches are drawn and shared among processes by a sampler of this project",
+    "auto_find_batch_size": "another batch size is another loss; give one that fits",
+    "batch_eval_metrics": "retrieval is scored over all images at once",
+    "bf16_full_eval": "embeddings are computed in the precision of training; give bf16",
+    "dataloader_drop_last": "training has whole batches only, and evaluation counts every image",
+    "dataloader_in_order": "the order of batches is the order of the scores, and what a resumed run relies on",
+    "debug": "only underflow_overflow is supported",
+    "do_predict": "train.py evaluates; trainer.predict(...) gives embeddings",
+    "enable_jit_checkpoint": "SIGTERM and Ctrl-C save a checkpoint in any case",
+    "eval_do_concat_batches": "retrieval is scored over all images at once",
+    "eval_use_gather_object": "embeddings are gathered in any case",
+    "fp16_full_eval": "embeddings are computed in the precision of training; give fp16",
+    "include_for_metrics": "compute_metrics gets embeddings and labels",
+    "include_num_input_tokens_seen": "images have no tokens to count",
+    "label_names": "labels are called labels",
+    "label_smoothing_factor": "losses compare embeddings and proxies; there are no class probabilities to smooth",
+    "length_column_name": "images have no length",
+    "liger_kernel_config": "there are no such kernels for these models",
+    "logging_nan_inf_filter": "a loss that is not a number ends the run",
+    "neftune_noise_alpha": "it is for embeddings of text",
+    "optim_args": "sgd_momentum, weight_decay and adam_beta1 are fields; the Trainer takes optimizer_cls_and_kwargs",
+    "optim_target_modules": "it belongs to optimisers that choose their own parameters, which are not supported",
+    "parallelism_config": "several processes share a batch (DDP), and nothing else is sharded",
+    "prediction_loss_only": "evaluation scores embeddings and has no loss",
+    "remove_unused_columns": "images are decoded lazily",
+    "skip_memory_metrics": "peak_memory_megabytes is in all_results.json",
+    "train_sampling_strategy": "batches are class-balanced",
+    "use_cache": "it is for the generation of text",
+    "use_liger_kernel": "there are no such kernels for these models",
+}
+# Arguments of `Trainer.__init__` that can't be honoured.
+REFUSED_TRAINER_ARGUMENTS = {
+    "compute_loss_func": "the loss is a field of the model's configuration, and own losses are registered",
+    "model_init": "give the model itself",
+    "preprocess_logits_for_metrics": "compute_metrics gets embeddings, which nothing needs to be made of",
+}
+_WITHOUT_WARMUP = {"constant": "constant_with_warmup", "reduce_lr_on_plateau": "another", "greedy": "another"}
+_UNSUPPORTED_OPTIM = ("galore", "apollo", "lomo", "schedule_free")
+_NOT_ADAM = ("sgd", "adagrad", "rmsprop", "adafactor")
+_ADAM_OPTIONS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_POSITIVE_INTEGERS = ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
+_NOT_NEGATIVE = ("learning_rate", "proxy_learning_rate", "min_learning_rate", "sgd_momentum", "weight_decay")
+_NOT_NEGATIVE += ("max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "eval_delay")
+_NOT_NEGATIVE += ("dataloader_num_workers",)
+
+
+def check_arguments(args):
+    """Refuse what would be ignored, and numbers with which no step is done.
+
+    Args:
+        args: A `VPTSPTrainingArguments`.
+
+    Raises:
+        ValueError: a field has a value that can't be honoured; the message names it and says what will do.
+    """
+    for item in fields(args):
+        value = getattr(args, item.name)
+        if item.name in REFUSED_FIELDS and not _is_allowed(item, value):
+            expected = str(item.default).lower() if isinstance(item.default, (bool, float, str)) else ""
+            reason = REFUSED_FIELDS[item.name]
+            raise ValueError(f"{item.name} must be {expected or 'left out'}, got {value!r}: {reason}")
+    if args.ddp_broadcast_buffers is not False:
+        raise ValueError(
+            f"ddp_broadcast_buffers must be false, got {args.ddp_broadcast_buffers!r}: the proxy state is exchanged "
+            "by this project, and rank 0's would overwrite the others'"
+        )
+    _check_numbers(args)
+    _check_schedule(args)
+    _check_optimizer(args)
+
+
+def _is_allowed(item, value):
+    """Whether a field is at its default; what is false is one value, be it None, False, "" or []."""
+    if item.name == "accelerator_config" and hasattr(value, "to_dict"):  # as `TrainingArguments` leaves it
+        return all(getattr(value, part.name) == getattr(type(value)(), part.name) for part in fields(value))
+    if item.name == "debug":
+        values = value.split() if isinstance(value, str) else value or []
+        return all(_text(part) == "underflow_overflow" for part in values)
+    if item.name == "include_num_input_tokens_seen":
+        return value in (False, "no")
+    has_default = item.default is not MISSING and item.default
+    return value == item.default if has_default else not value
+
+
+def _check_numbers(args):
+    for name in _POSITIVE_INTEGERS:
+        value = getattr(args, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    if args.max_steps != -1 and not (isinstance(args.max_steps, int) and args.max_steps >= 1):
+        raise ValueError(f"max_steps must be an integer >= 1, or -1 for num_train_epochs, got {args.max_steps!r}")
+    if args.max_steps == -1 and not _is_positive(args.num_train_epochs):
+        raise ValueError(f"num_train_epochs must be > 0, got {args.num_train_epochs!r}")
+    for name in _NOT_NEGATIVE:
+        if not (_is_number(getattr(args, name)) and getattr(args, name) >= 0):  # also where it is not a number
+            raise ValueError(f"{name} must be >= 0, got {getattr(args, name)!r}")
+    if args.cosine_epochs is not None and not _is_positive(args.cosine_epochs):
+        raise ValueError(f"cosine_epochs must be > 0, got {args.cosine_epochs}")
+    for name in ("logging", "save", "eval"):
+        steps = getattr(args, f"{name}_steps")  # eval_steps may be None, for logging_steps
+        if _text(getattr(args, f"{name}_strategy")) == "steps" and steps is not None and not _is_positive(steps):
+            raise ValueError(f"{name}_steps must be > 0, got {steps!r}")
+    if args.save_total_limit is not None and args.save_total_limit < 0:
+        raise ValueError(f"save_total_limit must be >= 0, got {args.save_total_limit}")
+
+
+def _check_schedule(args):
+    schedule, warmup = _text(args.lr_scheduler_type), args.warmup_steps
+    if schedule == "cosine" and args.lr_scheduler_kwargs:
+        raise ValueError(
+            f"lr_scheduler_kwargs must be left out with lr_scheduler_type cosine, got {args.lr_scheduler_kwargs!r}: "
+            "cosine_epochs and min_learning_rate say how it falls"
+        )
+    if schedule == "constant" and args.lr_scheduler_kwargs:
+        raise ValueError(f"lr_scheduler_kwargs must be left out with constant, got {args.lr_scheduler_kwargs!r}")
+    if schedule != "cosine":  # said, not refused: a preset brings them, and another schedule may be given beside it
+        for name, default in (("cosine_epochs", None), ("min_learning_rate", 0.0)):
+            if getattr(args, name) != default:
+                logger.warning("%s %s is not used: it is of lr_scheduler_type cosine", name, getattr(args, name))
+    if warmup and schedule in _WITHOUT_WARMUP:
+        raise ValueError(
+            f"warmup_steps must be 0 with lr_scheduler_type {schedule}, which has no warm-up, got {warmup}; take "
+            f"{_WITHOUT_WARMUP[schedule]} schedule"
+        )
+
+
+def _check_optimizer(args):
+    optim = _text(args.optim)
+    if any(family in optim for family in _UNSUPPORTED_OPTIM):
+        raise ValueError(
+            f"optim must be one that takes any groups of parameters, got {optim}: it chooses its own, or keeps other "
+            "weights for evaluation than for training"
+        )
+    defaults = {item.name: item.default for item in fields(args)}
+    unread = () if optim == "sgd" else ("sgd_momentum",)
+    unread += _ADAM_OPTIONS if optim in _NOT_ADAM else ()
+    for name in unread:
+        if getattr(args, name) != defaults[name]:
+            raise ValueError(f"{name} is not read by optim {optim}, got {getattr(args, name)}: leave it out")
+
+
+def check_trainer_arguments(given):
+    """Refuse arguments of `Trainer.__init__` that would be ignored.
+
+    Args:
+        given: Dict of those that were given.
+
+    Raises:
+        ValueError: one of them is not None; the message names it.
+    """
+    for name, reason in REFUSED_TRAINER_ARGUMENTS.items():
+        if given.get(name) is not None:
+            raise ValueError(f"VPTSPTrainer takes no {name}: {reason}")
+
+
+def _is_number(value):
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value):
+    return _is_number(value) and value > 0
+
+
+def _text(value):
+    return str(getattr(value, "value", value))
+
+
+__all__ = ["REFUSED_FIELDS", "REFUSED_TRAINER_ARGUMENTS", "check_arguments", "check_trainer_arguments"]
