@@ -70,7 +70,7 @@ def refuse_other_adapters(model):
     peft = sys.modules.get("peft")
     if peft is None:  # then there is nothing of it
         return
-    if isinstance(model, peft.PeftModel):
+    if isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         raise ValueError(f"got a {type(model).__name__} of PEFT, expected the model itself: {LORA_INSTEAD}")
     config = model.config
     targets = (config.lora_targets or DEFAULT_TARGETS) if config.lora_rank else ()

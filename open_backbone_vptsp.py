@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -225,6 +227,29 @@ def load_backbone(config, folder=None, **hub_kwargs):
     return resized_weights(backbone, config.backbone_config.image_size)
 
 
+def relative_to(backbone, folder):
+    """A local backbone's path as seen from `folder`, so that both can be moved together; other names as they are."""
+    if backbone is None or not Path(backbone).is_dir():
+        return backbone
+    try:
+        return Path(os.path.relpath(backbone, folder)).as_posix()
+    except ValueError:  # another drive
+        return str(Path(backbone).resolve())
+
+
+def refuse_local_backbone(backbone, retriever):
+    """Raise if a retriever from the Hub names a backbone that is not to be had from the Hub.
+
+    A downloaded configuration must not choose which folders of this machine are read.
+    """
+    name = str(backbone)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name or name.startswith(".") or Path(name).exists():
+        raise ValueError(
+            f"backbone must be a Hub name in a retriever from the Hub, got {name!r} in {str(retriever)!r}, which is a "
+            "path or shadowed by one on this machine. If that is what you want, give it yourself with backbone=..."
+        )
+
+
 def backbone_fingerprint(state_dict) -> str:
     """Digest of a backbone's weights: of every value, in the order that each tensor holds them.
 
@@ -347,6 +372,8 @@ __all__ = [
     "pinned_revision",
     "read_timm_config",
     "read_weights",
+    "refuse_local_backbone",
+    "relative_to",
     "resized_config",
     "resized_weights",
 ]

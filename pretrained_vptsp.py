@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
-import re
 import tempfile
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import hf_api
 
 from .configuration_vptsp import VPTSPConfig
@@ -30,34 +28,13 @@ from .open_backbone_vptsp import (
     open_config,
     pinned_revision,
     read_weights,
+    refuse_local_backbone,
+    relative_to,
 )
 
 
 # Arguments of `from_pretrained` that say where files are, and so go to every look-up on the Hub.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "subfolder")
-
-
-def _relative_to(backbone, folder):
-    """A local backbone's path as seen from `folder`, so that both can be moved together; other names as they are."""
-    if backbone is None or not Path(backbone).is_dir():
-        return backbone
-    try:
-        return Path(os.path.relpath(backbone, folder)).as_posix()
-    except ValueError:  # another drive
-        return str(Path(backbone).resolve())
-
-
-def _refuse_local_backbone(backbone, retriever):
-    """Raise if a retriever from the Hub names a backbone that is not to be had from the Hub.
-
-    A downloaded configuration must not choose which folders of this machine are read.
-    """
-    name = str(backbone)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name or name.startswith(".") or Path(name).exists():
-        raise ValueError(
-            f"backbone must be a Hub name in a retriever from the Hub, got {name!r} in {str(retriever)!r}, which is a "
-            "path or shadowed by one on this machine. If that is what you want, give it yourself with backbone=..."
-        )
 
 
 def _safetensors_file(name, revision, **hub_kwargs):
@@ -263,7 +240,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         kwargs["save_original_format"] = False
         backbone = self.config.backbone
         try:
-            self.config.backbone = _relative_to(backbone, save_directory)
+            self.config.backbone = relative_to(backbone, save_directory)
             if self.config.save_backbone and backbone is not None and Path(backbone).is_dir():
                 self.config.backbone = None  # saved along: where it came from says nothing elsewhere
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
@@ -325,8 +302,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             )
 
     def require_shareable(self, save_backbone=None):
-        """Raise a `ValueError` if others could not load the retriever, since its backbone is a folder of this machine, or
-        if PEFT has changed the model.
+        """Raise a `ValueError` if others could not load the retriever, since its backbone is a folder of this machine
+        or since PEFT has changed it.
 
         Args:
             save_backbone: As for `save_pretrained`.
@@ -440,7 +417,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         if Path(source).is_dir():
             folder = Path(source, hub_kwargs.get("subfolder") or "")
         elif backbone is None:
-            _refuse_local_backbone(config.backbone, source)
+            refuse_local_backbone(config.backbone, source)
         hub_kwargs = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
         weights = names_with_lora(load_backbone(config, folder=folder, **hub_kwargs), config)
         return {f"{cls.retriever_prefix}backbone.{name}": tensor for name, tensor in weights.items()}

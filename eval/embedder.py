@@ -19,6 +19,8 @@ from PIL import Image
 
 from ..data_scripts.errors import ImageError
 from ..data_scripts.images import open_image, upright_rgb
+from ..data_scripts.normalisation import Normalisation
+from ..lora_vptsp import refuse_other_adapters
 
 
 # Entries of a saved image processor that say how it is run, not what it computes.
@@ -116,6 +118,8 @@ class Embedder:
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        refuse_other_adapters(model)
+        Normalisation.of(processor)  # says so now if it gives what no model takes
         config = model.config
         self.name = str(name)
         self.backbone_only = backbone_only
@@ -145,9 +149,7 @@ class Embedder:
             OSError: a file is not to be had.
             ValueError: neither a retriever nor a supported backbone, or `resize_size` with a retriever.
         """
-        from transformers import AutoImageProcessor
-
-        from ..image_processor_vptsp import build_image_processor
+        from ..image_processor_vptsp import build_image_processor, load_image_processor
         from ..modeling_vptsp import VPTSPModel
 
         name = str(name)
@@ -156,12 +158,15 @@ class Embedder:
                 raise ValueError(
                     f"resize_size is for bare backbones: the retriever {name} has its own image processor"
                 )
-            processor = AutoImageProcessor.from_pretrained(name, revision=revision or "main", backend="pil")
+            processor = load_image_processor(name, revision)
+            if processor is None:
+                raise OSError(f"the retriever {name} has no image processor (preprocessor_config.json)")
             return cls(VPTSPModel.from_pretrained(name, revision=revision), processor, name, **options)
         # No prompts, and a head of width 1 that nothing uses
         model = VPTSPModel.from_backbone(name, revision=revision, prompt_depth=0, embedding_dim=1)
         size = model.config.backbone_config.image_size
-        processor = build_image_processor(size, resize_size or round(size * 256 / 224), name, revision)
+        commit = model.config.backbone_revision
+        processor = build_image_processor(size, resize_size or round(size * 256 / 224), name, commit)
         return cls(model, processor, name, backbone_only=True, **options)
 
     @torch.inference_mode()
