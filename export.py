@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.image_utils import PILImageResampling
 
 from ._version import __version__
 from .backbones_vptsp import PromptKeyValue, project_prompts
@@ -155,10 +156,17 @@ def export_metadata(model, image_processor=None) -> dict[str, str]:
         "image_size": config.backbone_config.image_size,
     }
     if image_processor is not None:
-        crop = image_processor.crop_size["height"]
+        size, crop_size = image_processor.size, image_processor.crop_size
+        cuts = image_processor.do_resize and image_processor.do_center_crop and crop_size is not None
+        if not cuts or size.get("shortest_edge") is None:
+            raise ValueError(
+                f"the image processor must scale the short side and crop the centre, got {image_processor}"
+            )
+        crop = crop_size["height"]
         if crop != values["image_size"]:
             raise ValueError(f"the image processor crops to {crop} pixels, but the model takes {values['image_size']}")
-        values["resize_size"] = image_processor.size["shortest_edge"]
+        values["resize_size"] = size["shortest_edge"]
+        values["resample"] = PILImageResampling(image_processor.resample).name.lower()
         normalisation = Normalisation.of(image_processor)
         values |= {"image_mean": normalisation.mean, "image_std": normalisation.std}
         values["rescale_factor"] = normalisation.scale
