@@ -388,7 +388,10 @@ class OffloadedClassPrompts(nn.Module):
                 found = tuple(file.get_slice(name).get_shape())
                 if found != tuple(shape):
                     raise ValueError(f"{name} in {path} must have shape {tuple(shape)}, got {found}")
-                tensor.copy_(file.get_tensor(name))
+                saved = file.get_tensor(name)
+                if saved.dtype != tensor.dtype:
+                    raise ValueError(f"{name} in {path} must be {tensor.dtype}, got {saved.dtype}")
+                tensor.copy_(saved)
 
 
 class _Prefetched(NamedTuple):

@@ -360,7 +360,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         revision = kwargs.pop("revision", None) or "main"
         return_info = kwargs.pop("output_loading_info", False)
         kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "adapter_kwargs")}
-        dtype_given = kwargs.get("dtype") not in (None, "auto")
+        dtype_given = any(kwargs.get(name) not in (None, "auto") for name in ("dtype", "torch_dtype"))
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub_kwargs)
         else:  # `AutoModel` has put backbone=... and dtype=... into the configuration

@@ -21,6 +21,7 @@ from ..data_scripts.errors import ImageError
 from ..data_scripts.images import open_image, upright_rgb
 from ..data_scripts.normalisation import Normalisation
 from ..lora_vptsp import refuse_other_adapters
+from ..open_backbone_vptsp import name_today
 
 
 # Entries of a saved image processor that say how it is run, not what it computes.
@@ -137,7 +138,8 @@ class Embedder:
 
         A retriever's images go through the image processor saved beside it. A backbone's are cut as `train.py` cuts
         them for its `frozen` line: short side to `resize_size`, central square of the backbone's size, mean and std of
-        the backbone's own image processor (0.5 without one); the embedding is the CLS token after the last norm.
+        the backbone's own image processor (0.5 where there certainly is none, which a warning says); the embedding is
+        the CLS token after the last norm.
 
         Args:
             name: Folder or Hub name.
@@ -254,7 +256,11 @@ def model_fingerprint(model, processor, backbone_only=False):
         architecture |= {name: getattr(config, name) for name in _TUNING_FIELDS}
     digest = hashlib.blake2b(digest_size=32)
     digest.update(json.dumps(architecture, sort_keys=True, default=str).encode())
-    state_dict = (model.backbone if backbone_only else model).state_dict()
+    model_type = config.backbone_config.model_type  # whose tensors transformers has renamed
+    state_dict = {
+        name_today(name, model_type): tensor
+        for name, tensor in (model.backbone if backbone_only else model).state_dict().items()
+    }
     for name in sorted(state_dict):
         tensor = state_dict[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())

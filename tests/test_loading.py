@@ -143,7 +143,9 @@ def test_digits_are_only_lost_when_asked_for(retriever, tmp_path, pixel_values):
         assert torch.equal(loaded(pixel_values).embeddings, retriever(pixel_values).embeddings)
     for loaded in (
         VPTSPModel.from_pretrained(tmp_path, dtype=torch.bfloat16),
+        VPTSPModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16),
         by_auto_model(tmp_path, dtype=torch.bfloat16),
+        by_auto_model(tmp_path, dtype="bfloat16"),
     ):
         assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
@@ -160,6 +162,17 @@ def test_wider_numbers_are_not_rounded_into_a_model(retriever, tmp_path):
     rewrite(tmp_path, lambda tensors: tensors | {"prompts.tokens": tensors["prompts.tokens"].double()})
     with pytest.raises(ValueError, match=r"prompts\.tokens in torch\.float64 instead of torch\.float32"):
         retriever.load_saved(tmp_path)
+
+
+def test_class_prompts_of_another_dtype_are_refused(backbone_folder, tmp_path):
+    fields = {**FIELDS, "num_classes": 3, "class_prompt_store": "offloaded"}
+    VPTSPForMetricLearning.from_backbone(backbone_folder, **fields).save_pretrained(tmp_path)
+    path = tmp_path / "class_prompts.safetensors"
+    save_file({name: tensor.double() for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(
+        ValueError, match=r"tokens in .*class_prompts\.safetensors must be torch.float32, got torch.fl"
+    ):
+        VPTSPForMetricLearning.from_pretrained(tmp_path)
 
 
 # ---- Damaged files, shards, custom code
