@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -14,6 +14,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from .data_scripts.normalisation import Normalisation
+from .data_scripts.transforms import EvalTransform
 from .open_backbone_vptsp import read_timm_config
 from .timm_checkpoints_vptsp import timm_preprocessing
 
@@ -100,8 +101,10 @@ def load_image_processor(name, revision=None, **hub_kwargs):
 
 def _is_absent(name, file, revision, hub_kwargs) -> bool:
     """Whether it is certain that a folder or repository lacks a file; being offline is no answer."""
+    hub_kwargs = {**hub_kwargs}
+    file = (PurePosixPath(hub_kwargs.pop("subfolder", None) or "") / file).as_posix()
     if Path(name).is_dir():
-        return not Path(name, hub_kwargs.get("subfolder") or "", file).exists()
+        return not Path(name, file).exists()
     try:
         hf_hub_download(name, file, revision=revision, **hub_kwargs)
     except LocalEntryNotFoundError:
@@ -134,6 +137,29 @@ def normalisation_for(processor, config, **hub_kwargs) -> Normalisation:
     return Normalisation()
 
 
+def check_geometry(processor, transform):
+    """Refuse an image processor that cuts images in another way than they are evaluated.
+
+    Args:
+        processor: Image processor of transformers that is to be saved.
+        transform: What evaluation does; anything but an [`EvalTransform`] can't be compared and passes.
+
+    Raises:
+        ValueError: sizes, order of steps or interpolation differ.
+    """
+    if not isinstance(transform, EvalTransform):
+        return
+    size, crop = (getattr(processor, name, None) or {} for name in ("size", "crop_size"))
+    resized = size.get("shortest_edge") if getattr(processor, "do_resize", False) else None
+    cropped = (crop.get("height"), crop.get("width")) if getattr(processor, "do_center_crop", False) else None
+    resample = PILImageResampling(getattr(processor, "resample", PILImageResampling.BILINEAR)).name.lower()
+    if (resized, cropped, resample) != (transform.resize, (transform.size, transform.size), "bilinear"):
+        raise ValueError(
+            f"the image processor cuts images in another way than {transform}, by which they are evaluated: short "
+            f"side {resized}, centre {cropped}, {resample}; build_image_processor makes one that fits"
+        )
+
+
 def _preprocessing_of(backbone, revision, hub_kwargs):
     timm_config = read_timm_config(backbone, revision, **hub_kwargs)
     if timm_config is not None:
@@ -150,4 +176,4 @@ def _preprocessing_of(backbone, revision, hub_kwargs):
         raise ValueError(f"the image processor of {str(backbone)!r} can't be used: {error}") from error
 
 
-__all__ = ["build_image_processor", "load_image_processor", "normalisation_for"]
+__all__ = ["build_image_processor", "check_geometry", "load_image_processor", "normalisation_for"]

@@ -25,7 +25,7 @@ from .eval.metrics import retrieval_metrics
 from .eval.registry import registered_metrics
 from .eval.summary import embedding_metrics
 from .half_precision_vptsp import frozen_weights_in
-from .image_processor_vptsp import normalisation_for
+from .image_processor_vptsp import check_geometry, normalisation_for
 from .interruption_vptsp import leave_signals_to_main_process
 from .lora_vptsp import refuse_other_adapters
 from .loss_registry_vptsp import find_loss
@@ -60,7 +60,7 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
 
     Raises:
         ValueError: the training set does not fit the model or the batches, the image processor does what training
-            can't, or PEFT has changed the model; before anything starts.
+            can't or cuts images in another way than evaluation, or PEFT has changed the model; before anything starts.
     """
 
     def __init__(self, model, args, train_dataset=None, eval_dataset=None, **kwargs):
@@ -76,7 +76,11 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         if train_dataset is not None:
             self._check_train_dataset()
             self._check_loss()
-        self._normalise = None if self.processing_class is None else Normalisation.of(self.processing_class)
+        self._normalise = None
+        if self.processing_class is not None:
+            self._normalise = Normalisation.of(self.processing_class)
+            for part in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+                check_geometry(self.processing_class, getattr(part, "transform", None))
         self._output = None
         self._offloaded = model.offloaded_class_prompts
         self._ahead = None

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
+from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments, train
+from vptsp.data_scripts import EvalTransform
 from vptsp.eval import Embedder
 from vptsp.export import export_metadata
 from vptsp.image_processor_vptsp import build_image_processor, load_image_processor, normalisation_for
@@ -133,6 +135,33 @@ def test_processing_class_of_another_kind_is_refused(tmp_path, backbone_folder):
         make_trainer(backbone_folder, tmp_path, processing_class=object())
 
 
+@pytest.mark.parametrize("sets", ["one", "query and gallery"])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({}, None),
+        ({"resample": 3}, r"short side 18, centre \(16, 16\), bicubic"),
+        ({"size": {"shortest_edge": 20}}, "short side 20, centre"),
+        ({"size": {"height": 16, "width": 16}}, "short side None, centre"),
+        ({"do_resize": False}, "short side None, centre"),
+        ({"crop_size": {"height": 16, "width": 8}}, r"centre \(16, 8\)"),
+        ({"do_center_crop": False}, "short side 18, centre None"),
+    ],
+)
+def test_what_is_saved_cuts_as_evaluation_does(values, message, sets, tmp_path, backbone_folder):
+    shipped = {"size": {"shortest_edge": 18}, "do_center_crop": True, "crop_size": {"height": 16, "width": 16}}
+    images = SimpleNamespace(transform=EvalTransform(18, 16))
+    options = {
+        "processing_class": ViTImageProcessorPil(**{**shipped, **values}),
+        "eval_dataset": images if sets == "one" else {"query": images, "gallery": images},
+    }
+    if message is None:
+        make_trainer(backbone_folder, tmp_path, **options)
+        return
+    with pytest.raises(ValueError, match=r"in another way than EvalTransform\(resize=18, size=16\).*" + message):
+        make_trainer(backbone_folder, tmp_path, **options)
+
+
 # ---- Only "there is none" means a default
 
 
@@ -174,6 +203,34 @@ def test_an_image_processor_that_can_not_be_read(text, tmp_path, pixels):
         Embedder.from_pretrained(backbone)
     with pytest.raises((OSError, ValueError), match=message):
         normalised_by(make_trainer(backbone, tmp_path / "run"), pixels)
+
+
+def test_a_run_says_what_it_takes(tmp_path, capsys, caplog, monkeypatch):
+    for label in "abcd":
+        for i in range(2):
+            path = tmp_path / "images" / label / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 18), (40 * i, 90, 30)).save(path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    backbone = backbone_with(tmp_path / "backbone")
+    data = [
+        "--data_dir",
+        str(tmp_path / "images"),
+        "--image_size",
+        "16",
+        "--use_cpu",
+        "--per_device_train_batch_size",
+        "4",
+    ]
+    command = [*data, "--backbone", str(backbone), "--output_dir", str(tmp_path / "run")]
+    (backbone / "preprocessor_config.json").write_text("{")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(command)
+    assert stopped.value.code == 2
+    assert "train.py: error: the image processor of" in capsys.readouterr().err
+    (backbone / "preprocessor_config.json").unlink()
+    train.prepare(*train.parse_arguments(command)[:3])
+    assert f"the backbone '{backbone}' has no image processor: mean and std of images are 0.5" in caplog.text
 
 
 def test_unreadable_processor_of_a_retriever(backbone_folder, tmp_path, capsys):
