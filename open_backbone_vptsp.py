@@ -292,6 +292,17 @@ def has_fingerprint(state_dict, expected, model_type) -> bool:
     return any(_first_fingerprint(dict(zip(names, state_dict.values(), strict=True))) == expected for names in namings)
 
 
+def backbone_has(config, fingerprint) -> bool:
+    """Whether the backbone that a configuration names has a fingerprint of the first kind; it is opened once more.
+
+    False for any other fingerprint: these can be compared as they are.
+    """
+    if fingerprint is None or fingerprint.startswith(FINGERPRINT_PREFIX) or config.backbone is None:
+        return False
+    backbone = open_backbone(config.backbone, config.backbone_revision)
+    return has_fingerprint(backbone.state_dict(), fingerprint, backbone.config.model_type)
+
+
 def _first_fingerprint(state_dict) -> str:
     """What saved retrievers without `FINGERPRINT_PREFIX` hold; never to be changed."""
     digest = hashlib.sha256()
@@ -363,6 +374,7 @@ def resized_weights(backbone, image_size) -> dict[str, torch.Tensor]:
 
 __all__ = [
     "backbone_fingerprint",
+    "backbone_has",
     "has_fingerprint",
     "load_backbone",
     "name_before",

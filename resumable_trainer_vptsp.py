@@ -31,6 +31,7 @@ from .checkpoints_vptsp import (
     write_failure,
 )
 from .interruption_vptsp import InterruptionCallback
+from .open_backbone_vptsp import backbone_has
 from .run_errors_vptsp import CheckpointError, CheckpointWriteError
 from .run_record_vptsp import record_run, run_differences
 
@@ -171,7 +172,10 @@ class ResumableTrainer(Trainer):
         self._together(prepare_root, self.args.output_dir, writer_only=True)
         folder = resume_from_checkpoint
         folder = last_checkpoint(self.args.output_dir) if folder is True else Path(folder)
-        different = run_differences(check_checkpoint(folder), self._run_record())
+        saved, now = check_checkpoint(folder), self._run_record()
+        if backbone_has(self.model.config, saved.get("model", {}).get("backbone_fingerprint")):
+            saved["model"]["backbone_fingerprint"] = now["model"]["backbone_fingerprint"]
+        different = run_differences(saved, now)
         if different:
             lines = "\n".join(f"  {line}" for line in different)
             raise CheckpointError(

@@ -4,10 +4,10 @@ import hashlib
 import json
 import random
 
-import numpy as np
 import pytest
 import torch
 from conftest import tiny_vit_config
+from oracle import first_fingerprint
 from safetensors.torch import load_file, save_file
 from transformers import ViTModel
 
@@ -17,16 +17,6 @@ from vptsp.open_backbone_vptsp import name_before
 
 
 FIELDS = {"num_prompts": 2, "embedding_dim": 6}
-
-
-def first_fingerprint(state_dict):
-    """The first kind, once more: names in order, shapes, 64 samples of each tensor in float32."""
-    parts = []
-    for name, tensor in sorted(state_dict.items()):
-        values = tensor.float().numpy().ravel()
-        samples = values[:: max(len(values) // 64, 1)][:64]
-        parts += [f"{name} {tuple(tensor.shape)} ".encode(), np.ascontiguousarray(samples).tobytes()]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 @pytest.fixture
