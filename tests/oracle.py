@@ -6,6 +6,7 @@ It takes a model only for its parameters, so that gradients of both computations
 
 import hashlib
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -147,7 +148,8 @@ def loss(config, embeddings, proxies, labels, compared):
 
 
 def first_fingerprint(state_dict):
-    """The first kind, once more: names in order, shapes, 64 samples of each tensor in float32."""
+    """Fingerprint of the first kind, as retrievers of earlier versions hold it: names in order, shapes, 64 samples of
+    each tensor in float32."""
     parts = []
     for name, tensor in sorted(state_dict.items()):
         values = tensor.float().numpy().ravel()
