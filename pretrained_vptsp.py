@@ -89,11 +89,14 @@ def _widest_dtype(state_dict):
 
 
 def _named_as_in(frozen, saved, model_type):
-    """Saved tensors under the names that the backbone's have in this version of transformers."""
-    renamed = {}
-    for name, tensor in saved.items():
-        names = (name, name_today(name, model_type), name_before(name, model_type))
-        renamed[next((n for n in names if n in frozen), name)] = tensor
+    """Saved tensors under the names that the backbone's have in this version of transformers.
+
+    A second one for the same name keeps its own, and so is unknown.
+    """
+    renamed = {name: tensor for name, tensor in saved.items() if name in frozen}
+    for name in saved.keys() - renamed.keys():
+        names = (name_today(name, model_type), name_before(name, model_type))
+        renamed[next((n for n in names if n in frozen and n not in renamed), name)] = saved[name]
     return renamed
 
 

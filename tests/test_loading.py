@@ -253,7 +253,12 @@ def test_retriever_saved_under_earlier_names(retriever, tmp_path, pixel_values):
     assert "backbone.encoder.layer.0.attention.attention.query.bias" in load_file(tmp_path / "model.safetensors")
     loaded = VPTSPModel.from_pretrained(tmp_path)
     assert torch.equal(loaded(pixel_values).embeddings, retriever(pixel_values).embeddings)
-    rewrite(tmp_path, without("backbone.encoder.layer.0.attention.attention.query.bias"))
+    name = "backbone.encoder.layer.0.attention.attention.query.bias"
+    rewrite(tmp_path, lambda t: t | {"backbone.layers.0.attention.q_proj.bias": t[name] + 1})
+    with pytest.raises(ValueError, match=f"has unknown {name}"):
+        VPTSPModel.from_pretrained(tmp_path)
+    rewrite(tmp_path, without("backbone.layers.0.attention.q_proj.bias"))
+    rewrite(tmp_path, without(name))
     with pytest.raises(ValueError, match=r"lacks backbone\.layers\.0\.attention\.q_proj\.bias$"):
         VPTSPModel.from_pretrained(tmp_path)
 
