@@ -20,9 +20,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.image_utils import PILImageResampling
 
 from ._version import __version__
 from .backbones_vptsp import PromptKeyValue, project_prompts
+from .data_scripts.normalisation import Normalisation
+from .lora_vptsp import refuse_other_adapters
 
 
 OPSET = 18  # the newest that the exporter writes without converting, and old enough for every current runtime
@@ -84,7 +87,7 @@ def export_program(model, path, image_processor=None) -> float:
         RuntimeError: the difference is above 1e-4; no file is left.
         ValueError: the model is not float32.
     """
-    model = model.retriever
+    model = _own_retriever(model)
     metadata = json.dumps(export_metadata(model, image_processor), indent=2, allow_nan=False)
 
     def write(file):
@@ -117,7 +120,7 @@ def export_onnx(model, path, image_processor=None) -> float:
     _require_onnx()
     import onnxruntime
 
-    model = model.retriever
+    model = _own_retriever(model)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     if size > MAX_ONNX_BYTES:
         raise ValueError(f"an ONNX file holds at most 2 GB, the retriever has {size / 1e9:.1f} GB: use export_program")
@@ -153,14 +156,28 @@ def export_metadata(model, image_processor=None) -> dict[str, str]:
         "image_size": config.backbone_config.image_size,
     }
     if image_processor is not None:
-        crop = image_processor.crop_size["height"]
+        size, crop_size = image_processor.size, image_processor.crop_size
+        cuts = image_processor.do_resize and image_processor.do_center_crop and crop_size is not None
+        if not cuts or size.get("shortest_edge") is None:
+            raise ValueError(
+                f"the image processor must scale the short side and crop the centre, got {image_processor}"
+            )
+        crop = crop_size["height"]
         if crop != values["image_size"]:
             raise ValueError(f"the image processor crops to {crop} pixels, but the model takes {values['image_size']}")
-        values["resize_size"] = image_processor.size["shortest_edge"]
-        values["image_mean"], values["image_std"] = image_processor.image_mean, image_processor.image_std
+        values["resize_size"] = size["shortest_edge"]
+        values["resample"] = PILImageResampling(image_processor.resample).name.lower()
+        normalisation = Normalisation.of(image_processor)
+        values |= {"image_mean": normalisation.mean, "image_std": normalisation.std}
+        values["rescale_factor"] = normalisation.scale
     return {
         name: value if isinstance(value, str) else json.dumps(value, allow_nan=False) for name, value in values.items()
     }
+
+
+def _own_retriever(model):
+    refuse_other_adapters(model)
+    return model.retriever
 
 
 def _require_onnx():
@@ -234,16 +251,14 @@ def _parse_arguments(argv):
 
 def _load(retriever, revision):
     """The saved retriever in float32, and its image processor; None where none was saved beside it."""
-    from transformers import AutoImageProcessor
-
+    from .image_processor_vptsp import load_image_processor
     from .modeling_vptsp import VPTSPModel
 
     model = VPTSPModel.from_pretrained(retriever, revision=revision, dtype=torch.float32)
-    try:
-        return model, AutoImageProcessor.from_pretrained(retriever, revision=revision or "main", backend="pil")
-    except OSError:
+    image_processor = load_image_processor(retriever, revision)
+    if image_processor is None:
         print(f"note: {retriever} has no image processor, so the file will not say mean, std and resizing")
-        return model, None
+    return model, image_processor
 
 
 def main(argv=None):

@@ -6,11 +6,14 @@ Part of what a shared retriever needs, like `modeling_vptsp.py`; peft itself onl
 from __future__ import annotations
 
 import importlib
+import sys
 
 from torch import nn
 
 
 DEFAULT_TARGETS = ("q_proj", "v_proj")
+ADAPTER_NAME = "default"
+LORA_INSTEAD = "for LoRA set lora_rank in the configuration (from_backbone(..., lora_rank=8))"
 
 
 def add_lora(backbone, rank, alpha, targets=None):
@@ -41,7 +44,8 @@ def add_lora(backbone, rank, alpha, targets=None):
             raise ValueError(
                 f"lora_targets must name linear layers of the backbone ({', '.join(ends)}), got {target!r}"
             )
-    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), backbone)
+    lora = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    peft.inject_adapter_in_model(lora, backbone, adapter_name=ADAPTER_NAME)
     for name, module in backbone.named_modules():
         if is_lora(name):
             module._is_hf_initialized = True  # or the backbone would draw A and B as it draws its own weights
@@ -50,6 +54,33 @@ def add_lora(backbone, rank, alpha, targets=None):
 def is_lora(name) -> bool:
     """Whether a module or tensor of a backbone is LoRA's."""
     return any(part.startswith("lora_") for part in name.split("."))
+
+
+def refuse_other_adapters(model):
+    """Raise if PEFT has wrapped a model or put something into it that its configuration does not know.
+
+    Such a model is saved without what PEFT tunes, or under names that nobody can load.
+
+    Args:
+        model: A [`VPTSPPreTrainedModel`], or what PEFT made of one.
+
+    Raises:
+        ValueError: the message says what to do instead.
+    """
+    peft = sys.modules.get("peft")
+    if peft is None:  # then there is nothing of it
+        return
+    if isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
+        raise ValueError(f"got a {type(model).__name__} of PEFT, expected the model itself: {LORA_INSTEAD}")
+    config = model.config
+    targets = (config.lora_targets or DEFAULT_TARGETS) if config.lora_rank else ()
+    for name in model.state_dict():
+        module, wrapped, rest = name.partition(".base_layer")
+        if not wrapped:
+            module, wrapped, rest = name.partition(".lora_")
+        own = "backbone" in module.split(".") and _is_target(module, targets) and ".base_layer" not in rest
+        if wrapped and (not own or (wrapped == ".lora_" and rest.split(".")[1] != ADAPTER_NAME)):
+            raise ValueError(f"PEFT has put an adapter into the model ({name}), which is not saved: {LORA_INSTEAD}")
 
 
 def names_with_lora(weights, config):
@@ -73,4 +104,4 @@ def _is_target(module, targets) -> bool:
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
-__all__ = ["add_lora", "is_lora", "names_with_lora"]
+__all__ = ["add_lora", "is_lora", "names_with_lora", "refuse_other_adapters"]

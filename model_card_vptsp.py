@@ -206,14 +206,14 @@ a commit of this repository that you have looked at.
 
 ```python
 import torch
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
+from transformers.image_utils import load_image
 
 name, revision = "{name}", "<commit>"
 processor = AutoImageProcessor.from_pretrained(name, revision=revision)
 model = AutoModel.from_pretrained(name, revision=revision, trust_remote_code=True)
 
-images = [Image.open("a.png").convert("RGB"), Image.open("b.png").convert("RGB")]
+images = [load_image("a.png"), load_image("b.png")]  # RGB, turned as EXIF says, as in training
 with torch.inference_mode():
     embeddings = model(**processor(images, return_tensors="pt")).embeddings  # (2, {width}), L2-normalised
 similarity = embeddings @ embeddings.T

@@ -1,22 +1,74 @@
-"""Open a pretrained backbone, whichever library wrote its checkpoint: configuration, weights, image size."""
+"""Open a pretrained backbone, whichever library wrote it: configuration, weights, image size, fingerprint."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import os
+import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils.hub import extract_commit_hash
 
 from .backbones_vptsp import family_of
 from .timm_checkpoints_vptsp import is_timm_config, timm_backbone_config, timm_backbone_weights
 
 
+# In front of a fingerprint that says nothing about names; those without it are of the first kind.
+FINGERPRINT_PREFIX = "v2:"
+
+# Names of tensors before transformers 5.9 (ViT, DeiT) and 5.18 (DINOv2), and the names that they have since.
+_ATTENTION_NAMES = (
+    ("attention.attention.query.", "attention.q_proj."),
+    ("attention.attention.key.", "attention.k_proj."),
+    ("attention.attention.value.", "attention.v_proj."),
+    ("attention.output.dense.", "attention.o_proj."),
+)
+_VIT_NAMES = (
+    ("encoder.layer.", "layers."),
+    *_ATTENTION_NAMES,
+    ("intermediate.dense.", "mlp.fc1."),
+    ("output.dense.", "mlp.fc2."),
+)
+_RENAMED = {"vit": _VIT_NAMES, "deit": _VIT_NAMES, "dinov2": _ATTENTION_NAMES}
+
+# Parts of checkpoints inside the backbone that retrieval has no use for.
+_UNUSED_PARTS = ("mask_token", "position_ids")
+
 logger = logging.get_logger(__name__)
+
+
+def pinned_revision(name, revision=None, **hub_kwargs):
+    """Commit that a branch or tag of a Hub repository stands for now; for a local folder, `revision` as it is.
+
+    Args:
+        name: Hub name or local folder.
+        revision: Commit, tag or branch; None for the default branch.
+        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
+    """
+    if Path(name).is_dir():
+        return revision
+    config_file = cached_file(name, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
+    return extract_commit_hash(config_file, None) or revision
+
+
+def read_weights(path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file.
+
+    Raises:
+        ValueError: the file is cut short or damaged; the message names it.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or not in safetensors' format ({error})") from error
 
 
 def read_timm_config(source, revision=None, **hub_kwargs) -> dict | None:
@@ -29,11 +81,15 @@ def read_timm_config(source, revision=None, **hub_kwargs) -> dict | None:
 
     Raises:
         OSError: there is no such repository, or it is not to be had.
+        ValueError: the file is not JSON.
     """
     path = cached_file(source, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
     if path is None:  # a folder without one
         return None
-    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read: it is not JSON ({error})") from error
     return values if is_timm_config(values) else None
 
 
@@ -54,7 +110,7 @@ def open_config(source, revision=None, image_size=None, **hub_kwargs) -> PreTrai
     if timm_config is not None:
         config = timm_backbone_config(timm_config, source)
     else:
-        config = AutoConfig.from_pretrained(source, revision=revision or "main", **hub_kwargs)
+        config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False, **hub_kwargs)
     family_of(config)
     if image_size in (None, config.image_size):
         return config
@@ -89,15 +145,27 @@ def open_backbone(source, revision=None, **hub_kwargs) -> nn.Module:
             revision=revision or "main",
             use_safetensors=True,  # never a pickle
             trust_remote_code=False,
+            dtype="auto",
             output_loading_info=True,
             **family_of(config).model_options,
             **hub_kwargs,
         )
+    except SafetensorError as error:
+        raise ValueError(f"weights of the backbone {str(source)!r} are damaged ({error})") from error
     finally:
         logging.set_verbosity(verbosity)
-    if info["missing_keys"]:
-        raise ValueError(f"the backbone {str(source)!r} lacks {', '.join(sorted(info['missing_keys']))}")
+    parts = {name for name, _ in backbone.named_children()}
+    unknown = {name for name in info["unexpected_keys"] if _part_of(name, backbone) in parts}
+    unknown = {name for name in unknown if not name.endswith(_UNUSED_PARTS)}
+    for problem, names in (("lacks", info["missing_keys"]), ("has unknown", unknown)):
+        if names:
+            raise ValueError(f"the backbone {str(source)!r} {problem} {', '.join(sorted(names))}")
     return backbone
+
+
+def _part_of(name, backbone):
+    """Module of a backbone that a tensor of its checkpoint lies in; a classifier's has the backbone's own in front."""
+    return name.removeprefix(f"{backbone.base_model_prefix}.").split(".")[0]
 
 
 def _open_timm_backbone(source, revision, config, **hub_kwargs):
@@ -112,8 +180,156 @@ def _open_timm_backbone(source, revision, config, **hub_kwargs):
         raise ValueError(f"the timm checkpoint {str(source)!r} must hold {SAFE_WEIGHTS_NAME}; no other format is read")
     with torch.device("meta"):
         backbone = family_of(config).build(config)
-    backbone.load_state_dict(timm_backbone_weights(load_file(weights), backbone, source), strict=True, assign=True)
+    backbone.load_state_dict(timm_backbone_weights(read_weights(weights), backbone, source), strict=True, assign=True)
     return backbone.eval()
+
+
+def load_backbone(config, folder=None, **hub_kwargs):
+    """Weights of the backbone named in `config.backbone`, in the dtype of their checkpoint, which must be safetensors,
+    for the image size of `config.backbone_config`.
+
+    Args:
+        config: A `VPTSPConfig` with `backbone` set; it gets the place where a local backbone was found, or the commit
+            of one on the Hub, and the fingerprint of the weights (as they are in the checkpoint).
+        folder: Local folder of the retriever that names the backbone. A local backbone is looked for relative to it,
+            then relative to the working directory.
+        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
+
+    Returns:
+        Dict of name -> tensor.
+
+    Raises:
+        OSError: there is no such folder here and no such repository on the Hub.
+        ValueError: a weight is missing, or the weights are not those that `config.backbone_fingerprint` was taken of.
+    """
+    source = config.backbone
+    if source is None:
+        raise ValueError("the configuration names no backbone: give its place with backbone=...")
+    if folder is not None and (Path(folder) / source).is_dir():
+        source = str(Path(folder) / source)
+    try:
+        config.backbone_revision = pinned_revision(source, config.backbone_revision, **hub_kwargs)
+        backbone = open_backbone(source, config.backbone_revision, **hub_kwargs)
+    except OSError as error:
+        raise OSError(
+            f"the backbone {config.backbone!r} could not be loaded: it is neither a folder here nor to be had from "
+            f"the Hub, or holds no {SAFE_WEIGHTS_NAME}. Give its place with backbone=... ({error})"
+        ) from error
+    config.backbone = source
+    weights, expected = backbone.state_dict(), config.backbone_fingerprint
+    if expected is None:
+        config.backbone_fingerprint = backbone_fingerprint(weights)
+    elif not has_fingerprint(weights, expected, backbone.config.model_type):
+        raise ValueError(
+            f"the weights of the backbone {source!r} are not those that the prompts were tuned with "
+            f"(backbone_fingerprint {expected[:12]} expected, got {backbone_fingerprint(weights)[:12]})"
+        )
+    return resized_weights(backbone, config.backbone_config.image_size)
+
+
+def relative_to(backbone, folder):
+    """A local backbone's path as seen from `folder`, so that both can be moved together; other names as they are."""
+    if backbone is None or not Path(backbone).is_dir():
+        return backbone
+    try:
+        return Path(os.path.relpath(backbone, folder)).as_posix()
+    except ValueError:  # another drive
+        return str(Path(backbone).resolve())
+
+
+def refuse_local_backbone(backbone, retriever):
+    """Raise if a retriever from the Hub names a backbone that is not to be had from the Hub.
+
+    A downloaded configuration must not choose which folders of this machine are read.
+    """
+    name = str(backbone)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name or name.startswith(".") or Path(name).exists():
+        raise ValueError(
+            f"backbone must be a Hub name in a retriever from the Hub, got {name!r} in {str(retriever)!r}, which is a "
+            "path or shadowed by one on this machine. If that is what you want, give it yourself with backbone=..."
+        )
+
+
+def backbone_fingerprint(state_dict) -> str:
+    """Digest of a backbone's weights: of every value, in the order that each tensor holds them.
+
+    Neither what tensors are called nor their order counts, since libraries change both; nor does the dtype, as long
+    as it holds the same values. That two tensors of one shape changed places is not seen.
+
+    Args:
+        state_dict: Name -> tensor, as loaded from the checkpoint.
+
+    Returns:
+        `v2:` and 64 hexadecimal digits.
+    """
+    digests = sorted(_tensor_digest(tensor) for tensor in state_dict.values())
+    return FINGERPRINT_PREFIX + hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _tensor_digest(tensor) -> bytes:
+    tensor = tensor.detach().cpu()
+    values = tensor.float()
+    if tensor.dtype == torch.float64 and not torch.equal(values.double(), tensor):
+        values = tensor  # float32 would not tell it from its neighbours
+    return hashlib.sha256(values.contiguous().flatten().view(torch.uint8).numpy()).digest()
+
+
+def has_fingerprint(state_dict, expected, model_type) -> bool:
+    """Whether a backbone's weights are those that a fingerprint was taken of, today's kind or the first.
+
+    The first kind digests names, shapes and up to 64 evenly spaced values of each tensor. So it tells another
+    checkpoint, but not every change within one: values between those 64 may differ. It was taken under the names that
+    transformers had then, so it is compared under today's and under earlier ones.
+
+    Args:
+        state_dict: Name -> tensor, as loaded from the checkpoint.
+        expected: The fingerprint, as saved.
+        model_type: Of the backbone's configuration.
+    """
+    if expected.startswith(FINGERPRINT_PREFIX):
+        return backbone_fingerprint(state_dict) == expected
+    namings = ([naming(name, model_type) for name in state_dict] for naming in (_as_is, name_today, name_before))
+    return any(_first_fingerprint(dict(zip(names, state_dict.values(), strict=True))) == expected for names in namings)
+
+
+def backbone_has(config, fingerprint) -> bool:
+    """Whether the backbone that a configuration names has a fingerprint of the first kind; it is opened once more.
+
+    False for any other fingerprint: these can be compared as they are.
+    """
+    if fingerprint is None or fingerprint.startswith(FINGERPRINT_PREFIX) or config.backbone is None:
+        return False
+    backbone = open_backbone(config.backbone, config.backbone_revision)
+    return has_fingerprint(backbone.state_dict(), fingerprint, backbone.config.model_type)
+
+
+def _first_fingerprint(state_dict) -> str:
+    """What saved retrievers without `FINGERPRINT_PREFIX` hold; never to be changed."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().flatten()
+        sample = tensor[:: max(tensor.numel() // 64, 1)][:64].to(device="cpu", dtype=torch.float32)
+        digest.update(f"{name} {tuple(state_dict[name].shape)} ".encode())
+        digest.update(sample.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _as_is(name, model_type):
+    return name
+
+
+def name_today(name, model_type) -> str:
+    """Name of a backbone's tensor in today's transformers, of one that it may have had before."""
+    for before, today in _RENAMED.get(model_type, ()):
+        name = name.replace(before, today)
+    return name
+
+
+def name_before(name, model_type) -> str:
+    """Name of a backbone's tensor in earlier versions of transformers, of today's."""
+    for before, today in _RENAMED.get(model_type, ()):
+        name = name.replace(today, before)
+    return name
 
 
 def resized_config(config, image_size) -> PreTrainedConfig:
@@ -156,4 +372,20 @@ def resized_weights(backbone, image_size) -> dict[str, torch.Tensor]:
     return {**weights, "embeddings.position_embeddings": positions.contiguous()}
 
 
-__all__ = ["open_backbone", "open_config", "read_timm_config", "resized_config", "resized_weights"]
+__all__ = [
+    "backbone_fingerprint",
+    "backbone_has",
+    "has_fingerprint",
+    "load_backbone",
+    "name_before",
+    "name_today",
+    "open_backbone",
+    "open_config",
+    "pinned_revision",
+    "read_timm_config",
+    "read_weights",
+    "refuse_local_backbone",
+    "relative_to",
+    "resized_config",
+    "resized_weights",
+]

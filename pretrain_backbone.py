@@ -102,7 +102,8 @@ def pretrain(args: PretrainingArguments, data_args: DataArguments) -> dict[str, 
     from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
     from vptsp.data_scripts import ImageDataset, collate_images, make_transforms
-    from vptsp.image_processor_vptsp import DEFAULT_MEAN, DEFAULT_STD, build_image_processor
+    from vptsp.data_scripts.normalisation import Normalisation
+    from vptsp.image_processor_vptsp import build_image_processor
 
     set_seed(args.seed)
     images = ImageDataset(data_args.load_splits()["train"], make_transforms(data_args)[0])
@@ -116,11 +117,11 @@ def pretrain(args: PretrainingArguments, data_args: DataArguments) -> dict[str, 
         layer_norm_eps=1e-6,
         num_labels=images.num_classes,
     )
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (DEFAULT_MEAN, DEFAULT_STD))
+    normalise = Normalisation()
 
     def collate(examples):
         batch = collate_images(examples)
-        return {**batch, "pixel_values": (batch["pixel_values"] / 255 - mean) / std}
+        return {**batch, "pixel_values": normalise(batch["pixel_values"])}
 
     training_args = TrainingArguments(
         output_dir=args.output_dir,

@@ -5,107 +5,38 @@ Part of what a shared retriever needs, like `modeling_vptsp.py`.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import importlib.util
 import os
-import re
 import tempfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import extract_commit_hash, hf_api
+from transformers.utils.hub import hf_api
 
 from .configuration_vptsp import VPTSPConfig
-from .lora_vptsp import is_lora, names_with_lora
-from .open_backbone_vptsp import open_backbone, open_config, resized_weights
+from .lora_vptsp import LORA_INSTEAD, is_lora, names_with_lora, refuse_other_adapters
+from .open_backbone_vptsp import (
+    backbone_fingerprint,
+    load_backbone,
+    name_before,
+    name_today,
+    open_config,
+    pinned_revision,
+    read_weights,
+    refuse_local_backbone,
+    relative_to,
+)
 
 
 # Arguments of `from_pretrained` that say where files are, and so go to every look-up on the Hub.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "subfolder")
-
-
-def backbone_fingerprint(state_dict) -> str:
-    """Digest of a backbone's weights, from names, shapes and up to 64 values of each tensor, evenly spaced."""
-    digest = hashlib.sha256()
-    for name in sorted(state_dict):
-        tensor = state_dict[name].detach().flatten()
-        sample = tensor[:: max(tensor.numel() // 64, 1)][:64].to(device="cpu", dtype=torch.float32)
-        digest.update(f"{name} {tuple(state_dict[name].shape)} ".encode())
-        digest.update(sample.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def pinned_revision(name, revision=None, **hub_kwargs):
-    """Commit that a branch or tag of a Hub repository stands for now; for a local folder, `revision` as it is.
-
-    Args:
-        name: Hub name or local folder.
-        revision: Commit, tag or branch; None for the default branch.
-        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
-    """
-    if Path(name).is_dir():
-        return revision
-    config_file = cached_file(name, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
-    return extract_commit_hash(config_file, None) or revision
-
-
-def load_backbone(config, folder=None, **hub_kwargs):
-    """Weights of the backbone named in `config.backbone`, in the dtype of their checkpoint, which must be safetensors,
-    for the image size of `config.backbone_config`.
-
-    Args:
-        config: A `VPTSPConfig` with `backbone` set; it gets the place where a local backbone was found, or the commit
-            of one on the Hub, and the fingerprint of the weights (as they are in the checkpoint).
-        folder: Local folder of the retriever that names the backbone. A local backbone is looked for relative to it,
-            then relative to the working directory.
-        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
-
-    Returns:
-        Dict of name -> tensor.
-
-    Raises:
-        OSError: there is no such folder here and no such repository on the Hub.
-        ValueError: a weight is missing, or the weights are not those that `config.backbone_fingerprint` was taken of.
-    """
-    source = config.backbone
-    if source is None:
-        raise ValueError("the configuration names no backbone: give its place with backbone=...")
-    if folder is not None and (Path(folder) / source).is_dir():
-        source = str(Path(folder) / source)
-    try:
-        config.backbone_revision = pinned_revision(source, config.backbone_revision, **hub_kwargs)
-        backbone = open_backbone(source, config.backbone_revision, **hub_kwargs)
-    except OSError as error:
-        raise OSError(
-            f"the backbone {config.backbone!r} could not be loaded: it is neither a folder here nor to be had from "
-            f"the Hub, or holds no {SAFE_WEIGHTS_NAME}. Give its place with backbone=... ({error})"
-        ) from error
-    config.backbone = source
-    fingerprint = backbone_fingerprint(backbone.state_dict())
-    if config.backbone_fingerprint not in (None, fingerprint):
-        raise ValueError(
-            f"the weights of the backbone {source!r} are not those that the prompts were tuned with "
-            f"(backbone_fingerprint {config.backbone_fingerprint[:12]} expected)"
-        )
-    config.backbone_fingerprint = fingerprint
-    return resized_weights(backbone, config.backbone_config.image_size)
-
-
-def _relative_to(backbone, folder):
-    """A local backbone's path as seen from `folder`, so that both can be moved together; other names as they are."""
-    if backbone is None or not Path(backbone).is_dir():
-        return backbone
-    try:
-        return Path(os.path.relpath(backbone, folder)).as_posix()
-    except ValueError:  # another drive
-        return str(Path(backbone).resolve())
 
 
 @contextmanager
@@ -121,19 +52,6 @@ def _written_aside(folder):
             with path.open("rb+") as stream:  # what is renamed must be on the disk before its name is
                 os.fsync(stream.fileno())
             path.replace(folder / path.name)
-
-
-def _refuse_local_backbone(backbone, retriever):
-    """Raise if a retriever from the Hub names a backbone that is not to be had from the Hub.
-
-    A downloaded configuration must not choose which folders of this machine are read.
-    """
-    name = str(backbone)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name or name.startswith(".") or Path(name).exists():
-        raise ValueError(
-            f"backbone must be a Hub name in a retriever from the Hub, got {name!r} in {str(retriever)!r}, which is a "
-            "path or shadowed by one on this machine. If that is what you want, give it yourself with backbone=..."
-        )
 
 
 def _safetensors_file(name, revision, **hub_kwargs):
@@ -153,12 +71,50 @@ def _listed(names, at_most=8):
     return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
 
 
-def _refuse_differences(missing, unknown, source, shapes=()):
+def _refuse_differences(missing, unknown, source, others=()):
     """Raise if a checkpoint holds other tensors than the model."""
-    problems = (("lacks", missing), ("has unknown", unknown), ("has", shapes))
+    problems = (("lacks", missing), ("has unknown", unknown), ("has", others))
     found = [f"{verb} {_listed(names)}" for verb, names in problems if names]
     if found:
         raise ValueError(f"the checkpoint {str(source)!r} {' and '.join(found)}")
+
+
+def _others(saved, own, may_round):
+    """Tensors of a checkpoint that are not what the model has under their names, described.
+
+    Args:
+        saved: Name -> tensor of the checkpoint.
+        own: Name -> tensor of the model.
+        may_round: Whether values may lose digits, since somebody asked for the model's dtype.
+    """
+    found = []
+    for name in sorted(set(saved) & set(own)):
+        tensor, expected = saved[name], own[name]
+        if tensor.shape != expected.shape:
+            found.append(f"{name} {tuple(tensor.shape)} instead of {tuple(expected.shape)}")
+        elif tensor.is_floating_point() != expected.is_floating_point() or not (
+            may_round or torch.promote_types(tensor.dtype, expected.dtype) == expected.dtype
+        ):
+            found.append(f"{name} in {tensor.dtype} instead of {expected.dtype}")
+    return found
+
+
+def _widest_dtype(state_dict):
+    """The floating-point dtype that holds all values of a checkpoint, None where it has none."""
+    dtypes = {tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()}
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
+
+
+def _named_as_in(frozen, saved, model_type):
+    """Saved tensors under the names that the backbone's have in this version of transformers.
+
+    A second one for the same name keeps its own, and so is unknown.
+    """
+    renamed = {name: tensor for name, tensor in saved.items() if name in frozen}
+    for name in saved.keys() - renamed.keys():
+        names = (name_today(name, model_type), name_before(name, model_type))
+        renamed[next((n for n in names if n in frozen and n not in renamed), name)] = saved[name]
+    return renamed
 
 
 class VPTSPPreTrainedModel(PreTrainedModel):
@@ -257,6 +213,16 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         backbone.load_state_dict(names_with_lora(weights, config) | new, strict=True)
         return model.to(dtype or torch.float32)
 
+    def add_adapter(self, *args, **kwargs):
+        """Refused: adapters of PEFT are not saved with a retriever. LoRA is `lora_rank` of [`VPTSPConfig`].
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{type(self).__name__} takes no adapters of PEFT, which would not be saved: {LORA_INSTEAD}")
+
+    load_adapter = add_adapter
+
     @property
     def retriever(self):
         """The [`VPTSPModel`]: the part that embeds images and is shared."""
@@ -276,11 +242,14 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             **kwargs: As for `PreTrainedModel.save_pretrained`.
 
         Raises:
-            ValueError: `push_to_hub` was asked for, use the method of that name; or `save_backbone=False`, but all of
-                the backbone is tuned.
+            ValueError: `push_to_hub` was asked for, use the method of that name; `max_shard_size`, since it is all one
+                file; `save_backbone=False`, but all of the backbone is tuned; or PEFT has changed the model.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("save_pretrained does not push: use model.push_to_hub(repo_id)")
+        if kwargs.get("max_shard_size") is not None:
+            raise ValueError(f"save_pretrained writes one {SAFE_WEIGHTS_NAME}: leave max_shard_size out")
+        refuse_other_adapters(self)
         if save_backbone is False and self.config.tune_backbone:
             raise ValueError("save_backbone must be true with tune_backbone, got False: all of the backbone is tuned")
         if save_backbone is not None:
@@ -294,7 +263,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         kwargs["save_original_format"] = False
         backbone = self.config.backbone
         try:
-            self.config.backbone = _relative_to(backbone, save_directory if place is None else place)
+            self.config.backbone = relative_to(backbone, save_directory if place is None else place)
             if self.config.save_backbone and backbone is not None and Path(backbone).is_dir():
                 self.config.backbone = None  # saved along: where it came from says nothing elsewhere
             writes = kwargs.get("is_main_process", True)
@@ -358,11 +327,13 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             )
 
     def require_shareable(self, save_backbone=None):
-        """Raise a `ValueError` if others could not load the retriever, since its backbone is a folder of this machine.
+        """Raise a `ValueError` if others could not load the retriever, since its backbone is a folder of this machine
+        or since PEFT has changed it.
 
         Args:
             save_backbone: As for `save_pretrained`.
         """
+        refuse_other_adapters(self)
         backbone = self.config.backbone
         saved_along = self.config.save_backbone if save_backbone is None else save_backbone
         if backbone is not None and not saved_along and Path(backbone).is_dir():
@@ -378,79 +349,122 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             folder: Local folder with `model.safetensors`.
 
         Raises:
-            ValueError: tensors are missing, unknown or of another shape.
+            ValueError: tensors are missing, unknown, of another shape or a wider dtype, or the file is damaged.
         """
-        saved = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+        saved = read_weights(Path(folder) / SAFE_WEIGHTS_NAME)
         own = self.state_dict()
         expected = set(own) if self.config.save_backbone else self.tuned_names()
-        shapes = [
-            f"{name} {tuple(saved[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in set(saved) & set(own)
-            if saved[name].shape != own[name].shape
-        ]
-        _refuse_differences(expected - set(saved), set(saved) - set(own), folder, shapes)
+        others = _others(saved, own, may_round=False)
+        _refuse_differences(expected - set(saved), set(saved) - expected, folder, others)
         self.load_state_dict(saved, strict=False)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, backbone=None, **kwargs):
         """Load tuned weights and put them on the backbone that they name.
 
+        Without `dtype`, weights are loaded in the one that they were saved in (the widest, of several).
+
         Args:
             pretrained_model_name_or_path: Hub name or local folder of a saved model.
             config: Configuration to use instead of the saved one.
             backbone: Hub name or folder of the backbone's weights, where they are not where the configuration says.
-            **kwargs: As for `PreTrainedModel.from_pretrained`.
+            **kwargs: As for `PreTrainedModel.from_pretrained`, but for `variant` and `ignore_mismatched_sizes`.
 
         Raises:
             OSError: a file is not to be had, or the weights are not in safetensors.
-            ValueError: the checkpoint has missing or unknown tensors, or the backbone is another than that tuned with;
-                or a retriever from the Hub names a backbone that is not on the Hub.
+            ValueError: the checkpoint has missing or unknown tensors, or some of another shape or kind of numbers; the
+                backbone is another than that tuned with; a file is damaged; a retriever from the Hub names a backbone
+                that is not on the Hub; or an argument is refused.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        for name in ("variant", "ignore_mismatched_sizes"):
+            if kwargs.pop(name, None):
+                raise ValueError(f"{name} is not for {cls.__name__}: there is one {SAFE_WEIGHTS_NAME}, read as it is")
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         revision = kwargs.pop("revision", None) or "main"
         return_info = kwargs.pop("output_loading_info", False)
         kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "adapter_kwargs")}
+        dtype_given = any(kwargs.get(name) not in (None, "auto") for name in ("dtype", "torch_dtype"))
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub_kwargs)
-        elif backbone is None:  # `AutoModel` has put a backbone=... into the configuration
+        else:  # `AutoModel` has put backbone=... and dtype=... into the configuration
             saved, _ = config.get_config_dict(pretrained_model_name_or_path, revision=revision, **hub_kwargs)
-            backbone = config.backbone if config.backbone != saved.get("backbone") else None
+            if backbone is None and config.backbone != saved.get("backbone"):
+                backbone = config.backbone
+            given, stored = (str(dtype).removeprefix("torch.") for dtype in (config.dtype, saved.get("dtype")))
+            dtype_given = dtype_given or given not in ("None", stored)
         known = {field.name for field in fields(config)}
         for key in [key for key in kwargs if key in known and key != "dtype"]:
             setattr(config, key, kwargs.pop(key))
         config.validate_fields()
-        state_dict = load_file(_safetensors_file(pretrained_model_name_or_path, revision, **hub_kwargs))
-        from_retriever = not any(name.startswith("vptsp.") for name in state_dict)
-        state_dict = cls._named_as_here(state_dict, from_retriever)
+        saved = read_weights(_safetensors_file(pretrained_model_name_or_path, revision, **hub_kwargs))
+        from_retriever = not any(name.startswith("vptsp.") for name in saved)
+        saved = cls._named_as_here(saved, from_retriever)
+        if not dtype_given:
+            kwargs["dtype"] = _widest_dtype(saved) or config.dtype
+        frozen = {}
         if not config.save_backbone:
-            if backbone is not None:
-                config.backbone, config.backbone_revision = str(backbone), None
-            folder = None
-            if Path(pretrained_model_name_or_path).is_dir():
-                folder = Path(pretrained_model_name_or_path, hub_kwargs.get("subfolder") or "")
-            elif backbone is None:
-                _refuse_local_backbone(config.backbone, pretrained_model_name_or_path)
-            backbone_kwargs = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
-            frozen = names_with_lora(load_backbone(config, folder=folder, **backbone_kwargs), config)
-            prefix = f"{cls.retriever_prefix}backbone."
-            state_dict = {prefix + name: tensor for name, tensor in frozen.items()} | state_dict
+            frozen = cls._frozen_weights(config, pretrained_model_name_or_path, backbone, hub_kwargs)
+            saved = _named_as_in(frozen, saved, config.backbone_config.model_type)
         # Tensors read from a file lie at odd addresses, from which some kernels round otherwise; copies are aligned.
-        state_dict = {name: tensor.clone() for name, tensor in state_dict.items()}
+        state_dict = {name: tensor.clone() for name, tensor in (frozen | saved).items()}
         model, info = super().from_pretrained(
-            None, *model_args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
+            None,
+            *model_args,
+            config=config,
+            state_dict=state_dict,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **kwargs,
         )
-        missing, unknown = set(info["missing_keys"]), set(info["unexpected_keys"])
-        if from_retriever:  # proxies and the like start anew
-            missing = {name for name in missing if model is model.retriever or name.startswith("vptsp.")}
-        _refuse_differences(missing, unknown, pretrained_model_name_or_path)
+        model._refuse_incomplete(saved, info, from_retriever, pretrained_model_name_or_path)
         model.freeze_backbone()
         if not from_retriever:
             model.load_beside(
                 lambda name: cached_file(pretrained_model_name_or_path, name, revision=revision, **hub_kwargs)
             )
         return (model, info) if return_info else model
+
+    @classmethod
+    def _frozen_weights(cls, config, source, backbone, hub_kwargs):
+        """The backbone's own weights under the names that they have in this class.
+
+        Args:
+            config: The configuration; it gets the place of the backbone, as from `load_backbone`.
+            source: Hub name or local folder of the retriever.
+            backbone: Where the weights are, None for what the configuration says.
+            hub_kwargs: `HUB_ARGUMENTS` with which the retriever is loaded.
+        """
+        if backbone is not None:
+            config.backbone, config.backbone_revision = str(backbone), None
+        folder = None
+        if Path(source).is_dir():
+            folder = Path(source, hub_kwargs.get("subfolder") or "")
+        elif backbone is None:
+            refuse_local_backbone(config.backbone, source)
+        hub_kwargs = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
+        weights = names_with_lora(load_backbone(config, folder=folder, **hub_kwargs), config)
+        return {f"{cls.retriever_prefix}backbone.{name}": tensor for name, tensor in weights.items()}
+
+    def _refuse_incomplete(self, saved, info, from_retriever, source):
+        """Raise a `ValueError` unless all that this model should have come from its checkpoint did.
+
+        What the backbone would fill in as well counts too: a tuned bias must not become the pretrained one.
+
+        Args:
+            saved: Name -> tensor of the checkpoint.
+            info: What transformers reports of the loading.
+            from_retriever: Whether the checkpoint is a retriever's; in a training model, the rest starts anew.
+            source: The checkpoint's name.
+        """
+        missing, unknown = set(info["missing_keys"]), set(info["unexpected_keys"])
+        if not self.config.save_backbone:
+            tuned = self.tuned_names()
+            missing, unknown = missing | (tuned - set(saved)), unknown | (set(saved) - tuned)
+        if from_retriever:
+            missing = {name for name in missing if name.startswith(self.retriever_prefix)}
+        _refuse_differences(missing, unknown, source, _others(saved, self.state_dict(), may_round=True))
 
     def load_beside(self, find):
         """Load what a subclass saves in files of its own.

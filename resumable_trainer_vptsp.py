@@ -37,6 +37,7 @@ from .checkpoints_vptsp import (
 )
 from .files.atomic import write_json
 from .interruption_vptsp import InterruptionCallback
+from .open_backbone_vptsp import backbone_has
 from .output_folder_vptsp import output_held
 from .run_errors_vptsp import CheckpointError, CheckpointWriteError, TrainingError
 from .run_record_vptsp import record_run, run_differences
@@ -244,7 +245,10 @@ class ResumableTrainer(Trainer):
         self._together(prepare_root, self.args.output_dir, writer_only=True)
         folder = resume_from_checkpoint
         folder = last_checkpoint(self.args.output_dir) if folder is True else Path(folder)
-        different = run_differences(check_checkpoint(folder), self._run_record())
+        saved, now = check_checkpoint(folder), self._run_record()
+        if backbone_has(self.model.config, saved.get("model", {}).get("backbone_fingerprint")):
+            saved["model"]["backbone_fingerprint"] = now["model"]["backbone_fingerprint"]
+        different = run_differences(saved, now)
         if different:
             lines = "\n".join(f"  {line}" for line in different)
             raise CheckpointError(

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .checkpoints_vptsp import check_files, is_checkpoint_folder
 from .class_prompts_vptsp import CLASS_PROMPT_STATES_NAME
+from .data_scripts.normalisation import Normalisation
 from .data_scripts.sampler import ClassBalancedBatchSampler
 from .data_scripts.streaming import StreamedImages
 from .data_scripts.torch_dataset import UNREADABLE_LABEL, collate_images
@@ -25,7 +26,9 @@ from .eval.overlap import same_dataset_images, select_pairs
 from .eval.registry import registered_metrics
 from .eval.summary import embedding_metrics
 from .half_precision_vptsp import frozen_weights_in
+from .image_processor_vptsp import check_geometry, normalisation_for
 from .interruption_vptsp import leave_signals_to_main_process
+from .lora_vptsp import refuse_other_adapters
 from .loss_registry_vptsp import find_loss
 from .offloading_vptsp import BatchesAhead, prepare_class_prompts
 from .output_folder_vptsp import refuse_other_model, replaced_together
@@ -54,15 +57,17 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         train_dataset: An [`ImageDataset`] (or another map-style dataset with `labels`, a sequence of class indices)
             whose classes are 0..C-1, or a [`StreamedImages`].
         eval_dataset: One of these, of classes that training does not see, or a dict with `query` and `gallery`.
-        processing_class: The image processor; its mean and std normalise the images, and it is saved along.
+        processing_class: The image processor; what it does to pixels is done to the images, and it is saved along.
+            Without one, pixels are treated as the backbone's own processor does, and none is saved.
         compute_metrics: Optional; gets embeddings as `predictions` and labels as `label_ids`, and adds to the metrics.
         kwargs: As for `Trainer`: `callbacks`, `data_collator`, `optimizers` and `optimizer_cls_and_kwargs`, whose
             `lr` and `weight_decay` are, unless given there, those of `args`.
 
     Raises:
         OutputFolderError: `output_dir` holds a model that is no retriever, the backbone's for instance.
-        ValueError: the training set does not fit the model or the batches, or `compute_loss_func`, `model_init` or
-            `preprocess_logits_for_metrics` is given, which can't be honoured. Before anything starts.
+        ValueError: the training set does not fit the model or the batches; the image processor does what training
+            can't or cuts images in another way than evaluation; PEFT has changed the model; or `compute_loss_func`,
+            `model_init` or `preprocess_logits_for_metrics` is given, which can't be honoured. Before anything starts.
     """
 
     def __init__(self, model, args, train_dataset=None, eval_dataset=None, **kwargs):
@@ -70,6 +75,7 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         if not isinstance(args, VPTSPTrainingArguments):
             raise TypeError(f"args must be a VPTSPTrainingArguments, got {type(args).__name__}")
         check_arguments(args)  # they may have been changed since they were made
+        refuse_other_adapters(model)
         refuse_other_model(args.output_dir, model.config.backbone)
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would split classes; several devices need a process each
         kwargs.setdefault("data_collator", collate_images)
@@ -83,8 +89,11 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         if train_dataset is not None:
             self._check_train_dataset()
             self._check_loss()
-        self._mean = torch.tensor(getattr(self.processing_class, "image_mean", None) or [0.5] * 3).view(3, 1, 1)
-        self._std = torch.tensor(getattr(self.processing_class, "image_std", None) or [0.5] * 3).view(3, 1, 1)
+        self._normalise = None
+        if self.processing_class is not None:
+            self._normalise = Normalisation.of(self.processing_class)
+            for part in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+                check_geometry(self.processing_class, getattr(part, "transform", None))
         self._output = None
         self._offloaded = model.offloaded_class_prompts
         self._ahead = None
@@ -167,8 +176,10 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         inputs = super()._prepare_inputs(inputs)
         pixels = inputs["pixel_values"]
         if pixels.dtype == torch.uint8:
-            self._mean, self._std = self._mean.to(pixels.device), self._std.to(pixels.device)
-            inputs["pixel_values"] = pixels.float().div_(255).sub_(self._mean).div_(self._std)
+            if self._normalise is None:  # not before there are such images: others need no image processor
+                self._normalise = normalisation_for(None, self.model.config, token=self.args.hub_token)
+                logger.warning(f"there is no processing_class: images get the backbone's {self._normalise}")
+            inputs["pixel_values"] = self._normalise(pixels)
         return inputs
 
     # ---- Training

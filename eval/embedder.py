@@ -19,6 +19,9 @@ from PIL import Image
 
 from ..data_scripts.errors import ImageError
 from ..data_scripts.images import open_image, upright_rgb
+from ..data_scripts.normalisation import Normalisation
+from ..lora_vptsp import refuse_other_adapters
+from ..open_backbone_vptsp import name_today
 
 
 # Entries of a saved image processor that say how it is run, not what it computes.
@@ -116,6 +119,8 @@ class Embedder:
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        refuse_other_adapters(model)
+        Normalisation.of(processor)  # says so now if it gives what no model takes
         config = model.config
         self.name = str(name)
         self.backbone_only = backbone_only
@@ -133,7 +138,8 @@ class Embedder:
 
         A retriever's images go through the image processor saved beside it. A backbone's are cut as `train.py` cuts
         them for its `frozen` line: short side to `resize_size`, central square of the backbone's size, mean and std of
-        the backbone's own image processor (0.5 without one); the embedding is the CLS token after the last norm.
+        the backbone's own image processor (0.5 where there certainly is none, which a warning says); the embedding is
+        the CLS token after the last norm.
 
         Args:
             name: Folder or Hub name.
@@ -145,9 +151,7 @@ class Embedder:
             OSError: a file is not to be had.
             ValueError: neither a retriever nor a supported backbone, or `resize_size` with a retriever.
         """
-        from transformers import AutoImageProcessor
-
-        from ..image_processor_vptsp import build_image_processor
+        from ..image_processor_vptsp import build_image_processor, load_image_processor
         from ..modeling_vptsp import VPTSPModel
 
         name = str(name)
@@ -156,12 +160,15 @@ class Embedder:
                 raise ValueError(
                     f"resize_size is for bare backbones: the retriever {name} has its own image processor"
                 )
-            processor = AutoImageProcessor.from_pretrained(name, revision=revision or "main", backend="pil")
+            processor = load_image_processor(name, revision)
+            if processor is None:
+                raise OSError(f"the retriever {name} has no image processor (preprocessor_config.json)")
             return cls(VPTSPModel.from_pretrained(name, revision=revision), processor, name, **options)
         # No prompts, and a head of width 1 that nothing uses
         model = VPTSPModel.from_backbone(name, revision=revision, prompt_depth=0, embedding_dim=1)
         size = model.config.backbone_config.image_size
-        processor = build_image_processor(size, resize_size or round(size * 256 / 224), name, revision)
+        commit = model.config.backbone_revision
+        processor = build_image_processor(size, resize_size or round(size * 256 / 224), name, commit)
         return cls(model, processor, name, backbone_only=True, **options)
 
     @torch.inference_mode()
@@ -249,7 +256,11 @@ def model_fingerprint(model, processor, backbone_only=False):
         architecture |= {name: getattr(config, name) for name in _TUNING_FIELDS}
     digest = hashlib.blake2b(digest_size=32)
     digest.update(json.dumps(architecture, sort_keys=True, default=str).encode())
-    state_dict = (model.backbone if backbone_only else model).state_dict()
+    model_type = config.backbone_config.model_type  # whose tensors transformers has renamed
+    state_dict = {
+        name_today(name, model_type): tensor
+        for name, tensor in (model.backbone if backbone_only else model).state_dict().items()
+    }
     for name in sorted(state_dict):
         tensor = state_dict[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())

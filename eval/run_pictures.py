@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..image_processor_vptsp import normalisation_for
 from .attention import cls_attention, save_attention
 from .confusion import confused_pairs, confusion_shares, save_confusion
 from .curves import save_training_curves
@@ -171,17 +172,15 @@ def draw_attention(path, retriever, evaluated, processor=None, count=6, seed=0):
         path: File to write.
         retriever: A `VPTSPModel`, in evaluation mode.
         evaluated: [`EvaluatedImages`].
-        processor: The image processor, for its mean and std; None: 0.5.
+        processor: The image processor, for what it does to pixels; None for the backbone's.
         count: Images at most.
         seed: Of their choice.
     """
     chosen = choose_queries(evaluated.query_labels, min(count, len(evaluated.query_labels)), seed)
     pixels = torch.stack([evaluated.queries.transform(image, None) for image in evaluated.query_images(chosen)])
-    mean, std = (
-        torch.tensor(getattr(processor, name, None) or [0.5] * 3).view(3, 1, 1) for name in ("image_mean", "image_std")
-    )
+    normalise = normalisation_for(processor, retriever.config)
     device = next(retriever.parameters()).device
-    pixel_values = ((pixels.float() / 255 - mean) / std).to(device)
+    pixel_values = normalise(pixels).to(device)
     without = cls_attention(retriever, pixel_values, with_prompts=False)
     tuned = cls_attention(retriever, pixel_values)
     title = "Attention of CLS to the patches in the last layer, mean over heads"

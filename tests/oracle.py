@@ -4,6 +4,9 @@ whole by transformers' own code, outputs at prompt positions are dropped; classe
 It takes a model only for its parameters, so that gradients of both computations can be compared name by name.
 """
 
+import hashlib
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -143,3 +146,14 @@ def loss(config, embeddings, proxies, labels, compared):
         )
     positives = len(compared) if config.proxy_anchor_reduction == "all_classes" else len(set(labels))
     return positive / positives + negative / len(compared)
+
+
+def first_fingerprint(state_dict):
+    """Fingerprint of the first kind, as retrievers of earlier versions hold it: names in order, shapes, 64 samples of
+    each tensor in float32."""
+    parts = []
+    for name, tensor in sorted(state_dict.items()):
+        values = tensor.float().numpy().ravel()
+        samples = values[:: max(len(values) // 64, 1)][:64]
+        parts += [f"{name} {tuple(tensor.shape)} ".encode(), np.ascontiguousarray(samples).tobytes()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()

@@ -11,7 +11,9 @@ import checkpoint_runs
 import numpy as np
 import pytest
 import torch
+from oracle import first_fingerprint
 from safetensors import SafetensorError
+from transformers import ViTModel
 
 from vptsp import VPTSPForMetricLearning, VPTSPTrainingArguments
 from vptsp.checkpoints_vptsp import (
@@ -27,6 +29,7 @@ from vptsp.checkpoints_vptsp import (
 )
 from vptsp.data_scripts import EvalTransform, ImageDataset, TrainTransform
 from vptsp.data_scripts.fingerprint import relative_names
+from vptsp.modeling_vptsp import backbone_fingerprint
 from vptsp.run_errors_vptsp import CheckpointError, CheckpointWriteError
 
 
@@ -89,6 +92,24 @@ def test_its_configuration_leads_to_the_backbone(finished, backbone_folder):
     assert (
         finished / "checkpoint-7" / json.loads((finished / "checkpoint-7/config.json").read_text())["backbone"]
     ).samefile(backbone_folder)
+
+
+def test_fingerprint_of_the_first_kind(build, output, backbone_folder):
+    """Of a run that was interrupted before fingerprints saw every value: compared with the backbone's weights."""
+    weights = ViTModel.from_pretrained(backbone_folder, add_pooling_layer=False).state_dict()
+
+    def resume_with(fingerprint):
+        path = output / "checkpoint-4" / "run.json"
+        record = json.loads(path.read_text())
+        record["model"]["backbone_fingerprint"] = fingerprint
+        path.write_text(json.dumps(record))
+        return build(output).checkpoint_to_resume(str(output / "checkpoint-4"))
+
+    assert resume_with(first_fingerprint(weights)) == str(output / "checkpoint-4")
+    weights["layernorm.weight"][0] += 1
+    for other in (first_fingerprint(weights), backbone_fingerprint(weights)):
+        with pytest.raises(CheckpointError, match=rf"model\.backbone_fingerprint: checkpoint '{other}', now 'v2:"):
+            resume_with(other)
 
 
 def test_at_an_epoch_s_end_it_has_the_epoch_s_evaluation(build, tmp_path):

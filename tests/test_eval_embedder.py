@@ -9,7 +9,9 @@ from transformers import AutoImageProcessor, AutoModel
 from vptsp import VPTSPModel
 from vptsp.data_scripts import ImageError
 from vptsp.eval import Embedder
+from vptsp.eval.embedder import model_fingerprint
 from vptsp.image_processor_vptsp import build_image_processor
+from vptsp.open_backbone_vptsp import name_before
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,20 @@ def picture(tmp_path):
     path = tmp_path / "picture.png"
     Image.fromarray(pixels).save(path)
     return path
+
+
+def test_fingerprint_is_the_same_under_the_names_of_earlier_versions_of_transformers(retriever_folder):
+    embedder = Embedder.from_pretrained(retriever_folder)
+
+    class Earlier:
+        config = embedder.model.config
+
+        @staticmethod
+        def state_dict():
+            return {name_before(name, "vit"): tensor for name, tensor in embedder.model.state_dict().items()}
+
+    assert "backbone.encoder.layer.0.intermediate.dense.weight" in Earlier.state_dict()
+    assert model_fingerprint(Earlier, embedder.preprocess.processor) == embedder.fingerprint
 
 
 def test_retriever_equals_processor_and_model(retriever_folder, picture):

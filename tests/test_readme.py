@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vptsp import VPTSPModel
+from vptsp.eval import Embedder
 from vptsp.image_processor_vptsp import build_image_processor
+from vptsp.model_card_vptsp import retriever_card
 
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
@@ -33,6 +35,37 @@ def here(tmp_path, monkeypatch):
 def save_noise(path, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
+
+
+def save_turned(path, orientation):
+    """A JPEG whose pixels lie on their side, as cameras save them, and what turns it upright."""
+    pixels = np.random.default_rng(2).integers(0, 256, (6, 4, 3), dtype=np.uint8).repeat(5, axis=0).repeat(5, axis=1)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(pixels).save(path, exif=exif, quality=95)
+
+
+@pytest.mark.parametrize("source", ["README", "card"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_snippets_turn_images_as_training_does(here, backbone_folder, source, orientation):
+    torch.manual_seed(3)
+    model = VPTSPModel.from_backbone(backbone_folder, embedding_dim=8)
+    folder = here / "runs" / "quickstart"
+    model.save_pretrained(folder)
+    build_image_processor(16, 18).save_pretrained(folder)
+    save_turned(here / "turned.jpg", orientation)
+    save_noise(here / "b.png", 1)
+    codes = [snippet("AutoModel")]
+    if source == "card":
+        codes = re.findall(r"```python\n(.*?)```", retriever_card(model, str(folder)).text, re.DOTALL)
+        assert len(codes) == 2
+    names = {}
+    for code in codes:
+        exec(code.replace("a.png", "turned.jpg"), names)
+    expected = Embedder.from_pretrained(folder, device="cpu").embed_images(["turned.jpg", "b.png"])
+    torch.testing.assert_close(names["embeddings"], expected)
+    if source == "card":
+        torch.testing.assert_close(torch.tensor(names["embedding"]), expected[0])
 
 
 def test_embedding_and_scoring(here, backbone_folder):
