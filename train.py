@@ -25,7 +25,7 @@ from pathlib import Path
 import yaml
 
 from vptsp.command_help import documented_fields, help_text, option_groups
-from vptsp.data_scripts import DataArguments, DataError, check_data_arguments
+from vptsp.data_scripts import DataArguments, DataError, check_data_arguments, check_output_apart
 from vptsp.run_errors_vptsp import CheckpointError, CheckpointWriteError, TrainingInterrupted
 
 
@@ -144,6 +144,7 @@ def check_run(model_fields, training_args, data_args, run_args):
     from vptsp.training_args_vptsp import EVAL_METRICS
 
     check_data_arguments(data_args)
+    check_output_apart(data_args, training_args.output_dir)
     if run_args.final_metrics not in EVAL_METRICS:
         raise ConfigError(f"final_metrics must be one of {', '.join(EVAL_METRICS)}, got {run_args.final_metrics!r}")
     backbone = model_fields["backbone"]

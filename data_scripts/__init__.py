@@ -32,6 +32,8 @@ _EXPORTS = {
     "StreamedImages": "streaming",
     "TrainTransform": "transforms",
     "check_data_arguments": "arguments",
+    "check_output_apart": "arguments",
+    "check_labels": "labels",
     "collate_images": "torch_dataset",
     "load_splits": "registry",
     "make_transforms": "transforms",

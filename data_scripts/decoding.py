@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from .images import image_errors, to_rgb, upright_rgb
+from .image_formats import MAX_IMAGE_PIXELS
+from .images import image_errors, open_header, to_rgb, upright_rgb
 
 
 __all__ = ["DecodedPart", "EncodedImage", "Turn"]
@@ -84,6 +85,7 @@ class EncodedImage:
     Args:
         source: Path of the file, or its contents.
         name: What to call the image in errors; by default the path, or "image of N bytes".
+        max_image_pixels: As for `open_image`.
 
     Attributes:
         size: Width and height, upright.
@@ -93,16 +95,17 @@ class EncodedImage:
         ImageError: as `open_image`; from the constructor, or (pixels that can't be decoded) from the methods.
     """
 
-    def __init__(self, source: str | Path | bytes, name: str | None = None):
+    def __init__(self, source: str | Path | bytes, name: str | None = None, max_image_pixels: int = MAX_IMAGE_PIXELS):
         is_bytes = isinstance(source, (bytes, bytearray, memoryview))
         if name is None:
             name = f"image of {len(source)} bytes" if is_bytes else str(source)
         self.name = name
+        self._max_image_pixels = max_image_pixels
         self.turn = Turn()
         self._pixels = None
         with image_errors(name):
             self._data = bytes(source) if is_bytes else Path(source).read_bytes()
-            self._opened = Image.open(io.BytesIO(self._data))
+            self._opened = open_header(io.BytesIO(self._data), max_image_pixels)
             self._lazy = self._opened.format == "JPEG" and self._opened.mode in ("RGB", "L")
             if self._lazy:
                 self.turn = Turn.from_exif(_orientation(self._opened))
@@ -146,7 +149,7 @@ class EncodedImage:
     def _header(self) -> Image.Image:
         """The image with its header read; a new one each time, since decoding uses it up."""
         image, self._opened = self._opened, None
-        return Image.open(io.BytesIO(self._data)) if image is None else image
+        return open_header(io.BytesIO(self._data), self._max_image_pixels) if image is None else image
 
     def _shortened(self, bottom: int) -> Image.Image | None:
         """The header of an image that ends below row `bottom`, or None where that saves nothing or can't be done."""
@@ -154,7 +157,7 @@ class EncodedImage:
         if rows > _WORTH_SHORTENING * self._stored_size[1]:
             return None
         data = _with_height(self._data, rows)
-        return None if data is None else Image.open(io.BytesIO(data), formats=("JPEG",))
+        return None if data is None else open_header(io.BytesIO(data), self._max_image_pixels)
 
 
 def _nearest(position: int, shrink: int, limit: int) -> int:

@@ -93,16 +93,16 @@ def test_split_by_classes(tmp_path, load, streaming):
     root = write_repository(tmp_path / "flowers", **splits)
     with pytest.raises(DataError, match=r"2 classes of .* in both training and test \('iris', 'tulip'\).*layout='cla"):
         load(root, streaming=streaming)
-    found = load(root, layout="classes", streaming=streaming)  # the first three names train
+    found = load(root, layout="classes", train_split="train+test", streaming=streaming)  # the first three names train
     assert summary(found) == {
         "train": [("tulip", 0), ("rose", 1), ("iris", 2), ("iris", 11), ("tulip", 12)],
         "test": [("daisy", 3), ("lotus", 10)],
     }
     assert found["train"].features["label"].names == ["tulip", "rose", "iris"]
-    found = load(root, layout="classes", streaming=streaming, test_classes=["rose", "iris"])
+    found = load(root, layout="classes", train_split="train+test", streaming=streaming, test_classes=["rose", "iris"])
     assert found["test"].features["label"].names == ["rose", "iris"]
     assert [row["label"] for row in found["test"]] == [0, 1, 1]
-    found = load(root, layout="classes", streaming=streaming, class_split="alternate")
+    found = load(root, layout="classes", train_split="train+test", streaming=streaming, class_split="alternate")
     assert found["test"].features["label"].names == ["rose", "daisy"]
 
 
@@ -127,7 +127,7 @@ def test_labels_without_names_and_other_columns(tmp_path, load, feature, labels,
 
 def test_streams_go_to_workers(tmp_path, load):
     root = write_repository(tmp_path / "flowers", train=table([4, 0, 4, 2]), test=table([3, 1], first=10))
-    stream = load(root, streaming=True, layout="classes")["train"]
+    stream = load(root, streaming=True, layout="classes", train_split="train+test")["train"]
     assert rows_of(pickle.loads(pickle.dumps(stream))) == rows_of(stream)
 
 
@@ -194,8 +194,9 @@ def test_errors(tmp_path, load, monkeypatch):
     fails(offline, None, dataset_repo="some/absent-flowers", dataset_revision="v1")
     (tmp_path / "empty").mkdir()
     fails("can't load the data set .*empty'", tmp_path / "empty")
-    fails("1 of 3 rows have no label", write_repository(tmp_path / "a", train=table([0, None, 1])))
-    fails("1 of 2 rows have no label", write_repository(tmp_path / "b", train=table([0, 1]), test=table([2, -1])))
+    fails("row 1 has the label None; expected 0..4", write_repository(tmp_path / "a", train=table([0, None, 1])))
+    unknown = write_repository(tmp_path / "b", train=table([0, 1]), test=table([2, -1]))
+    fails("split test: row 1 has the label -1; expected 0..4", unknown)
     fails("holds 1 classes; expected at least two", write_repository(tmp_path / "c", train=table([1, 1])))
     other = table([0], datasets.ClassLabel(names=["x"]))
     saved = datasets.DatasetDict({"train": table([1]), "test": other})
