@@ -166,7 +166,7 @@ def _scale(image: Image.Image) -> GreyScale:
 def to_rgb(image: Image.Image, scale: GreyScale | None = None) -> Image.Image:
     """Convert a decoded image of any mode.
 
-    - 1 bit, grey, palette, CMYK and YCbCr: as Pillow converts them. An alpha channel or transparent colour is
+    - 1 bit, grey, palette, CMYK, YCbCr and LAB: as Pillow converts them. An alpha channel or transparent colour is
       dropped, as in the published pipelines: the colours below it show.
     - 16 bits per channel, colour: Pillow reads the upper 8 bits.
     - 16 (or 12) bits, grey: scaled to 0..255 and rounded, not clipped.
@@ -201,7 +201,7 @@ def _eight_bits(values: np.ndarray, scale: GreyScale) -> np.ndarray:
     if values.dtype.kind == "f":
         low, high = values.min(), values.max()
         if not (low >= 0 and high <= 1):  # NaN too
-            raise ValueError(f"floating-point pixels {low}..{high}; expected 0 (black) to 1 (white)")
+            raise ValueError(f"floating-point pixels {low:g}..{high:g}; expected 0 (black) to 1 (white)")
         grey = np.rint(values * 255.0)
         return (255 - grey if scale.inverted else grey).astype(np.uint8)
     values = values.astype(np.int64)

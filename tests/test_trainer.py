@@ -374,6 +374,11 @@ def test_unreadable_images_are_left_out_of_the_scores(backbone_folder, tmp_path,
     assert with_broken.skipped == [str(broken)]
     assert metrics["eval_map_at_r"] == expected["eval_map_at_r"]
     assert metrics["eval_num_queries"] == expected["eval_num_queries"] == 11
+    for of_all, of_readable in zip(trainer.embed(with_broken), trainer.embed(without), strict=True):
+        assert torch.equal(of_all, of_readable)
+    predicted = trainer.predict(with_broken)
+    assert predicted.label_ids.tolist() == rows["label"]
+    assert np.isnan(predicted.predictions).all(1).tolist() == [i == 4 for i in range(12)]
 
 
 def test_workers_do_not_change_the_batches(backbone_folder, tmp_path, train_dataset):
