@@ -347,11 +347,11 @@ def _walk_tar(
             tar = tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member, bufsize=_BUFFER)  # noqa: SIM115
             while (info := tar.next()) is not None:
                 tar.members.clear()  # or every member of a huge archive stays in memory
+                if info.size < 0 or not info.offset < tar.offset <= most:
+                    raise EOFError(f"the file ends within a member of {info.size} bytes")
                 name = _check_member(info, path, seen)
                 if name in wanted:
                     _check_size(path, name, info.size)
-                if info.size < 0 or not info.offset < tar.offset <= most:
-                    raise EOFError(f"the file ends within a member of {info.size} bytes")
                 content = tar.extractfile(info).read() if name in wanted else None
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.tell() < tar.offset:

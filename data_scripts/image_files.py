@@ -98,7 +98,8 @@ def list_images(folder: str | Path, left_out: LeftOut | None = None, follow_link
             valid Unicode.
     """
     found = LeftOut() if left_out is None else left_out
-    images = sorted(_walk_images(os.fspath(folder), "", found, frozenset() if follow_links else None))
+    above = frozenset(map(_identity, Path(folder).absolute().parents)) if follow_links else None
+    images = sorted(_walk_images(os.fspath(folder), "", found, above))
     if left_out is None:
         found.say(folder)
     return images
@@ -122,12 +123,12 @@ def _walk_images(
 ) -> Iterator[ImageFile]:
     """The images of a folder; `above` are the folders that hold it, None where links are not followed."""
     try:
-        here = Path(folder).stat()
+        here = _identity(Path(folder))
         entries = list(os.scandir(folder))
     except OSError as error:
         raise DataError(f"can't list the folder {folder}: {error.strerror or error}") from error
     refuse_run_folder(folder)
-    above = None if above is None else above | {(here.st_dev, here.st_ino)}
+    above = None if above is None else above | {here}
     for entry in entries:
         if is_hidden(entry.name):
             continue
@@ -153,6 +154,6 @@ def _walk_images(
             left_out.add([entry.name])
 
 
-def _identity(entry: os.DirEntry) -> tuple[int, int]:
-    status = entry.stat()
+def _identity(place: os.DirEntry | Path) -> tuple[int, int]:
+    status = place.stat()
     return status.st_dev, status.st_ino

@@ -107,6 +107,54 @@ def test_split_by_classes(tmp_path, load, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_splits_are_chosen_and_never_merged_by_themselves(tmp_path, load, streaming, caplog):
+    corrupted = table([0, 1, 2, 3, 4], first=40)
+    root = write_repository(
+        tmp_path / "flowers",
+        clean=table([0, 1]),
+        held=table([2, 3], first=10),
+        noisy=corrupted,
+        more=table([1], first=5),
+    )
+
+    def fails(message, **options):
+        with pytest.raises(DataError, match=message):
+            load(root, streaming=streaming, **options)
+
+    for options in ({}, {"layout": "classes"}):
+        names = "clean, held, more, noisy|clean, held, noisy, more"
+        fails(rf"flowers has the splits ({names}): give train_split and test_split, or the splits", **options)
+    given = load(root, streaming=streaming, train_split="clean", test_split="held")
+    assert summary(given) == {
+        "train": [("tulip", 0), ("rose", 1)],
+        "test": [("iris", 10), ("daisy", 11)],
+    }
+    assert "'noisy'" in caplog.text and "not part of the layout 'train_test', ignored" in caplog.text
+    joined = load(root, streaming=streaming, train_split="clean + more", test_split="held")
+    assert summary(joined)["train"] == [("tulip", 0), ("rose", 1), ("rose", 5)]
+    anew = load(root, streaming=streaming, train_split="held")  # one split, whose classes are split
+    assert summary(anew) == {"train": [("iris", 10)], "test": [("daisy", 11)]}
+    fails("layout 'train_test' needs the splits clean, gone; .* has", train_split="clean", test_split="gone")
+    fails(r"layout 'classes' needs the splits train\[:5\]; ", train_split="train[:5]")
+    fails("each split of .* can be taken once, got clean, clean", train_split="clean+clean")
+    fails("test_split 'held' goes with the layout 'train_test', got 'classes'", layout="classes", test_split="held",
+          train_split="clean")  # fmt: skip
+    fails("2 classes of .* are in both training and test", train_split="clean", test_split="noisy")
+
+
+def test_train_split_of_a_repository_in_the_usual_form(tmp_path, load):
+    splits = {"train": table([0, 1]), "test": table([2, 3], first=10), "validation": table([1, 1], first=20)}
+    root = write_repository(tmp_path / "flowers", **splits)
+    assert summary(load(root, train_split="train+validation")) == {
+        "train": [("tulip", 0), ("rose", 1), ("rose", 20), ("rose", 21)],
+        "test": [("iris", 10), ("daisy", 11)],
+    }
+    anew = summary(load(root, train_split="train+test"))
+    assert [name for name, _ in anew["train"]] == ["tulip", "rose"]
+    assert [name for name, _ in anew["test"]] == ["iris", "daisy"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     "feature, labels, train, test",
     [

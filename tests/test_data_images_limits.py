@@ -1,4 +1,4 @@
-"""Images that are made to take time or memory, or to reach what should not read them; and the endings that are read."""
+"""Images made to take time or memory, or to reach what should not read them; and the endings that are read."""
 
 import io
 import logging
