@@ -35,6 +35,7 @@ _EXPORTS = {
     "check_output_apart": "arguments",
     "check_labels": "labels",
     "collate_images": "torch_dataset",
+    "list_images": "image_files",
     "load_splits": "registry",
     "make_transforms": "transforms",
     "open_image": "images",

@@ -5,6 +5,7 @@ hands to an interpreter. So every image is opened by `images.open_header`, as on
 """
 
 import contextlib
+import math
 
 from PIL import Image, features
 
@@ -51,7 +52,9 @@ def check_pixel_limit(max_image_pixels: int) -> int:
         ValueError: it is not positive, or above what Pillow itself opens (twice `PIL.Image.MAX_IMAGE_PIXELS`).
     """
     pillow = Image.MAX_IMAGE_PIXELS
-    if max_image_pixels < 1 or (pillow is not None and max_image_pixels > 2 * pillow):
-        most = "" if pillow is None else f" and <= {2 * pillow}, which is as many as Pillow opens"
-        raise ValueError(f"max_image_pixels must be >= 1{most}, got {max_image_pixels}")
+    most = math.inf if pillow is None else max(2 * pillow, MAX_IMAGE_PIXELS)
+    if not 1 <= max_image_pixels <= most:
+        raise ValueError(
+            f"max_image_pixels must be >= 1 and <= {most}, which is as many as Pillow opens, got {max_image_pixels}"
+        )
     return max_image_pixels
