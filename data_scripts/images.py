@@ -17,7 +17,7 @@ from .errors import ImageError
 from .image_formats import FORMATS, MAX_IMAGE_PIXELS
 
 
-__all__ = ["check_pixels", "image_errors", "open_header", "open_image", "to_rgb", "upright_rgb"]
+__all__ = ["GreyScale", "check_pixels", "image_errors", "open_header", "open_image", "to_rgb", "upright_rgb"]
 
 _ORIENTATION = 0x0112
 # Tags of TIFF files, and the value of the second by which 0 is white.
