@@ -195,6 +195,8 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
     def _check_labels(self, labels, batch_size, trusted):
         if labels.shape != (batch_size,):
             raise ValueError(f"labels must have shape ({batch_size},), got {tuple(labels.shape)}")
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"labels must be integers, got {labels.dtype}")
         if trusted and (labels.device.type != "cpu" or torch.compiler.is_compiling()):
             return
         low, high = int(labels.min()), int(labels.max())

@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 
 from .command_help import documented_fields
-from .data_scripts import DataArguments, check_data_arguments
+from .data_scripts import DataArguments, check_data_arguments, check_output_apart
 from .files.yaml_files import YamlError, read_yaml
 from .output_folder_vptsp import check_output_folder
 
@@ -139,6 +139,7 @@ def check_run(model_fields, training_args, data_args, run_args):
     from .training_args_vptsp import EVAL_METRICS
 
     check_data_arguments(data_args)
+    check_output_apart(data_args, training_args.output_dir)
     if run_args.final_metrics not in EVAL_METRICS:
         raise ConfigError(f"final_metrics must be one of {', '.join(EVAL_METRICS)}, got {run_args.final_metrics!r}")
     if not run_args.picture_queries >= 0:

@@ -17,10 +17,11 @@ from transformers.utils import logging
 
 from .checkpoints_vptsp import check_files, is_checkpoint_folder
 from .class_prompts_vptsp import CLASS_PROMPT_STATES_NAME
+from .data_scripts.labels import check_labels
 from .data_scripts.normalisation import Normalisation
 from .data_scripts.sampler import ClassBalancedBatchSampler
 from .data_scripts.streaming import StreamedImages
-from .data_scripts.torch_dataset import UNREADABLE_LABEL, collate_images
+from .data_scripts.torch_dataset import collate_images
 from .eval.metrics import count_in_gallery, retrieval_metrics
 from .eval.overlap import same_dataset_images, select_pairs
 from .eval.registry import registered_metrics
@@ -115,14 +116,10 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         elif not hasattr(dataset, "labels"):
             raise ValueError("train_dataset must have `labels`, the class of every image; see ImageDataset")
         else:
-            labels = torch.as_tensor(dataset.labels)
-            if len(labels) == 0:
+            if len(dataset.labels) == 0:
                 raise ValueError("train_dataset is empty")
-            if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-                raise ValueError(
-                    f"labels of train_dataset must be in 0..{num_classes - 1} (num_classes of the model), "
-                    f"got {int(labels.min())}..{int(labels.max())}"
-                )
+            rule = f"labels of train_dataset must be in 0..{num_classes - 1} (num_classes of the model)"
+            check_labels(dataset.labels, num_classes, rule)
         self._train_batch_sampler()  # says so now if batches can't be drawn
 
     def _check_loss(self):
@@ -294,9 +291,15 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
     # ---- Evaluation
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Embed a batch, for `predict`: `(None, embeddings (B, E), labels (B,))`, classes of any number."""
+        """Embed a batch, for `predict`: `(None, embeddings (B, E), labels (B,))`, classes of any number.
+
+        Embeddings of images that could not be read and were to be skipped are NaN.
+        """
         inputs = self._prepare_inputs(inputs)
-        return None, self._embed_batch(inputs["pixel_values"]), inputs["labels"]
+        embeddings = self._embed_batch(inputs["pixel_values"])
+        if "readable" in inputs:
+            embeddings[~inputs["readable"]] = torch.nan
+        return None, embeddings, inputs["labels"]
 
     @torch.no_grad()
     def _embed_batch(self, pixel_values):
@@ -314,25 +317,30 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
 
         Returns:
             Embeddings `(n, E)` float32 and labels `(n,)` int64 on the CPU, in the data set's order, the same on every
-            process. Images that could not be read and were to be skipped have the label -1.
+            process. Images that could not be read and were to be skipped are not among them.
         """
+        return _readable(*self._embed_all(dataset, description))
+
+    def _embed_all(self, dataset, description="Embedding"):
+        """As `embed`, of all images, with `(n,)` bool that says which could be read."""
         rank, world_size = self.args.process_index, self.args.world_size
         batches = islice(dataset.evaluation_batches(self.args.eval_batch_size), rank, None, world_size)
         # tqdm asks a loader for two iterators, but these batches come once
         loader = iter(DataLoader(dataset, batch_sampler=_OneTime(batches), **self._loader_options()))
         self.model.to(self.args.device).eval()
-        embeddings, labels = [], []
+        embeddings, labels, readable = [], [], []
         for batch in tqdm(loader, description, disable=self.args.disable_tqdm or rank > 0, leave=False):
             inputs = self._prepare_inputs(batch)
             embeddings.append(self._embed_batch(inputs["pixel_values"]).float().cpu())
             labels.append(inputs["labels"].cpu())
+            readable.append(inputs.get("readable", torch.ones(len(labels[-1]), dtype=torch.bool)).cpu())
         if world_size > 1:
-            parts = gather_object([list(zip(embeddings, labels, strict=True))])  # one list of batches per rank
+            parts = gather_object([list(zip(embeddings, labels, readable, strict=True))])  # a list of batches per rank
             in_order = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
-            embeddings, labels = zip(*in_order, strict=True)
+            embeddings, labels, readable = zip(*in_order, strict=True)
         if not len(labels):
             raise ValueError(f"{description}: there is no image in the data set")
-        return torch.cat(tuple(embeddings)), torch.cat(tuple(labels))
+        return torch.cat(tuple(embeddings)), torch.cat(tuple(labels)), torch.cat(tuple(readable))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", eval_metrics=None):
         """Metrics of a dataset, or of a dict with `query` and `gallery`.
@@ -341,9 +349,10 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
 
         Queries whose image is in the gallery too don't find it there; `num_in_gallery` and a warning say how many.
 
-        The embeddings and labels are kept in `last_evaluated`, a dict of `query` and `gallery` (None twice where the
-        queries are the gallery), as `embed` gave them, so that whoever draws them need not embed again; `excluded` are
-        the pairs of a query and a gallery item that is its image.
+        The embeddings and labels are kept in `last_evaluated`, a dict of `query` and `gallery` (None where the queries
+        are the gallery): embeddings, labels and which images could be read, of all images in the data set's order, so
+        that whoever draws them need not embed again; `excluded` are the pairs of a query and a gallery item that is
+        its image.
 
         Returns:
             Dict of `{metric_key_prefix}_recall_at_1`, ..., `_map_at_r` and so on, all in 0..1, with times.
@@ -355,18 +364,16 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         if isinstance(dataset, dict):
             if set(dataset) != {"query", "gallery"}:
                 raise ValueError(f"a dict of eval datasets must have query and gallery, got {sorted(dataset)}")
-            embeddings, labels = self.embed(dataset["query"], "Embedding queries")
-            gallery = self.embed(dataset["gallery"], "Embedding gallery")
+            query = self._embed_all(dataset["query"], "Embedding queries")
+            gallery = self._embed_all(dataset["gallery"], "Embedding gallery")
         else:
-            embeddings, labels = self.embed(dataset)
-            gallery = (None, None)
-        excluded = self._find_excluded(dataset, len(labels)) if isinstance(dataset, dict) else None
-        self.last_evaluated = {"query": (embeddings, labels), "gallery": gallery, "excluded": excluded}
-        num_images = len(labels)
+            query, gallery = self._embed_all(dataset), None
+        num_images = len(query[1])
+        excluded = None if gallery is None else self._find_excluded(dataset, num_images)
+        self.last_evaluated = {"query": query, "gallery": gallery, "excluded": excluded}
         if excluded is not None:
-            rows = ((part != UNREADABLE_LABEL).nonzero().flatten() for part in (labels, gallery[1]))
-            excluded = select_pairs(excluded, *rows)
-        (embeddings, labels), gallery = _readable(embeddings, labels), _readable(*gallery)
+            excluded = select_pairs(excluded, *(part[2].nonzero().flatten() for part in (query, gallery)))
+        (embeddings, labels), gallery = _readable(*query), (None, None) if gallery is None else _readable(*gallery)
         sets = (embeddings, labels, *gallery, excluded)
         metrics = self._measure(sets, eval_metrics or self.args.eval_metrics) | registered_metrics(*sets)
         if self._extra_metrics is not None:
@@ -452,11 +459,9 @@ class _OneTime:
         return self.batches
 
 
-def _readable(embeddings, labels):
+def _readable(embeddings, labels, readable):
     """Without the images that could not be read and were to be skipped."""
-    if labels is None or (labels != UNREADABLE_LABEL).all():
-        return embeddings, labels
-    return embeddings[labels != UNREADABLE_LABEL], labels[labels != UNREADABLE_LABEL]
+    return (embeddings, labels) if readable.all() else (embeddings[readable], labels[readable])
 
 
 def _cosine_factor(steps, warmup, floor, base):

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
 
 from vptsp.data_scripts.decoding import EncodedImage
-from vptsp.data_scripts.images import list_images
+from vptsp.data_scripts.image_files import list_images
 from vptsp.data_scripts.torch_dataset import ImageDataset, collate_images
 from vptsp.data_scripts.transforms import EvalTransform, TrainTransform
 from vptsp.files.atomic import write_json

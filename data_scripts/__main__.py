@@ -52,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
-_DATA_OPTIONS = ("data_dir", "data_cache_dir", *BUILDER_OPTIONS)
+_DATA_OPTIONS = ("data_dir", "data_cache_dir", *BUILDER_OPTIONS, "max_image_pixels")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,9 +103,9 @@ def _report(args: DataArguments, picture: Path, decode: bool, max_classes: int) 
         if view.class_sizes:
             print(f"\nImages per class, number of classes ({split})\n{class_size_histogram(view.class_sizes)}")
     print(flush=True)
-    unreadable = find_unreadable(views) if decode else []
+    unreadable = find_unreadable(views, args.max_image_pixels) if decode else []
     if max_classes > 0:
-        sheet, missing = contact_sheet(views, max_classes)
+        sheet, missing = contact_sheet(views, max_classes, args.max_image_pixels)
         try:
             sheet.save(picture)
         except OSError as error:

@@ -24,15 +24,25 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from .errors import DataError, some
-from .images import ImageFile, is_hidden, is_image_name
+from .image_files import ImageFile, is_hidden, is_image_name
 
 
-__all__ = ["archive_kind", "free_bytes", "list_members", "read_member", "read_members"]
+__all__ = ["MAX_MEMBER_BYTES", "archive_kind", "free_bytes", "list_members", "read_member", "read_members"]
 
+MAX_MEMBER_BYTES = 1 << 28
+"""What an image or a list in an archive may take at most, unpacked: as much as the pixels of the largest image that is
+read."""
 INDEX_FOLDER = "vptsp_archives"
 _INDEX_VERSION = 1
 _SLOW_SECONDS = 2.0
 _BUFFER = 1 << 20
+_MOST_BYTES_PER_BYTE = 1032  # that gzip can pack into one
+_MAX_HEADER_BYTES = 1 << 20  # of a tar file's extended headers: long names, and what systems add
+_EXTENDED = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+_LONG_NUMBER = re.compile(rb"\d{512}")
 _DRIVE = re.compile(r"[A-Za-z]:")
 _PLAIN = re.compile(r"[\w-][\w .,()-]*(?:/[\w-][\w .,()-]*)*", re.ASCII)
 """Most names; they need no closer look."""
@@ -78,7 +88,7 @@ def list_members(path: Path, index_dir: str | Path) -> list[ImageFile]:
 
     Raises:
         DataError: the archive is truncated or damaged (the last whole member is named), encrypted, holds a name twice,
-            a name that leads out of it, or an image that is a link.
+            a name that leads out of it, or an image that is a link or larger than `MAX_MEMBER_BYTES`.
     """
     path = Path(path)
     if archive_kind(path) == "zip":
@@ -144,10 +154,13 @@ def read_members(path: Path, names: Collection[str], progress: bool = False) -> 
         absent = [name for name in names if name not in members]
         if absent:
             raise DataError(f"{path} has no member {some(absent)}")
+        for name in names:
+            _check_size(path, name, members[name].file_size)
         bar = tqdm(names, f"Reading {path.name}", delay=_SLOW_SECONDS, leave=False, disable=not progress)
         for name in bar:
             try:
-                content = archive.read(members[name])
+                with archive.open(members[name]) as stream:
+                    content = stream.read(members[name].file_size)  # `read()` would unpack whatever there is
             except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
                 raise DataError(f"{path}: the member {name!r} is damaged ({error}); download it again") from error
             yield name, content
@@ -156,6 +169,14 @@ def read_members(path: Path, names: Collection[str], progress: bool = False) -> 
 def read_member(path: Path, name: str) -> bytes:
     """The contents of one file in an archive; see `read_members`."""
     return next(read_members(path, [name]))[1]
+
+
+def _check_size(path: Path, name: str, size: int) -> None:
+    if size > MAX_MEMBER_BYTES:
+        raise DataError(
+            f"{path}: the member {name!r} has {size / 1e6:,.0f} MB unpacked, more than {MAX_MEMBER_BYTES / 1e6:,.0f} "
+            "MB; if that is no mistake, unpack the archive and give the folder"
+        )
 
 
 def free_bytes(folder: str | Path) -> int:
@@ -211,8 +232,15 @@ def _zip_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipI
             raise DataError(f"{path}: the member {name!r} is a link; expected an image")
         if info.flag_bits & 1:
             raise DataError(f"{path}: the member {name!r} is encrypted; unpack the archive and give the folder")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(
+                f"{path}: the member {name!r} is packed by method {info.compress_type}; expected deflate or none: "
+                "unpack the archive and give the folder"
+            )
         if name in members:
             raise DataError(f"{path} holds the member {name!r} twice")
+        if is_image_name(name):
+            _check_size(path, name, info.file_size)
         members[name] = info
     return members
 
@@ -240,7 +268,29 @@ def _last_whole_zip_member(path: Path) -> str:
 
 
 class _Member(tarfile.TarInfo):
-    """Notes that the archive's end mark was seen: `tarfile` takes a file cut off between two members as complete."""
+    """Notes that the archive's end mark was seen: `tarfile` takes a file cut off between two members as complete.
+
+    It also refuses headers that `tarfile` would read for hours.
+    """
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        info = super().frombuf(buf, encoding, errors)
+        if info.size < 0 or (info.type in _EXTENDED and info.size > _MAX_HEADER_BYTES):
+            raise tarfile.ReadError(f"a header says that {info.size} bytes follow")
+        return info
+
+    def _proc_pax(self, tarfile_object):
+        """As `tarfile` does, which searches some versions' way for a number, in quadratic time."""
+        stream = tarfile_object.fileobj
+        content = stream.read(-(-self.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+        if _LONG_NUMBER.search(content):
+            raise tarfile.ReadError("a header holds a number of more than 511 digits")
+        tarfile_object.fileobj = _PutBack(content, stream)
+        try:
+            return super()._proc_pax(tarfile_object)
+        finally:
+            tarfile_object.fileobj = stream
 
     @classmethod
     def fromtarfile(cls, tarfile_object):
@@ -249,6 +299,19 @@ class _Member(tarfile.TarInfo):
         except tarfile.EOFHeaderError:
             tarfile_object.end_seen = True
             raise
+
+
+class _PutBack:
+    """A stream of which something has been read that the next `read` is to give."""
+
+    def __init__(self, content: bytes, stream):
+        self._content = content
+        self._stream = stream
+        self.tell = stream.tell
+
+    def read(self, size: int) -> bytes:
+        content, self._content = self._content, b""
+        return content or self._stream.read(size)
 
 
 class _Gzip(gzip.GzipFile):
@@ -264,6 +327,8 @@ def _walk_tar(
     """Go through a tar file once; gives name, size and, of the wanted members, the contents."""
     last, seen = None, set()
     total = path.stat().st_size
+    kind = archive_kind(path)
+    most = total if kind == "tar" else total * _MOST_BYTES_PER_BYTE  # `tarfile` would go on reading at the end
     with (
         tqdm(
             total=total,
@@ -278,11 +343,15 @@ def _walk_tar(
         path.open("rb") as raw,
     ):
         try:
-            stream = _Gzip(fileobj=raw) if archive_kind(path) == "tar.gz" else raw
+            stream = _Gzip(fileobj=raw) if kind == "tar.gz" else raw
             tar = tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member, bufsize=_BUFFER)  # noqa: SIM115
             while (info := tar.next()) is not None:
                 tar.members.clear()  # or every member of a huge archive stays in memory
+                if info.size < 0 or not info.offset < tar.offset <= most:
+                    raise EOFError(f"the file ends within a member of {info.size} bytes")
                 name = _check_member(info, path, seen)
+                if name in wanted:
+                    _check_size(path, name, info.size)
                 content = tar.extractfile(info).read() if name in wanted else None
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.tell() < tar.offset:
@@ -295,7 +364,12 @@ def _walk_tar(
                 raise EOFError("the mark at an archive's end is missing, or a member's header is damaged")
             while stream.read(_BUFFER):  # a compressed file has its checksum at the end
                 pass
-        except (EOFError, zlib.error, tarfile.TarError, OSError) as error:
+        except DataError:
+            raise
+        except (
+            *(EOFError, zlib.error, tarfile.TarError, OSError),
+            *(ValueError, LookupError, ArithmeticError, RecursionError),  # of `tarfile`, on headers made to deceive
+        ) as error:
             raise DataError(
                 f"{path} is truncated or damaged ({error}); the last whole member is {last!r}. Download it again"
             ) from error
@@ -311,5 +385,7 @@ def _check_member(info: tarfile.TarInfo, path: Path, seen: set[str]) -> str | No
         return None
     if name in seen:
         raise DataError(f"{path} holds the member {name!r} twice")
+    if is_image_name(name):
+        _check_size(path, name, info.size)
     seen.add(name)
     return name

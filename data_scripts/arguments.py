@@ -8,6 +8,7 @@ from .archives import archive_kind
 from .class_folders import LAYOUTS, detect_layout, existing_folder
 from .class_split import CLASS_SPLITS, class_list_file
 from .errors import DataError
+from .image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
 from .registry import DATASETS, find_dataset, load_splits, refuse_unknown_options
 from .sources import locate
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .streaming import StreamedImages
     from .torch_dataset import ImageDataset
 
-__all__ = ["BUILDER_OPTIONS", "DataArguments", "check_data_arguments"]
+__all__ = ["BUILDER_OPTIONS", "DataArguments", "check_data_arguments", "check_output_apart"]
 
 BUILDER_OPTIONS = (
     "layout",
@@ -32,6 +33,8 @@ BUILDER_OPTIONS = (
     "dataset_revision",
     "image_column",
     "label_column",
+    "train_split",
+    "test_split",
 )
 
 
@@ -79,6 +82,10 @@ class DataArguments:
     dataset_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
     image_column: str = field(default="image", metadata={"help": "Column of images in a Hub data set."})
     label_column: str = field(default="label", metadata={"help": "Column of labels in a Hub data set."})
+    train_split: str | None = field(
+        default=None, metadata={"help": "Split of a Hub data set that trains, or several as in train+validation."}
+    )
+    test_split: str | None = field(default=None, metadata={"help": "Split of a Hub data set that tests, or several."})
     streaming: bool = field(
         default=False, metadata={"help": "Read the data as a stream and write no tables; see docs/streaming.md."}
     )
@@ -89,6 +96,10 @@ class DataArguments:
     resize_size: int | None = field(
         default=None,
         metadata={"help": "Short side before the centre crop in evaluation; by default image_size * 256 / 224."},
+    )
+    max_image_pixels: int = field(
+        default=MAX_IMAGE_PIXELS,
+        metadata={"help": "Pixels of an image at most; one of more can't be read. It is looked at before decoding."},
     )
     crop_scale_min: float = field(
         default=0.08, metadata={"help": "Smallest share of an image's area that a training crop covers."}
@@ -120,6 +131,7 @@ class DataArguments:
             self.resize_size = round(self.image_size * 256 / 224)
         if self.resize_size < self.image_size:
             raise DataError(f"resize_size must be >= image_size {self.image_size}, got {self.resize_size}")
+        check_pixel_limit(self.max_image_pixels)
         if not 0 < self.crop_scale_min <= 1:
             raise DataError(f"crop_scale_min must be above 0 and at most 1, got {self.crop_scale_min}")
 
@@ -147,7 +159,10 @@ class DataArguments:
         dataset_class = StreamedImages if self.streaming else ImageDataset
         return {
             name: dataset_class(
-                split, train_transform if name == "train" else eval_transform, skip_corrupt=self.skip_corrupt
+                split,
+                train_transform if name == "train" else eval_transform,
+                skip_corrupt=self.skip_corrupt,
+                max_image_pixels=self.max_image_pixels,
             )
             for name, split in self.load_splits().items()
         }
@@ -198,3 +213,23 @@ def check_data_arguments(args: DataArguments) -> None:
         )
     if args.dataset_name == "folder":
         detect_layout(root, args.layout)
+
+
+def check_output_apart(args: DataArguments, output_dir: str | Path) -> None:
+    """Check that a run does not write its pictures to where its images are read from.
+
+    Args:
+        args: The arguments.
+        output_dir: Folder of the run.
+
+    Raises:
+        DataError: it lies in `data_dir`, all of whose folders are read.
+    """
+    if args.data_dir is None or find_dataset(args.dataset_name).any_of:  # a benchmark has folders of its own
+        return
+    root, output = (Path(place).expanduser().resolve() for place in (args.data_dir, output_dir))
+    if root == output or root in output.parents:
+        raise DataError(
+            f"output_dir {output} lies in data_dir {root}, where pictures of this run would be taken for data by the "
+            "next: give an output_dir elsewhere"
+        )

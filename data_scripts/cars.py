@@ -132,7 +132,7 @@ def _of_archive(archive):
 def _open_source(images, index_dir: str) -> ImageSource:
     """Images by the path that the annotations give: `car_ims/000001.jpg`; class folders by their own."""
     if images.name == "images":
-        return folder_images(images)
+        return folder_images(images, follow_links=False)
     anchor = images.name if images.is_dir() else images.name.partition(".")[0]
     anchor = anchor if anchor in ("cars_train", "cars_test") else "car_ims"
     source = (

@@ -5,22 +5,23 @@ Nothing here imports torch or `datasets`.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
 from .errors import DataError, some
-from .images import ImageFile, is_hidden, is_image_name, list_images
+from .image_files import ImageFile, LeftOut, is_hidden, is_image_name, list_images, refuse_run_folder
 
 
 __all__ = [
     "LAYOUTS",
+    "class_of_path",
     "detect_layout",
     "existing_folder",
-    "image_names",
     "scan_class_folders",
     "scan_split_folders",
+    "split_folders",
     "visible_folders",
 ]
 
@@ -63,9 +64,40 @@ def visible_folders(folder: Path) -> dict[str, Path]:
     return {entry.name: folder / entry.name for entry in entries if not is_hidden(entry.name) and entry.is_dir()}
 
 
-def image_names(folder: Path) -> list[str]:
-    """The names of the images that lie directly in a folder, sorted."""
-    return sorted(entry.name for entry in os.scandir(folder) if is_image_name(entry.name) and entry.is_file())
+def _loose_files(folder: Path) -> list[str]:
+    """The names of the files that lie directly in a folder, sorted."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+
+
+def split_folders(folders: Collection[str]) -> set[str]:
+    """Which folders of a data set are splits (`train`, `test`, `val`, ...) and not classes.
+
+    A single name of a split among those of classes is a class, as there are classes called `train`.
+
+    Args:
+        folders: Names of all its folders.
+
+    Returns:
+        The names of two or more splits, or of one if it is the only folder; else none.
+    """
+    splits = {name for name in folders if name.lower() in _SPLIT_NAMES}
+    return splits if len(splits) > 1 or len(splits) == len(folders) else set()
+
+
+def class_of_path(path: str, splits: Collection[str] = ()) -> str | None:
+    """The class of an image by its place: the first folder, however deep the image lies in it.
+
+    Args:
+        path: Relative to the folder of class folders, or to that of split folders.
+        splits: The result of `split_folders`; if there are any, the class is the first folder below one.
+
+    Returns:
+        Its name, or None for an image in no class folder.
+    """
+    *folders, _ = path.split("/")
+    if splits:
+        folders = folders[1:] if folders and folders[0] in splits else []
+    return folders[0] if folders else None
 
 
 def detect_layout(root: Path, layout: str = "auto") -> str:
@@ -82,13 +114,14 @@ def detect_layout(root: Path, layout: str = "auto") -> str:
         `classes`, `train_test` or `query_gallery`.
 
     Raises:
-        DataError: the folder is empty, holds images but no folders, or has only some of a layout's folders.
+        DataError: the folder is empty, holds images but no folders, has only some of a layout's folders, or folders
+            of splits would become classes.
     """
     if layout not in LAYOUTS:
         raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     folders = visible_folders(root)
     if not folders:
-        loose = image_names(root)
+        loose = [name for name in _loose_files(root) if is_image_name(name)]
         if loose:
             raise DataError(
                 f"{root} holds {len(loose)} images ({loose[0]}, ...) but no class folders; expected one folder per "
@@ -97,27 +130,34 @@ def detect_layout(root: Path, layout: str = "auto") -> str:
             )
         raise DataError(f"{root} is empty; expected one folder per class with its images inside")
     names = {name.lower() for name in folders}
-    if layout != "auto":
-        missing = [name for name in _LAYOUT_FOLDERS.get(layout, ()) if name not in names]
+    if layout in _LAYOUT_FOLDERS:
+        missing = [name for name in _LAYOUT_FOLDERS[layout] if name not in names]
         if missing:
             raise DataError(
                 f"layout {layout!r} needs the folders {', '.join(_LAYOUT_FOLDERS[layout])} in {root}; "
                 f"missing {', '.join(missing)}, found {some(folders)}"
             )
         return layout
-    if names >= {"train", "test", "query", "gallery"}:
+    fitting = [candidate for candidate, needed in _LAYOUT_FOLDERS.items() if names.issuperset(needed)]
+    if layout == "auto" and len(fitting) > 1:
         raise DataError(
             f"{root} has the folders train, test, query and gallery: say layout='train_test' or layout='query_gallery'"
         )
-    for candidate, needed in _LAYOUT_FOLDERS.items():
-        if names.issuperset(needed):
-            return candidate
-    if names <= _SPLIT_NAMES:
-        raise DataError(
-            f"{root} has only {some(folders)}; expected train and test, or train, query and gallery. "
-            "If these are the names of classes, say layout='classes'"
-        )
+    if layout == "auto" and fitting:
+        return fitting[0]
+    _refuse_splits_as_classes(root, folders, fitting)
     return "classes"
+
+
+def _refuse_splits_as_classes(root: Path, folders: Collection[str], fitting: list[str]) -> None:
+    splits = sorted(split_folders(folders))
+    if splits:
+        has = f"has only {some(splits)}" if len(splits) == len(folders) else f"has {some(splits)} among its folders"
+        layouts = f"layout={' or layout='.join(map(repr, fitting))}"
+        raise DataError(
+            f"{root} {has}; expected {layouts if fitting else 'train and test, or train, query and gallery'}. "
+            "If these are the names of classes and not of splits, give them others"
+        )
 
 
 def scan_split_folders(root: Path, layout: str) -> dict[str, tuple[Path, dict[str, list[ImageFile]]]]:
@@ -131,8 +171,9 @@ def scan_split_folders(root: Path, layout: str) -> dict[str, tuple[Path, dict[st
         Per split, its folder and `scan_class_folders` of it.
 
     Raises:
-        DataError: as `scan_class_folders`, or two folders differ in upper and lower case only.
+        DataError: as `scan_class_folders`, two folders differ in upper and lower case only, or are the same by a link.
     """
+    refuse_run_folder(root)
     needed = _LAYOUT_FOLDERS[layout]
     found: dict[str, Path] = {}
     for name, folder in visible_folders(root).items():
@@ -143,32 +184,53 @@ def scan_split_folders(root: Path, layout: str) -> dict[str, tuple[Path, dict[st
             raise DataError(f"{root} holds both {found[split].name!r} and {name!r}; expected one {split} folder")
         else:
             found[split] = folder
-    return {split: (found[split], scan_class_folders(found[split])) for split in needed}
+    real = {split: folder.resolve() for split, folder in found.items()}
+    for split, folder in real.items():
+        for other, place in real.items():
+            if split != other and place in (folder, *folder.parents):
+                raise DataError(f"{found[split]} is a link into {found[other]}: their images would be in both splits")
+    loose = [name for name in _loose_files(root) if is_image_name(name)]
+    if loose:
+        logger.warning("%s: %d images lie beside the folders of the splits and are left out", root, len(loose))
+    left_out = LeftOut()
+    scanned = {split: (found[split], scan_class_folders(found[split], left_out)) for split in needed}
+    left_out.say(root)
+    return scanned
 
 
-def scan_class_folders(root: Path) -> dict[str, list[ImageFile]]:
+def scan_class_folders(root: Path, left_out: LeftOut | None = None) -> dict[str, list[ImageFile]]:
     """List the images of every class folder.
 
     A class is a visible folder directly in `root`; its images may lie in folders of their own inside it. Class
-    folders without an image are left out, with a warning that names them; so are images beside the class folders.
+    folders without an image are left out, with a warning that names them; so are images beside the class folders, and
+    files that are no images, which are counted.
 
     Args:
         root: Folder above the class folders.
+        left_out: Gets the files that are no images; None: they are logged.
 
     Returns:
         Per class (sorted by name, code points) its files, relative to the class folder, never empty.
 
     Raises:
-        DataError: there are no class folders, no images at all, or the class folders are one level further down.
+        DataError: there are no class folders, no images at all, the class folders are one level further down, a class
+            folder is a link, or a folder is that of a training run.
     """
+    refuse_run_folder(root)
     folders = visible_folders(root)
-    loose = image_names(root)
+    found = LeftOut() if left_out is None else left_out
+    files_beside = _loose_files(root)
+    found.add(files_beside)
+    loose = [name for name in files_beside if is_image_name(name)]
     if not folders:
         detect_layout(root)  # empty, or images without class folders: it says which
+    _refuse_links(folders)
     progress = tqdm(folders.items(), desc=f"Listing {root.name}", unit="class", delay=_SLOW_SECONDS, leave=False)
-    classes = {name: list_images(folder) for name, folder in progress}
+    classes = {name: list_images(folder, found) for name, folder in progress}
     empty = [name for name, files in classes.items() if not files]
     classes = {name: files for name, files in classes.items() if files}
+    if left_out is None:
+        found.say(root)
     if not classes:
         raise DataError(
             f"no images in any of the {len(folders)} folders of {root} ({some(folders)}); expected files ending in "
@@ -181,6 +243,16 @@ def scan_class_folders(root: Path) -> dict[str, list[ImageFile]]:
     if loose:
         logger.warning("%s: %d images lie beside the class folders and are left out", root, len(loose))
     return classes
+
+
+def _refuse_links(folders: Mapping[str, Path]) -> None:
+    links = [folder for folder in folders.values() if folder.is_symlink()]
+    if links:
+        raise DataError(
+            f"{links[0]} is a link to the folder {links[0].resolve()}, and would be a class of images that lie "
+            f"elsewhere, perhaps in another class or split ({len(links)} such links); expected class folders with "
+            "the images, or with links to the images"
+        )
 
 
 def _refuse_one_level_too_high(root: Path, classes: Mapping[str, list[ImageFile]]) -> None:

@@ -52,7 +52,7 @@ class CUB200(ImageDatasetBuilder):
             "images/, CUB_200_2011/images/ (with folders like '001.Black_footed_Albatross') or CUB_200_2011.tgz",
         )
         source = (
-            folder_images(place)
+            folder_images(place, follow_links=False)
             if place.is_dir()
             else archive_images(place, list_members(place, config.index_dir), "images")
         )

@@ -1,11 +1,10 @@
 """JPEG decoding that does no more than a crop needs.
 
-A crop needs neither the rows below it nor, if it is shrunk a lot, the full resolution. `EncodedImage` reads the
-header, says how large the upright image is, and then decodes a given part:
+A crop that is shrunk a lot does not need the full resolution. `EncodedImage` reads the header, says how large the
+upright image is, and then decodes a given part:
 
-- at 1/2, 1/4 or 1/8 of the size, which the JPEG library does by leaving out high frequencies of each block;
-- no further down than the part. The header is told a smaller height; the rows that remain come out as they would from
-  the whole file, bit for bit;
+- at 1/2, 1/4 or 1/8 of the size, which the JPEG library does by leaving out high frequencies of each block
+  (`PIL.Image.Image.draft`);
 - without turning the whole picture: the part is given as stored, with what is left to turn.
 
 Everything that is not a plain grey or RGB JPEG file is decoded in full. Nothing here imports torch or `datasets`.
@@ -17,17 +16,13 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from .images import image_errors, to_rgb, upright_rgb
+from .image_formats import MAX_IMAGE_PIXELS
+from .images import image_errors, open_header, to_rgb, upright_rgb
 
 
 __all__ = ["DecodedPart", "EncodedImage", "Turn"]
 
 _ORIENTATION = 0x0112
-_START_OF_FRAME = (0xC0, 0xC1, 0xC2)  # sequential and progressive; others (lossless, arithmetic) are decoded in full
-_END_OF_IMAGE = b"\xff\xd9"
-_ROW_MULTIPLE = 32  # rows of a block of blocks: 8, 16 or 32
-_ROWS_BELOW = 8  # colour is interpolated between rows, so the last ones of a shortened image may differ
-_WORTH_SHORTENING = 0.9  # reading the header again costs as much as decoding a tenth of a small photo
 
 
 class Turn(NamedTuple):
@@ -66,7 +61,7 @@ class DecodedPart(NamedTuple):
     """Pixels that hold the part asked for.
 
     Attributes:
-        image: Mode RGB, as stored (not turned); `shrink` times smaller than the file says, and perhaps cut off below.
+        image: Mode RGB, as stored (not turned); `shrink` times smaller than the file says.
         box: Where in `image` the part is: left, top, right, bottom in whole pixels.
         shrink: 1, 2, 4 or 8.
         turn: What is left to do to the part to have it upright.
@@ -84,6 +79,7 @@ class EncodedImage:
     Args:
         source: Path of the file, or its contents.
         name: What to call the image in errors; by default the path, or "image of N bytes".
+        max_image_pixels: As for `open_image`.
 
     Attributes:
         size: Width and height, upright.
@@ -93,16 +89,17 @@ class EncodedImage:
         ImageError: as `open_image`; from the constructor, or (pixels that can't be decoded) from the methods.
     """
 
-    def __init__(self, source: str | Path | bytes, name: str | None = None):
+    def __init__(self, source: str | Path | bytes, name: str | None = None, max_image_pixels: int = MAX_IMAGE_PIXELS):
         is_bytes = isinstance(source, (bytes, bytearray, memoryview))
         if name is None:
             name = f"image of {len(source)} bytes" if is_bytes else str(source)
         self.name = name
+        self._max_image_pixels = max_image_pixels
         self.turn = Turn()
         self._pixels = None
         with image_errors(name):
             self._data = bytes(source) if is_bytes else Path(source).read_bytes()
-            self._opened = Image.open(io.BytesIO(self._data))
+            self._opened = open_header(io.BytesIO(self._data), max_image_pixels)
             self._lazy = self._opened.format == "JPEG" and self._opened.mode in ("RGB", "L")
             if self._lazy:
                 self.turn = Turn.from_exif(_orientation(self._opened))
@@ -133,7 +130,7 @@ class EncodedImage:
             return DecodedPart(self.load(), box)
         with image_errors(self.name):
             left, top, right, bottom = self.turn.to_stored(box, *self._stored_size)
-            image = self._shortened(bottom) or self._header()
+            image = self._header()
             if shrink > 1:
                 image.draft(None, (image.width // shrink, image.height // shrink))
             image.load()
@@ -146,15 +143,7 @@ class EncodedImage:
     def _header(self) -> Image.Image:
         """The image with its header read; a new one each time, since decoding uses it up."""
         image, self._opened = self._opened, None
-        return Image.open(io.BytesIO(self._data)) if image is None else image
-
-    def _shortened(self, bottom: int) -> Image.Image | None:
-        """The header of an image that ends below row `bottom`, or None where that saves nothing or can't be done."""
-        rows = -(-(bottom + _ROWS_BELOW) // _ROW_MULTIPLE) * _ROW_MULTIPLE
-        if rows > _WORTH_SHORTENING * self._stored_size[1]:
-            return None
-        data = _with_height(self._data, rows)
-        return None if data is None else Image.open(io.BytesIO(data), formats=("JPEG",))
+        return open_header(io.BytesIO(self._data), self._max_image_pixels) if image is None else image
 
 
 def _nearest(position: int, shrink: int, limit: int) -> int:
@@ -166,26 +155,3 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a broken EXIF block says nothing about the pixels
         return 1
-
-
-def _with_height(data: bytes, height: int) -> bytes | None:
-    """A JPEG file whose header says another height, or None where that can't be done safely.
-
-    A file that doesn't end as it should may be truncated. It isn't touched, so that whether it can be read doesn't
-    depend on the part that is asked for.
-    """
-    if not data.endswith(_END_OF_IMAGE):
-        return None
-    position = 2
-    while position + 9 < len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker in _START_OF_FRAME:
-            components = data[position + 9]
-            sampling = {data[position + 11 + 3 * i] & 0x0F for i in range(components)}
-            if not sampling <= {1, 2, 4}:
-                return None
-            return data[: position + 5] + height.to_bytes(2, "big") + data[position + 7 :]
-        if not 0xC0 <= marker <= 0xFE or 0xD0 <= marker <= 0xDA:  # not a segment with a length before the picture
-            return None
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return None

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .builder import ClassSplitConfig, ImageDatasetBuilder
 from .errors import DataError
-from .images import ImageFile
+from .image_files import ImageFile
 from .listing import SplitListing, make_listing
 
 

@@ -4,14 +4,15 @@ Its splits are used as they are, if they have different classes:
 
     train, test            or    train, query, gallery
 
-or put together and split anew by classes (`layout="classes"`, and the options of `class_split.split_classes`).
+or those that are chosen are put together and split anew by classes (`layout="classes"`, `train_split="train+test"`,
+and the options of `class_split.split_classes`). No split is ever taken without being asked for, or named like that.
 """
 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 from .builder import ClassSplitConfig
 from .class_folders import LAYOUTS, existing_folder
 from .errors import DataError, some
+from .labels import check_labels
 from .listing import GROUP_SPLITS
 
 
@@ -42,6 +44,9 @@ class HubImagesConfig(ClassSplitConfig):
         image_column: Column of images.
         label_column: Column of labels: `ClassLabel`, integers or strings.
         layout: `auto`, `classes`, `train_test` or `query_gallery`.
+        train_split: Split (or splits, joined by `+`) that trains, or whose classes are split; None for `train`, or the
+            only one there is.
+        test_split: The same for testing, of the layout `train_test`; None for `test`.
     """
 
     dataset_repo: str | None = None
@@ -50,6 +55,8 @@ class HubImagesConfig(ClassSplitConfig):
     image_column: str = "image"
     label_column: str = "label"
     layout: str = "auto"
+    train_split: str | None = None
+    test_split: str | None = None
 
 
 class HubImages:
@@ -79,12 +86,30 @@ class HubImages:
         config = HubImagesConfig(data_dir=data_dir, **options)
         if config.layout not in LAYOUTS:
             raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {config.layout!r}")
-        where, splits = _load(config, cache_dir, streaming)
-        splits = {name: _two_columns(split, config, f"{where}, split {name}") for name, split in splits.items()}
-        layout = _choose_layout(splits, config, where)
+        where, found = _load(config, cache_dir, streaming)
+        layout = _choose_layout(found, config, where)
+        chosen = _choose_splits(found, config, where, layout)
+        wanted = [name for names in chosen.values() for name in names]
+        left = [name for name in found if name not in wanted]
+        if left:
+            logger.warning("%s: the splits %s are not part of the layout %r, ignored", where, some(left), layout)
+        splits = {name: _two_columns(found[name], config, f"{where}, split {name}") for name in wanted}
+        labels = {name: _labels(split, f"{where}, split {name}") for name, split in splits.items()}
+        names = _ordered_names(splits, labels, where)
+        parts = {
+            role: _Part(_joined([splits[name] for name in of_role]), [x for name in of_role for x in labels[name]])
+            for role, of_role in chosen.items()
+        }
         if layout == "classes":
-            return _split_by_classes(splits, config, where)
-        return _splits_as_given({name: splits[name] for name in _LAYOUT_SPLITS[layout]}, config, where, layout)
+            return _split_by_classes(parts["train"], names, config, where)
+        return _splits_as_given(parts, names, where, layout)
+
+
+class _Part(NamedTuple):
+    """Rows of a repository, and the label of each."""
+
+    rows: Any
+    labels: list
 
 
 def _load(config: HubImagesConfig, cache_dir: str | None, streaming: bool) -> tuple[str, dict]:
@@ -147,26 +172,62 @@ def _two_columns(split, config: HubImagesConfig, where: str):
 
 
 def _choose_layout(splits: Mapping[str, Any], config: HubImagesConfig, where: str) -> str:
-    if config.layout == "auto":
-        layout = next((name for name, needed in _LAYOUT_SPLITS.items() if splits.keys() >= set(needed)), "classes")
-    else:
+    if config.layout != "auto":
         layout = config.layout
-    needed = _LAYOUT_SPLITS.get(layout, ())
-    missing = [name for name in needed if name not in splits]
-    if missing:
-        raise DataError(f"layout {layout!r} needs the splits {', '.join(needed)}; {where} has {', '.join(splits)}")
-    if layout != "classes":
-        default = HubImagesConfig()
-        for name in ("train_classes", "test_classes", "test_share", "class_split", "split_seed"):
-            if getattr(config, name) != getattr(default, name):
-                raise DataError(
-                    f"{name} splits classes, but the splits of {where} already say which classes train and which "
-                    f"test (layout {layout!r}); layout='classes' puts its splits together and splits them anew"
-                )
-        left = [name for name in splits if name not in needed]
-        if left:
-            logger.warning("%s: the splits %s are not part of the layout %r, ignored", where, some(left), layout)
+    elif config.test_split is not None:
+        layout = "train_test"
+    else:
+        train = _names_of(config.train_split, "train")
+        fitting = [
+            layout
+            for layout, (_, *others) in _LAYOUT_SPLITS.items()
+            if splits.keys() >= {*train, *others} and not set(train) & set(others)
+        ]
+        layout = fitting[0] if fitting else "classes"
+    if layout == "classes":
+        return layout
+    default = HubImagesConfig()
+    for name in ("train_classes", "test_classes", "test_share", "class_split", "split_seed"):
+        if getattr(config, name) != getattr(default, name):
+            raise DataError(
+                f"{name} splits classes, but the splits of {where} already say which classes train and which "
+                f"test (layout {layout!r}); layout='classes' with train_split='train+test' (or other names) puts "
+                "splits together and splits them anew"
+            )
     return layout
+
+
+def _choose_splits(
+    splits: Mapping[str, Any], config: HubImagesConfig, where: str, layout: str
+) -> dict[str, list[str]]:
+    """The splits that a layout takes, by what they are for; of the layout `classes`, `train` are all of them."""
+    if layout == "classes" and config.train_split is None:
+        if len(splits) > 1:
+            raise DataError(
+                f"{where} has the splits {', '.join(splits)}: give train_split and test_split, or the splits whose "
+                "classes are to be split anew, as in layout='classes' with train_split='train+test'"
+            )
+        chosen = {"train": list(splits)}
+    else:
+        roles = _LAYOUT_SPLITS.get(layout, ("train",))
+        given = {"train": config.train_split, "test": config.test_split}
+        chosen = {role: _names_of(given.get(role), role) for role in roles}
+    if config.test_split is not None and "test" not in chosen:
+        raise DataError(f"test_split {config.test_split!r} goes with the layout 'train_test', got {layout!r}")
+    wanted = [name for names in chosen.values() for name in names]
+    if any(name not in splits for name in wanted):
+        raise DataError(f"layout {layout!r} needs the splits {', '.join(wanted)}; {where} has {', '.join(splits)}")
+    if len(set(wanted)) < len(wanted):
+        raise DataError(f"each split of {where} can be taken once, got {', '.join(wanted)}")
+    return chosen
+
+
+def _names_of(option: str | None, default: str) -> list[str]:
+    return [name.strip() for name in (default if option is None else option).split("+")]
+
+
+def _joined(splits: list):
+    return splits[0] if len(splits) == 1 else datasets.concatenate_datasets(splits)
 
 
 # ---- labels
@@ -180,10 +241,14 @@ def _labels(split, where: str) -> list:
         labels = split.with_format("arrow", columns=["label"])[:]["label"].to_pylist()
     else:
         labels = [row["label"] for row in split.select_columns(["label"])]
-    unlabelled = sum(label is None or (label == -1 and not isinstance(label, str)) for label in labels)
-    if unlabelled:
-        raise DataError(f"{where}: {unlabelled:,} of {len(labels):,} rows have no label")
-    return labels
+    feature = split.features["label"]
+    if isinstance(feature, datasets.Value) and "string" in feature.dtype:
+        missing = next((row for row, label in enumerate(labels) if label is None or not label.strip()), None)
+        if missing is not None:
+            raise DataError(f"{where}: row {missing} has the label {labels[missing]!r}; expected the name of a class")
+        return labels
+    num_classes = len(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    return check_labels(labels, num_classes, where).tolist()
 
 
 def _ordered_names(splits: Mapping[str, Any], labels: Mapping[str, list], where: str) -> dict[Any, str]:
@@ -199,54 +264,47 @@ def _ordered_names(splits: Mapping[str, Any], labels: Mapping[str, list], where:
     return {label: name for label, name in enumerate(features[0].names) if label in occurring}
 
 
-def _split_by_classes(splits: Mapping[str, Any], config: HubImagesConfig, where: str):
-    labels = {name: _labels(split, f"{where}, split {name}") for name, split in splits.items()}
-    names = _ordered_names(splits, labels, where)
+def _split_by_classes(part: _Part, names: Mapping[Any, str], config: HubImagesConfig, where: str):
     if len(names) < 2:
         raise DataError(
             f"{where} holds {len(names)} classes; expected at least two, one to train on and one to test on"
         )
     class_names = config.split(list(names.values()), keep_order=True)
     by_name = {name: label for label, name in names.items()}
-    together = datasets.concatenate_datasets(list(splits.values()))
-    all_labels = [label for values in labels.values() for label in values]
     return _as_dict(
-        {
-            group: _renumber(together, all_labels, {by_name[name]: name for name in class_names[group]})
-            for group in GROUP_SPLITS
-        }
+        {group: _renumber(part, {by_name[name]: name for name in class_names[group]}) for group in GROUP_SPLITS}
     )
 
 
-def _splits_as_given(splits: Mapping[str, Any], config: HubImagesConfig, where: str, layout: str):
-    labels = {name: _labels(split, f"{where}, split {name}") for name, split in splits.items()}
-    for name, values in labels.items():
-        if not values:
-            raise DataError(f"{where}: the split {name} is empty")
-    names = _ordered_names(splits, labels, where)
-    train = set(labels["train"])
-    test = {label for name, values in labels.items() if name != "train" for label in values}
+def _splits_as_given(parts: Mapping[str, _Part], names: Mapping[Any, str], where: str, layout: str):
+    for role, part in parts.items():
+        if not part.labels:
+            raise DataError(f"{where}: the split {role} is empty")
+    train = set(parts["train"].labels)
+    test = {label for role, part in parts.items() if role != "train" for label in part.labels}
     shared = sorted(names[label] for label in train & test)
     if shared:
         raise DataError(
             f"{len(shared)} classes of {where} are in both training and test ({some(shared)}); they must be disjoint. "
-            "layout='classes' puts the splits together and splits them anew by classes"
+            "layout='classes' with train_split='train+test' puts the splits together and splits them anew by classes"
         )
     if layout == "query_gallery":
-        lone = sorted(names[label] for label in set(labels["query"]) - set(labels["gallery"]))
+        lone = sorted(names[label] for label in set(parts["query"].labels) - set(parts["gallery"].labels))
         if lone:
             logger.warning("%s: %d query classes have no image in the gallery: %s", where, len(lone), some(lone))
-    groups = {"train": train, "test": test}
-    group_of = {split: group for group, members in GROUP_SPLITS.items() for split in members}
-    renumbered = {}
-    for name, split in splits.items():
-        kept = {label: text for label, text in names.items() if label in groups[group_of[name]]}
-        renumbered[name] = _renumber(split, labels[name], kept)
-    return _as_dict(renumbered)
+    return _as_dict(
+        {
+            role: _renumber(
+                part, {label: text for label, text in names.items() if label in (train if role == "train" else test)}
+            )
+            for role, part in parts.items()
+        }
+    )
 
 
-def _renumber(split, labels: list, names: Mapping[Any, str]):
+def _renumber(part: _Part, names: Mapping[Any, str]):
     """The rows of some classes, with labels from 0 in the order of `names`."""
+    split, labels = part
     number = {label: position for position, label in enumerate(names)}
     feature = datasets.ClassLabel(names=list(names.values()))
     features = datasets.Features({"image": datasets.Image(decode=False), "label": feature})
@@ -254,10 +312,11 @@ def _renumber(split, labels: list, names: Mapping[Any, str]):
         # functions of this module, not closures, so that workers can unpickle them
         split = split.filter(partial(_is_in, number), input_columns=["label"])
         return split.map(partial(_numbered, number), input_columns=["label"], features=features)
-    new = np.array([number.get(label, -1) for label in labels], dtype=np.int64)
+    kept = [row for row, label in enumerate(labels) if label in number]
+    new = np.zeros(len(labels), dtype=np.int64)  # of rows that don't stay, any label
+    new[kept] = [number[labels[row]] for row in kept]
     split = split.remove_columns("label").add_column("label", new, feature=feature)
-    kept = np.flatnonzero(new >= 0)
-    return split if len(kept) == len(new) else split.select(kept)
+    return split if len(kept) == len(labels) else split.select(kept)
 
 
 def _is_in(number: Mapping[Any, int], label: Any) -> bool:

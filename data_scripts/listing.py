@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import DataError
-from .images import ImageFile
+from .image_files import ImageFile
 
 
 __all__ = [

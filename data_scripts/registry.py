@@ -100,6 +100,8 @@ DATASETS: dict[str, DatasetEntry] = {
             "image_column",
             "label_column",
             "layout",
+            "train_split",
+            "test_split",
             *_CLASS_SPLIT_OPTIONS,
         ),
         "folder or none",

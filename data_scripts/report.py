@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .contact_sheet import Cell, Section, draw_contact_sheet, spread
 from .errors import ImageError
+from .image_formats import MAX_IMAGE_PIXELS
 from .images import open_image
 from .registry import builder_class
 
@@ -125,12 +126,15 @@ def _bins(low: int, high: int) -> list[tuple[int, int]]:
     return [(start, end - 1) for start, end in pairwise(edges) if start <= high]
 
 
-def contact_sheet(views: Mapping[str, SplitView], max_classes: int = 64) -> tuple["Image.Image", list[str]]:
+def contact_sheet(
+    views: Mapping[str, SplitView], max_classes: int = 64, max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> tuple["Image.Image", list[str]]:
     """Draw the first image of some classes of each split, spread over the class order.
 
     Args:
         views: The splits; those without images are left out.
         max_classes: Classes in all; shared out evenly among the splits.
+        max_image_pixels: An image of more can't be read.
 
     Returns:
         The picture, and what could not be read.
@@ -144,7 +148,7 @@ def contact_sheet(views: Mapping[str, SplitView], max_classes: int = 64) -> tupl
             first.setdefault(label, row)
         labels, sizes = sorted(first), Counter(view.labels)
         shown = [labels[i] for i in spread(len(labels), share)]
-        images, errors = _open_rows(view, [first[label] for label in shown])
+        images, errors = _open_rows(view, [first[label] for label in shown], max_image_pixels)
         unreadable += errors
         cells = [
             Cell(images[first[label]], view.class_names[label], _number(sizes[label], "image")) for label in shown
@@ -170,27 +174,31 @@ def _number(count: int, noun: str) -> str:
     return f"{count:,} {plural}"
 
 
-def _open_rows(view: SplitView, rows: list[int]) -> tuple[dict[int, "Image.Image | None"], list[str]]:
+def _open_rows(
+    view: SplitView, rows: list[int], max_image_pixels: int
+) -> tuple[dict[int, "Image.Image | None"], list[str]]:
     images, errors = dict.fromkeys(rows), []
-    for row, image, error in _decode(view, rows):
+    for row, image, error in _decode(view, rows, max_image_pixels):
         images[row] = image
         if error is not None:
             errors.append(error)
     return images, errors
 
 
-def _decode(view: SplitView, rows: Sequence[int]) -> Iterator[tuple[int, "Image.Image | None", str | None]]:
+def _decode(
+    view: SplitView, rows: Sequence[int], limit: int
+) -> Iterator[tuple[int, "Image.Image | None", str | None]]:
     for row, stored in view.read(list(rows)):
         try:
             if stored["bytes"] is None:
-                yield row, open_image(stored["path"]), None
+                yield row, open_image(stored["path"], max_image_pixels=limit), None
             else:
-                yield row, open_image(stored["bytes"], name=stored["path"] or f"row {row}"), None
+                yield row, open_image(stored["bytes"], stored["path"] or f"row {row}", limit), None
         except ImageError as error:
             yield row, None, str(error)
 
 
-def find_unreadable(views: Mapping[str, SplitView]) -> list[str]:
+def find_unreadable(views: Mapping[str, SplitView], max_image_pixels: int = MAX_IMAGE_PIXELS) -> list[str]:
     """Decode every image; what is wrong with those that can't be read."""
     from tqdm import tqdm
 
@@ -198,7 +206,7 @@ def find_unreadable(views: Mapping[str, SplitView]) -> list[str]:
     total = sum(len(view.labels) for view in views.values())
     with tqdm(total=total, desc="Decoding", unit="image", delay=2.0, leave=False) as bar:
         for view in views.values():
-            for _, _, error in _decode(view, range(len(view.labels))):
+            for _, _, error in _decode(view, range(len(view.labels)), max_image_pixels):
                 bar.update()
                 if error is not None:
                     found.append(error)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .labels import check_labels
+
 
 __all__ = ["ClassBalancedBatchSampler", "SampleKey", "augmentation_seeds", "check_batch_sizes"]
 
@@ -182,23 +184,17 @@ def augmentation_seeds(seed: int, epoch: int, count: int, start: int = 0) -> np.
 
 
 def _check_labels(labels) -> np.ndarray:
-    labels = np.asarray(labels)
+    labels = check_labels(labels)
     if labels.size == 0:
         raise ValueError("labels are empty; expected at least one training image")
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be one-dimensional integers, got shape {labels.shape} of {labels.dtype}")
     found = np.unique(labels)
-    if found[0] != 0 or found[-1] != len(found) - 1:
-        if found[0] < 0:
-            odd = f"{found[0]} is negative"
-        else:
-            missing = next(i for i, label in enumerate(found) if label != i)
-            odd = f"{missing} has no image"
+    if found[-1] != len(found) - 1:
+        missing = next(i for i, label in enumerate(found) if label != i)
         raise ValueError(
             f"labels must be contiguous integers 0..C-1: found {len(found)} classes between {found[0]} and "
-            f"{found[-1]}, but {odd}; number them 0..{len(found) - 1} (C = {len(found)})"
+            f"{found[-1]}, but {missing} has no image; number them 0..{len(found) - 1} (C = {len(found)})"
         )
-    return labels.astype(np.int64)
+    return labels
 
 
 def check_batch_sizes(batch_size: int, images_per_class: int, num_classes: int, rank: int, world_size: int) -> None:

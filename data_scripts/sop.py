@@ -34,6 +34,7 @@ SOP_COUNTS = {"train": SplitCounts(59551, 11318), "test": SplitCounts(60502, 113
 LISTS = {"train": "Ebay_train.txt", "test": "Ebay_test.txt"}
 _HEADER = ["image_id", "class_id", "super_class_id", "path"]
 _TOP = "Stanford_Online_Products"
+_OWN_ENDINGS = (".txt",)  # the lists lie among the images
 _ARCHIVES = (f"{_TOP}.zip", f"{_TOP}.tar.gz", f"{_TOP}.tgz", f"{_TOP}.tar")
 
 
@@ -70,7 +71,7 @@ class StanfordOnlineProducts(ImageDatasetBuilder):
         if place.lists is None:
             members = list_members(place.images, config.index_dir)
             lists = _lists_of_archive(place.images, [file.path for file in members])
-            source = archive_images(place.images, members, lists.pop("top"))
+            source = archive_images(place.images, members, lists.pop("top"), _OWN_ENDINGS)
         else:
             lists = {}
             for split, name in LISTS.items():
@@ -78,7 +79,7 @@ class StanfordOnlineProducts(ImageDatasetBuilder):
                 if not file.is_file():
                     raise DataError(f"{place.lists} holds only one of the lists; {name} is missing")
                 lists[split] = (str(file), file.read_bytes())
-            source = folder_images(place.images)
+            source = folder_images(place.images, _OWN_ENDINGS)
         entries = {split: list(_parse(content, where)) for split, (where, content) in lists.items()}
         refuse_repeats(entries)
         return list_benchmark(

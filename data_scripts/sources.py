@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from .class_folders import existing_folder, visible_folders
 from .errors import DataError, some
-from .images import IMAGE_EXTENSIONS, ImageFile, list_images
+from .image_files import ImageFile, LeftOut, is_image_name, list_images
 from .listing import GROUP_SPLITS, FileRow, SplitCounts, SplitListing, make_row_listing, verify_split_counts
 
 
@@ -121,24 +121,42 @@ class ImageSource:
         return None if file is None else (f"{self.where}/{file.path}", file)
 
 
-def folder_images(folder: Path) -> ImageSource:
-    """The images in a folder, however deep."""
-    return ImageSource(str(folder), {file.path: file for file in list_images(folder)})
+def folder_images(folder: Path, own_endings: Sequence[str] = (), follow_links: bool = True) -> ImageSource:
+    """The images in a folder, however deep.
+
+    Args:
+        folder: The folder.
+        follow_links: As for `list_images`; not to be done where no list says which images are those of the data set.
+        own_endings: Of what the data set itself has beside its images, such as `.txt`: no word is said of such files.
+    """
+    left_out = LeftOut()
+    files = {file.path: file for file in list_images(folder, left_out, follow_links)}
+    _say(left_out, folder, own_endings)
+    return ImageSource(str(folder), files)
 
 
-def archive_images(archive: Path, members: Sequence[ImageFile], anchor: str) -> ImageSource:
+def _say(left_out: LeftOut, where: str | Path, own_endings: Sequence[str]) -> None:
+    for ending in own_endings:
+        del left_out.endings[ending]
+    left_out.say(where)
+
+
+def archive_images(
+    archive: Path, members: Sequence[ImageFile], anchor: str, own_endings: Sequence[str] = ()
+) -> ImageSource:
     """The images that lie in a certain folder of an archive.
 
     Args:
         archive: The file.
         members: What `list_members` gives.
         anchor: Name of the folder, at the top of the archive or further down.
+        own_endings: As for `folder_images`.
 
     Raises:
         DataError: there is none.
     """
-    endings = tuple(IMAGE_EXTENSIONS)
-    members = [file for file in members if file.path.lower().endswith(endings)]
+    others = [file.path for file in members if not is_image_name(file.path)]
+    members = [file for file in members if is_image_name(file.path)]
     start = re.compile(rf"(?:.*?/)??{re.escape(anchor)}/")
     matches = [(match.group(), file) for file in members if (match := start.match(file.path))]
     if not matches:
@@ -153,7 +171,10 @@ def archive_images(archive: Path, members: Sequence[ImageFile], anchor: str) -> 
         for found, file in matches
         if found == prefix
     }
-    return ImageSource(f"{archive}/{prefix.rstrip('/')}", files, str(archive))
+    where, left_out = f"{archive}/{prefix.rstrip('/')}", LeftOut()
+    left_out.add(path for path in others if path.startswith(prefix))
+    _say(left_out, where, own_endings)
+    return ImageSource(where, files, str(archive))
 
 
 # ---- its lists

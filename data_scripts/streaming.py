@@ -18,17 +18,12 @@ from torch.utils.data import Dataset
 
 from .class_buffer import ClassBuffer, RowGroup, StoredRow, default_buffer_size
 from .errors import DataError, ImageError, some
+from .image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
 from .images import open_image
+from .labels import check_label
 from .sampler import augmentation_seeds, check_batch_sizes
 from .skipped import SkippedImages
-from .torch_dataset import (
-    UNREADABLE_LABEL,
-    ImageColumns,
-    ImageTransform,
-    apply_transform,
-    black_image,
-    stored_image,
-)
+from .torch_dataset import ImageColumns, ImageTransform, apply_transform, black_image, stored_image
 
 
 if TYPE_CHECKING:
@@ -70,10 +65,11 @@ class StreamedImages(Dataset):
         label_column: Column of labels, integers 0..C-1.
         skip_corrupt: Let another image of its class take the place of one that can't be read, and list it in
             `skipped`.
+        max_image_pixels: An image of more can't be read.
 
     Raises:
         DataError: a column is missing or of the wrong type, or the features or C are not known.
-        ValueError: num_rows is not positive.
+        ValueError: num_rows is not positive, or max_image_pixels is out of range.
     """
 
     def __init__(
@@ -85,6 +81,7 @@ class StreamedImages(Dataset):
         image_column: str = "image",
         label_column: str = "label",
         skip_corrupt: bool = False,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ):
         import datasets
 
@@ -109,6 +106,7 @@ class StreamedImages(Dataset):
         self.stream = stream.select_columns([image_column, label_column]).cast(datasets.Features(plain))
         self.transform = transform
         self.num_rows = num_rows
+        self.max_image_pixels = check_pixel_limit(max_image_pixels)
         self.columns = columns
         self._skipped = SkippedImages() if skip_corrupt else None
 
@@ -149,24 +147,26 @@ class StreamedImages(Dataset):
         """One example.
 
         Returns:
-            `pixel_values` `(3, S, S)` uint8, `labels` int.
+            `pixel_values` `(3, S, S)` uint8, `labels` int; with `skip_corrupt`, in evaluation, also `readable` bool.
 
         Raises:
             ImageError: the image can't be read; the message names it. With `skip_corrupt`, only in training and if
                 none of the images in the key can be.
         """
         rows = [key.row, *key.others] if self._skipped is not None else [key.row]
+        marked = self._skipped is not None and key.augmentation_seed is None
+        example = {"labels": key.row.label}
         for row in rows:
             try:
-                pixels = apply_transform(self.transform, *_source(row), key.augmentation_seed)
+                pixels = apply_transform(self.transform, *_source(row), key.augmentation_seed, self.max_image_pixels)
             except ImageError:
                 if self._skipped is None:
                     raise
                 self._skipped.add(row.name)
             else:
-                return {"pixel_values": pixels, "labels": key.row.label}
-        if key.augmentation_seed is None:  # nothing can take its place in an evaluation
-            return {"pixel_values": black_image(self.transform), "labels": UNREADABLE_LABEL}
+                return {"pixel_values": pixels, **example} | ({"readable": True} if marked else {})
+        if marked:  # nothing can take its place in an evaluation
+            return {"pixel_values": black_image(self.transform), **example, "readable": False}
         raise ImageError(
             f"class {self.class_names[key.row.label]!r}: of the {len(rows)} images drawn for a batch none can be "
             f"read: {some(row.name for row in rows)}"
@@ -204,7 +204,7 @@ class StreamedImages(Dataset):
         found = {}
         for place, example in enumerate(self.stream):
             if place in wanted:
-                found[place] = open_image(*_source(self._row(example, place)))
+                found[place] = open_image(*_source(self._row(example, place)), self.max_image_pixels)
                 if len(found) == len(wanted):
                     break
         return found
@@ -236,9 +236,7 @@ class StreamedImages(Dataset):
 
     def _row(self, example: dict[str, Any], place: int) -> StoredRow:
         name = f"row {place} of the stream"
-        label = example[self.columns.label]
-        if label is None or not 0 <= label < self.num_classes:
-            raise DataError(f"{name} has the label {label}; expected 0..{self.num_classes - 1}")
+        label = check_label(example[self.columns.label], self.num_classes, name)
         source, name = stored_image(example[self.columns.image], name, self.columns.image)
         return StoredRow(source, label, name)
 

@@ -12,7 +12,9 @@ from torch.utils.data import Dataset
 from .decoding import EncodedImage
 from .errors import DataError, ImageError, some
 from .fingerprint import digest, evenly_spaced, image_contents, relative_names
+from .image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
 from .images import open_image
+from .labels import check_label, check_labels
 from .sampler import SampleKey
 from .skipped import SkippedImages
 
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "UNREADABLE_LABEL",
     "ImageColumns",
     "ImageDataset",
     "ImageTransform",
@@ -34,9 +35,6 @@ __all__ = [
 ]
 
 ImageTransform = Callable[["Image.Image | EncodedImage", random.Random | None], torch.Tensor]
-
-UNREADABLE_LABEL = -1
-"""Label of an image that an evaluation could not read and was told to skip."""
 
 
 class ImageColumns(NamedTuple):
@@ -82,19 +80,22 @@ class ImageDataset(Dataset):
 
     With `skip_corrupt`, images that can't be read end nothing. In training another image of the same class takes the
     place, chosen by the key alone, so batches keep their size and classes. In evaluation nothing can take the place:
-    the row comes out black with the label `UNREADABLE_LABEL`, so that rows and batches keep their positions, and must
-    be left out before scores are computed. `skipped` lists them, worker processes included.
+    the row comes out black, so that rows and batches keep their positions, and must be left out before scores are
+    computed: examples then have an entry `readable` that says which. `skipped` lists them, worker processes included.
 
     Args:
         hf_dataset: Map-style data set of `datasets`. Its images are read here, whether or not it would decode them.
         transform: Called as `transform(image, rng)`; gives `(3, S, S)` uint8. If it has a true attribute
             `reads_encoded`, it gets an `EncodedImage` and decodes what it needs, otherwise an RGB image of PIL.
         image_column: Column of images.
-        label_column: Column of labels, integers.
+        label_column: Column of labels, integers 0..C-1.
         skip_corrupt: Skip images that can't be read, and list them.
+        max_image_pixels: An image of more can't be read.
 
     Raises:
-        DataError: a column is missing, or its type is not image (or label not integer); the message names both.
+        DataError: a column is missing, or its type is not image (or label not integer); the message names both. A row
+            has no label, or one that is none of 0..C-1.
+        ValueError: max_image_pixels is out of range.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class ImageDataset(Dataset):
         image_column: str = "image",
         label_column: str = "label",
         skip_corrupt: bool = False,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ):
         import datasets
 
@@ -115,8 +117,12 @@ class ImageDataset(Dataset):
         self.transform = transform
         self.image_column = image_column
         self.label_column = label_column
+        self.max_image_pixels = check_pixel_limit(max_image_pixels)
         table = hf_dataset.with_format("arrow", columns=[label_column])[:]
-        self.labels: np.ndarray = table.column(label_column).to_numpy().astype(np.int64)
+        names = self._columns.class_names
+        self.labels: np.ndarray = check_labels(
+            table.column(label_column), None if names is None else len(names), f"column {label_column!r}"
+        )
         """`(n,)` int64; reading it decodes no image."""
         self._paths = _paths_only(hf_dataset, image_column)
         self._skipped = SkippedImages() if skip_corrupt else None
@@ -150,7 +156,7 @@ class ImageDataset(Dataset):
             key: Row, or a `SampleKey` of the batch sampler.
 
         Returns:
-            `pixel_values` `(3, S, S)` uint8, `labels` int.
+            `pixel_values` `(3, S, S)` uint8, `labels` int; with `skip_corrupt`, in evaluation, also `readable` bool.
 
         Raises:
             ImageError: the image can't be read; the message names the file. With `skip_corrupt`, only in training and
@@ -158,18 +164,17 @@ class ImageDataset(Dataset):
         """
         training = isinstance(key, SampleKey)
         row, seed = key if training else (int(key), None)
-        label = int(self.labels[row])
+        readable = True
         try:
             pixels = self._read(row, seed)
         except ImageError:
             if self._skipped is None:
                 raise
             self._skipped.add(self._stored(row)[1])
-            if training:
-                pixels = self._replacement(row, seed)
-            else:
-                pixels, label = black_image(self.transform), UNREADABLE_LABEL
-        return {"pixel_values": pixels, "labels": label}
+            readable = training
+            pixels = self._replacement(row, seed) if training else black_image(self.transform)
+        example = {"pixel_values": pixels, "labels": int(self.labels[row])}
+        return example if training or self._skipped is None else example | {"readable": readable}
 
     def open_image(self, index: int) -> "Image.Image":
         """The whole image of a row, RGB and upright, not transformed (for pictures and inspection).
@@ -177,7 +182,7 @@ class ImageDataset(Dataset):
         Raises:
             ImageError: it can't be read; the message names the file.
         """
-        return open_image(*self._stored(int(index)))
+        return open_image(*self._stored(int(index)), self.max_image_pixels)
 
     def open_images(self, indices: Iterable[int]) -> "dict[int, Image.Image]":
         """`open_image` of several rows, by row."""
@@ -206,7 +211,7 @@ class ImageDataset(Dataset):
             yield list(range(start, min(start + batch_size, len(self))))
 
     def _read(self, row: int, seed: int | None) -> torch.Tensor:
-        return apply_transform(self.transform, *self._stored(row), seed)
+        return apply_transform(self.transform, *self._stored(row), seed, self.max_image_pixels)
 
     def _replacement(self, row: int, seed: int) -> torch.Tensor:
         """Pixels of another image of the row's class: the first that can be read in an order that the key decides."""
@@ -245,7 +250,13 @@ def stored_image(stored: Mapping[str, Any] | None, place: str, column: str) -> t
     return stored["path"], stored["path"]
 
 
-def apply_transform(transform: ImageTransform, source: str | bytes, name: str, seed: int | None) -> torch.Tensor:
+def apply_transform(
+    transform: ImageTransform,
+    source: str | bytes,
+    name: str,
+    seed: int | None,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+) -> torch.Tensor:
     """Read an image and transform it.
 
     Args:
@@ -253,11 +264,12 @@ def apply_transform(transform: ImageTransform, source: str | bytes, name: str, s
         source: Path or contents.
         name: For errors.
         seed: Of the random numbers that the transform gets; None for none.
+        max_image_pixels: An image of more can't be read.
 
     Raises:
         ImageError: the image can't be read; the message has the name.
     """
-    encoded = EncodedImage(source, name)
+    encoded = EncodedImage(source, name, max_image_pixels)
     image = encoded if getattr(transform, "reads_encoded", False) else encoded.load()
     return transform(image, None if seed is None else random.Random(seed))
 
@@ -288,14 +300,18 @@ def collate_images(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
         examples: B results of `ImageDataset`.
 
     Returns:
-        `pixel_values` `(B, 3, S, S)` uint8 and `labels` `(B,)` int64.
+        `pixel_values` `(B, 3, S, S)` uint8, `labels` `(B,)` int64, and `readable` `(B,)` bool if the examples have it.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or one has a label that is not an integer >= 0.
     """
     if not examples:
         raise ValueError("expected at least one example, got none")
-    return {
+    labels = [check_label(example["labels"], None, f"example {i}") for i, example in enumerate(examples)]
+    batch = {
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
-        "labels": torch.tensor([example["labels"] for example in examples], dtype=torch.int64),
+        "labels": torch.tensor(labels, dtype=torch.int64),
     }
+    if "readable" in examples[0]:
+        batch["readable"] = torch.tensor([example["readable"] for example in examples])
+    return batch

@@ -34,9 +34,19 @@ if TYPE_CHECKING:
     from .arguments import DataArguments
 
 
-__all__ = ["CropBox", "EvalTransform", "TrainTransform", "image_to_tensor", "make_transforms"]
+__all__ = [
+    "CropBox",
+    "EvalTransform",
+    "TrainTransform",
+    "central_crop",
+    "image_to_tensor",
+    "is_elongated",
+    "make_transforms",
+]
 
 _CROP_TRIES = 10
+_WHOLE_UP_TO = 16  # times the crop's pixels: what an image may be resized to as a whole
+_SUPPORT = 3  # pixels, of the smaller scale, that the widest filter of PIL looks at on each side
 
 
 class CropBox(NamedTuple):
@@ -219,16 +229,11 @@ class EvalTransform:
             ImageError: an encoded image can't be decoded.
         """
         width, height = image.size
-        short, long = sorted((width, height))
-        long = int(self.resize * long / short)
-        resized = (self.resize, long) if width <= height else (long, self.resize)
-        left, top = (resized[0] - self.size) // 2, (resized[1] - self.size) // 2
-        crop = CropBox(left, top, left + self.size, top + self.size)
-        if self.exact:
+        if self.exact or is_elongated(width, height, self.resize, self.size):
             image = image.load() if isinstance(image, EncodedImage) else image
             _require_rgb(image)  # resizing other modes would give something else
-            image = image.resize(resized, Image.Resampling.BILINEAR) if resized != image.size else image
-            return image_to_tensor(image.crop(crop))
+            return image_to_tensor(central_crop(image, self.resize, self.size))
+        resized, crop = _central_box(width, height, self.resize, self.size)
         whole = CropBox(0, 0, width, height)
         pixels = _resize(_part(image, whole, _shrink(whole, resized, self._DECODE_MARGIN)), resized)
         return pixels[:, crop.top : crop.bottom, crop.left : crop.right].contiguous()
@@ -236,6 +241,51 @@ class EvalTransform:
     def __repr__(self) -> str:
         exact = "" if self.exact else ", exact=False"
         return f"{type(self).__name__}(resize={self.resize}, size={self.size}{exact})"
+
+
+def _central_box(width: int, height: int, resize: int, size: int) -> tuple[tuple[int, int], CropBox]:
+    """Width and height of an image whose short side is made `resize`, and the central square in it."""
+    short, long = sorted((width, height))
+    long = int(resize * long / short)
+    resized = (resize, long) if width <= height else (long, resize)
+    left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
+    return resized, CropBox(left, top, left + size, top + size)
+
+
+def is_elongated(width: int, height: int, resize: int, size: int) -> bool:
+    """Whether an image, resized as a whole, would be many times its central crop: a line of pixels, say."""
+    (wide, high), _ = _central_box(width, height, resize, size)
+    return wide * high > _WHOLE_UP_TO * size**2
+
+
+def central_crop(
+    image: Image.Image, resize: int, size: int, resample: Image.Resampling = Image.Resampling.BILINEAR
+) -> Image.Image:
+    """Resize the short side, then crop the centre, as `EvalTransform` does.
+
+    Of an elongated image only what the crop needs is resized, so that memory doesn't depend on its proportions; PIL
+    takes places of such a crop in single precision, which changes some of the values by 1. Others are resized as a
+    whole.
+
+    Args:
+        image: Mode RGB.
+        resize: Short side after resizing, >= `size`.
+        size: Side of the result.
+        resample: How to resize.
+
+    Returns:
+        Mode RGB, `size` pixels wide and high.
+    """
+    resized, crop = _central_box(*image.size, resize, size)
+    if not is_elongated(*image.size, resize, size):
+        return (image.resize(resized, resample) if resized != image.size else image).crop(crop)
+    scale = (image.width / resized[0], image.height / resized[1])
+    box = [edge * scale[i % 2] for i, edge in enumerate(crop)]
+    margins = [math.ceil(_SUPPORT * max(step, 1)) + 1 for step in scale]
+    left, top = (max(math.floor(box[i]) - margins[i], 0) for i in (0, 1))
+    right, bottom = (min(math.ceil(box[i + 2]) + margins[i], image.size[i]) for i in (0, 1))
+    near = image.crop((left, top, right, bottom))  # so that places are small numbers
+    return near.resize((size, size), resample, (box[0] - left, box[1] - top, box[2] - left, box[3] - top))
 
 
 def _shrink(box: CropBox, size: tuple[int, int], margin: float) -> int:

@@ -17,6 +17,7 @@ from dataclasses import fields
 
 from ..data_scripts.arguments import BUILDER_OPTIONS, DataArguments
 from ..data_scripts.errors import DataError
+from ..data_scripts.image_formats import MAX_IMAGE_PIXELS
 from ..data_scripts.registry import DATASETS
 from ..files.locks import InUseError
 
@@ -161,6 +162,12 @@ def _add_model_options(parser):
     group.add_argument("--batch_size", type=int, default=64)
     group.add_argument("--device", help="such as cuda:1; default: the accelerator, or the CPU")
     group.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    group.add_argument(
+        "--max_image_pixels",
+        type=int,
+        default=MAX_IMAGE_PIXELS,
+        help="an image of more can't be read (default %(default)s)",
+    )
 
 
 def _truth(word: str) -> bool:

@@ -45,7 +45,7 @@ def check_labels(labels, name, ndim=1, length=None):
 
     Raises:
         TypeError: not an integer tensor.
-        ValueError: wrong number of dimensions or length, or empty.
+        ValueError: wrong number of dimensions or length, empty, or a negative label.
     """
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         got = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
@@ -54,6 +54,10 @@ def check_labels(labels, name, ndim=1, length=None):
         raise ValueError(f"{name} must be a {ndim}-D tensor that is not empty, got shape {tuple(labels.shape)}")
     if length is not None and len(labels) != length:
         raise ValueError(f"{name} must have one label per embedding, {length}, got {len(labels)}")
+    negative = (labels < 0).nonzero()
+    if len(negative):
+        row = tuple(negative[0].tolist())
+        raise ValueError(f"{name} must be >= 0: row {', '.join(map(str, row))} has {labels[row]}")
     return labels.long()
 
 

@@ -18,8 +18,10 @@ import torch
 from PIL import Image
 
 from ..data_scripts.errors import ImageError
-from ..data_scripts.images import open_image, upright_rgb
+from ..data_scripts.image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
+from ..data_scripts.images import check_pixels, open_image, upright_rgb
 from ..data_scripts.normalisation import Normalisation
+from ..data_scripts.transforms import central_crop, is_elongated
 from ..lora_vptsp import refuse_other_adapters
 from ..open_backbone_vptsp import name_today
 
@@ -45,11 +47,13 @@ class ImagePreprocessor:
     Args:
         processor: Image processor of transformers, as saved beside a model.
         image_size: Side S that the model takes.
+        max_image_pixels: An image of more can't be read.
     """
 
-    def __init__(self, processor, image_size):
+    def __init__(self, processor, image_size, max_image_pixels=MAX_IMAGE_PIXELS):
         self.processor = processor
         self.image_size = image_size
+        self.max_image_pixels = check_pixel_limit(max_image_pixels)
 
     def __call__(self, image, name=None):
         """Read, resize, crop and normalise one image.
@@ -71,23 +75,34 @@ class ImagePreprocessor:
             if tuple(image.shape) != expected:
                 raise ValueError(f"a preprocessed image must have shape {expected}, got {tuple(image.shape)}")
             return image.float()
-        image = read_image(image, name)
+        image, options = self._shorten(read_image(image, name, self.max_image_pixels))
         # copied: a small tensor that keeps a view of numpy's memory can't be shared with the main process
-        return torch.tensor(self.processor(images=image, return_tensors="np")["pixel_values"][0])
+        return torch.tensor(self.processor(images=image, return_tensors="np", **options)["pixel_values"][0])
+
+    def _shorten(self, image):
+        """An elongated image, cut as the processor would cut it once it had resized all of it; what is left to do."""
+        processor = self.processor
+        short = dict(processor.size).get("shortest_edge") if processor.do_resize and processor.do_center_crop else None
+        if short is None or max(self.image_size, processor.crop_size["height"]) > short:
+            return image, {}
+        if not is_elongated(*image.size, short, processor.crop_size["height"]):
+            return image, {}
+        image = central_crop(image, short, processor.crop_size["height"], Image.Resampling(processor.resample))
+        return image, {"do_resize": False, "do_center_crop": False}
 
 
-def read_image(image, name=None):
+def read_image(image, name=None, max_image_pixels=MAX_IMAGE_PIXELS):
     """RGB and upright PIL image of a path, the contents of a file, a PIL image or a uint8 tensor `(3, H, W)`.
 
     Raises:
         ImageError: it can't be read; the message names it.
         TypeError: none of these.
-        ValueError: a tensor of another shape.
+        ValueError: a tensor of another shape, or a PIL image of too many pixels.
     """
     if isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)):
-        return open_image(image, name)
+        return open_image(image, name, max_image_pixels)
     if isinstance(image, Image.Image):
-        return upright_rgb(image.copy())
+        return upright_rgb(check_pixels(image, max_image_pixels))
     if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
         if image.dim() != 3 or image.shape[0] != 3:
             raise ValueError(f"a uint8 image must have shape (3, height, width), got {tuple(image.shape)}")
@@ -107,6 +122,7 @@ class Embedder:
         device: Where to compute; None for the accelerator of this process, or the CPU.
         dtype: To compute in.
         batch_size: Images at a time.
+        max_image_pixels: An image of more can't be read.
 
     Attributes:
         fingerprint: Digest of the weights that take part and of the preprocessing; the same for every device and
@@ -115,7 +131,16 @@ class Embedder:
     """
 
     def __init__(
-        self, model, processor, name, *, backbone_only=False, device=None, dtype=torch.float32, batch_size=64
+        self,
+        model,
+        processor,
+        name,
+        *,
+        backbone_only=False,
+        device=None,
+        dtype=torch.float32,
+        batch_size=64,
+        max_image_pixels=MAX_IMAGE_PIXELS,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
@@ -127,7 +152,7 @@ class Embedder:
         self.batch_size = batch_size
         self.dtype = dtype
         self.device = torch.device(device) if device is not None else default_device()
-        self.preprocess = ImagePreprocessor(processor, config.backbone_config.image_size)
+        self.preprocess = ImagePreprocessor(processor, config.backbone_config.image_size, max_image_pixels)
         self.embedding_dim = config.pooled_dim if backbone_only else config.embedding_dim
         self.fingerprint = model_fingerprint(model, processor, backbone_only)
         self.model = model.to(device=self.device, dtype=dtype).eval()
@@ -145,7 +170,7 @@ class Embedder:
             name: Folder or Hub name.
             revision: Commit, tag or branch on the Hub.
             resize_size: Short side in pixels, of a backbone only; None for 256 / 224 of its image size.
-            **options: `device`, `dtype` and `batch_size`, as for [`Embedder`].
+            **options: `device`, `dtype`, `batch_size` and `max_image_pixels`, as for [`Embedder`].
 
         Raises:
             OSError: a file is not to be had.

@@ -30,6 +30,7 @@ def load_embedder(name, options):
             batch_size=options.batch_size,
             device=options.device,
             dtype=getattr(torch, options.dtype),
+            max_image_pixels=options.max_image_pixels,
         )
 
 

@@ -17,7 +17,6 @@ from .intervals import compare_paired
 from .markdown import code_span
 from .metrics import count_in_gallery, retrieval_scores
 from .overlap import same_stored_images
-from .sources import UNLABELLED
 from .summary import embedding_metrics
 
 
@@ -57,7 +56,7 @@ def labelled_sets(queries, gallery=None):
         DataError: an item has no class, or the stores are of two models.
     """
     for store in (queries, gallery):
-        unlabelled = 0 if store is None else int((store.labels == UNLABELLED).sum())
+        unlabelled = 0 if store is None else int((~store.labelled).sum())
         if unlabelled:
             raise DataError(
                 f"{store.folder}: scores need the class of every image, {unlabelled} of {len(store)} have none "

@@ -29,14 +29,15 @@ SUBJECT = "classes that training has not seen"
 class EvaluatedImages:
     """Embeddings of an evaluation, together with the data sets that they come from.
 
-    Images that could not be read (their label is -1) are left out. Rows are those of the data sets.
+    Images that could not be read are left out. Rows are those of the data sets.
 
     Args:
         dataset: An [`ImageDataset`] or [`StreamedImages`], or a dict of two, `query` and `gallery`: whatever has
             `open_images(rows)`, `class_names` and, for attention, `transform`.
-        embeddings: `VPTSPTrainer.last_evaluated`: a dict of `query` and `gallery`, each a pair of embeddings `(N, E)`
-            and labels `(N,)` in the data set's order; the gallery's are None where the queries are the gallery. Its
-            `excluded`, if there, are pairs of a query and a gallery item that it may not find.
+        embeddings: `VPTSPTrainer.last_evaluated`: a dict of `query` and `gallery`, each embeddings `(N, E)`, labels
+            `(N,)` and which images could be read `(N,)` bool, in the data set's order; the gallery's is None where the
+            queries are the gallery. Its `excluded`, if there, are pairs of a query and a gallery item that it may not
+            find.
     """
 
     dataset: object
@@ -236,9 +237,9 @@ def draw_run(folder, evaluated, retriever, processor, log_history, proxy_records
     return written, problems
 
 
-def _readable(embeddings, labels):
+def _readable(embeddings, labels, readable):
     """Rows, embeddings and labels without the images that could not be read."""
-    rows = (labels >= 0).nonzero().flatten()
+    rows = readable.nonzero().flatten()
     return rows, embeddings[rows], labels[rows]
 
 

@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..data_scripts.class_folders import class_of_path, split_folders, visible_folders
 from ..data_scripts.errors import DataError, some
-from ..data_scripts.images import list_images
+from ..data_scripts.image_files import list_images
+from ..data_scripts.labels import check_labels
 
 
-UNLABELLED = -1
 _HASHING_THREADS = 8
 
 
@@ -30,18 +31,19 @@ class ImageSource:
 
     Attributes:
         ids: n different texts: the path relative to `image_root` where there is one, else a name in the data set.
-        labels: `(n,)` int64, `UNLABELLED` where no class is known.
+        labels: `(n,)` int64 in 0..C-1; a masked array of numpy, masked where no class is known.
         class_names: Position = label.
         stored: `stored(row)` gives what holds an image (path or contents).
         description: One line on what this is.
         image_root: Folder that the ids are relative to; None where the images are in no folder.
 
     Raises:
-        DataError: there are no images, two have the same id, or an id or class is not valid UTF-8.
+        DataError: there are no images, two have the same id, an id or class is not valid UTF-8, or a label is none of
+            0..C-1.
     """
 
     ids: list[str]
-    labels: np.ndarray
+    labels: np.ma.MaskedArray
     class_names: list[str]
     stored: Callable[[int], str | bytes]
     description: str
@@ -56,6 +58,8 @@ class ImageSource:
         for name in [*self.ids, *self.class_names]:
             if not name.isascii() and name != name.encode(errors="replace").decode():
                 raise DataError(f"{self.description}: {name!r} is not valid UTF-8, and can't be stored: rename it")
+        check_labels(np.ma.filled(self.labels, 0), max(len(self.class_names), 1), self.description)
+        self.labels = np.ma.asarray(self.labels, dtype=np.int64)
 
     def __len__(self):
         return len(self.ids)
@@ -63,7 +67,7 @@ class ImageSource:
     def class_name(self, row):
         """Name of the class of a row, empty if it has none."""
         label = self.labels[row]
-        return "" if label == UNLABELLED else self.class_names[label]
+        return "" if label is np.ma.masked else self.class_names[label]
 
     def fingerprint(self, progress=lambda iterable, total: iterable):
         """Digest of the data: ids, classes and all bytes of all images, in order.
@@ -110,9 +114,10 @@ def content_digest(stored):
 
 
 def folder_source(folder):
-    """All images in a folder, however deep; the class of each is the folder that it lies in, below the first.
+    """All images in a folder, however deep; the class of each is the first folder below it, as in training.
 
-    Images that lie in `folder` itself have no class.
+    Where the folder holds splits (`train` and `test`, say), the class is the first folder below the split's. Images
+    that lie in no class folder have no class.
 
     Raises:
         DataError: there is no such folder, it can't be read, or holds no images.
@@ -120,14 +125,15 @@ def folder_source(folder):
     folder = Path(folder).expanduser().absolute()
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
-    return _file_source([file.path for file in list_images(folder)], folder, f"images in {folder}")
+    return _file_source([file.path for file in list_images(folder)], folder, folder, f"images in {folder}")
 
 
 def list_source(path):
     """The images that a text file names, one path per line, relative to the file's own folder.
 
-    The class of each is the folder that it lies in, as in [`folder_source`]. Empty lines and lines that begin with `#`
-    are passed over.
+    The class of each is the first folder below the deepest one that holds all of them (of which the description
+    speaks); where some lie in that folder itself, and it isn't the list's own, it is a class folder. Empty lines and
+    lines that begin with `#` are passed over.
 
     Raises:
         DataError: the list or a file in it is not there, or the list names none or one twice.
@@ -142,14 +148,21 @@ def list_source(path):
     if missing:
         raise DataError(f"{path} names {len(missing)} files that are not there: {some(missing)}")
     root = _common_root(files, path.parent)
-    return _file_source([Path(file).relative_to(root).as_posix() for file in files], root, f"images listed in {path}")
+    class_root = _common_root(files, None) or path.parent
+    if class_root != path.parent and any(Path(file).parent == class_root for file in files):
+        class_root = class_root.parent
+    where = "" if class_root == path.parent else f", classes are the folders in {class_root}"
+    paths = [Path(file).relative_to(root).as_posix() for file in files]
+    return _file_source(paths, root, class_root, f"images listed in {path}{where}")
 
 
-def _file_source(paths, root, description):
-    classes = [path.rpartition("/")[0] for path in paths]
-    class_names = sorted(set(classes) - {""})
-    numbers = {name: number for number, name in enumerate(class_names)} | {"": UNLABELLED}
-    labels = np.array([numbers[name] for name in classes], dtype=np.int64)
+def _file_source(paths, root, class_root, description):
+    splits = split_folders([] if not paths else visible_folders(class_root))
+    classes = [class_of_path(Path(root, path).relative_to(class_root).as_posix(), splits) for path in paths]
+    class_names = sorted(set(classes) - {None})
+    numbers = {name: number for number, name in enumerate(class_names)}
+    known = [name is not None for name in classes]
+    labels = np.ma.array([numbers.get(name, 0) for name in classes], mask=np.logical_not(known), dtype=np.int64)
     return ImageSource(paths, labels, class_names, _Files(str(root), paths), description, str(root))
 
 
@@ -187,7 +200,7 @@ def split_source(split, description, data_dir=None):
         data_dir: Folder of the data set.
 
     Raises:
-        DataError: a column is missing or of another type, a row has no image, or there are no rows.
+        DataError: a column is missing or of another type, a row has no image or no label, or there are no rows.
     """
     import datasets
 
@@ -198,11 +211,12 @@ def split_source(split, description, data_dir=None):
         split.with_format(None).select_columns(["image", "label"]).cast_column("image", datasets.Image(decode=False))
     )
     arrow = table.with_format("arrow")[:]
-    labels = arrow.column("label").to_numpy().astype(np.int64)
+    names = columns.class_names
+    labels = check_labels(arrow.column("label"), None if names is None else len(names), description)
     images = arrow.column("image").chunks
     paths = [path for chunk in images for path in chunk.field("path").to_pylist()]
     on_disk = all(chunk.field("bytes").null_count == len(chunk) for chunk in images)
-    class_names = columns.class_names or [str(number) for number in range(int(labels.max(initial=-1)) + 1)]
+    class_names = names or [str(number) for number in range(int(labels.max(initial=-1)) + 1)]
     root = None
     if on_disk and paths and None not in paths:
         root = _common_root(paths, data_dir)
@@ -223,4 +237,4 @@ def _common_root(files, preferred):
     return Path(os.path.commonpath([os.path.dirname(file) for file in files])) if files else preferred  # noqa: PTH120
 
 
-__all__ = ["UNLABELLED", "ImageSource", "content_digest", "folder_source", "list_source", "split_source"]
+__all__ = ["ImageSource", "content_digest", "folder_source", "list_source", "split_source"]

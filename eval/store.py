@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ..data_scripts.errors import DataError, some
+from ..data_scripts.labels import check_labels
 from ..files.atomic import TEMPORARY_SUFFIX, atomic_path
 from ..files.digests import file_record
 from ..files.locks import LOCK_FILE, locked
@@ -305,9 +306,18 @@ class EmbeddingStore:
         return self._names.column("id").to_pylist()
 
     @property
+    def labelled(self):
+        """`(n,)` bool tensor: which items have a class."""
+        return torch.tensor([name != "" for name in self.class_names])
+
+    @property
     def labels(self):
-        """`(n,)` int64 tensor, -1 without a class."""
-        return torch.tensor(self._names.column("label").to_numpy())
+        """`(n,)` int64 tensor.
+
+        Raises:
+            DataError: an item has no class, and so no label; see `labelled`.
+        """
+        return torch.from_numpy(check_labels(self._names.column("label"), where=f"{self.folder}"))
 
     @property
     def class_names(self):

@@ -93,17 +93,65 @@ def test_split_by_classes(tmp_path, load, streaming):
     root = write_repository(tmp_path / "flowers", **splits)
     with pytest.raises(DataError, match=r"2 classes of .* in both training and test \('iris', 'tulip'\).*layout='cla"):
         load(root, streaming=streaming)
-    found = load(root, layout="classes", streaming=streaming)  # the first three names train
+    found = load(root, layout="classes", train_split="train+test", streaming=streaming)  # the first three names train
     assert summary(found) == {
         "train": [("tulip", 0), ("rose", 1), ("iris", 2), ("iris", 11), ("tulip", 12)],
         "test": [("daisy", 3), ("lotus", 10)],
     }
     assert found["train"].features["label"].names == ["tulip", "rose", "iris"]
-    found = load(root, layout="classes", streaming=streaming, test_classes=["rose", "iris"])
+    found = load(root, layout="classes", train_split="train+test", streaming=streaming, test_classes=["rose", "iris"])
     assert found["test"].features["label"].names == ["rose", "iris"]
     assert [row["label"] for row in found["test"]] == [0, 1, 1]
-    found = load(root, layout="classes", streaming=streaming, class_split="alternate")
+    found = load(root, layout="classes", train_split="train+test", streaming=streaming, class_split="alternate")
     assert found["test"].features["label"].names == ["rose", "daisy"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_splits_are_chosen_and_never_merged_by_themselves(tmp_path, load, streaming, caplog):
+    corrupted = table([0, 1, 2, 3, 4], first=40)
+    root = write_repository(
+        tmp_path / "flowers",
+        clean=table([0, 1]),
+        held=table([2, 3], first=10),
+        noisy=corrupted,
+        more=table([1], first=5),
+    )
+
+    def fails(message, **options):
+        with pytest.raises(DataError, match=message):
+            load(root, streaming=streaming, **options)
+
+    for options in ({}, {"layout": "classes"}):
+        names = "clean, held, more, noisy|clean, held, noisy, more"
+        fails(rf"flowers has the splits ({names}): give train_split and test_split, or the splits", **options)
+    given = load(root, streaming=streaming, train_split="clean", test_split="held")
+    assert summary(given) == {
+        "train": [("tulip", 0), ("rose", 1)],
+        "test": [("iris", 10), ("daisy", 11)],
+    }
+    assert "'noisy'" in caplog.text and "not part of the layout 'train_test', ignored" in caplog.text
+    joined = load(root, streaming=streaming, train_split="clean + more", test_split="held")
+    assert summary(joined)["train"] == [("tulip", 0), ("rose", 1), ("rose", 5)]
+    anew = load(root, streaming=streaming, train_split="held")  # one split, whose classes are split
+    assert summary(anew) == {"train": [("iris", 10)], "test": [("daisy", 11)]}
+    fails("layout 'train_test' needs the splits clean, gone; .* has", train_split="clean", test_split="gone")
+    fails(r"layout 'classes' needs the splits train\[:5\]; ", train_split="train[:5]")
+    fails("each split of .* can be taken once, got clean, clean", train_split="clean+clean")
+    fails("test_split 'held' goes with the layout 'train_test', got 'classes'", layout="classes", test_split="held",
+          train_split="clean")  # fmt: skip
+    fails("2 classes of .* are in both training and test", train_split="clean", test_split="noisy")
+
+
+def test_train_split_of_a_repository_in_the_usual_form(tmp_path, load):
+    splits = {"train": table([0, 1]), "test": table([2, 3], first=10), "validation": table([1, 1], first=20)}
+    root = write_repository(tmp_path / "flowers", **splits)
+    assert summary(load(root, train_split="train+validation")) == {
+        "train": [("tulip", 0), ("rose", 1), ("rose", 20), ("rose", 21)],
+        "test": [("iris", 10), ("daisy", 11)],
+    }
+    anew = summary(load(root, train_split="train+test"))
+    assert [name for name, _ in anew["train"]] == ["tulip", "rose"]
+    assert [name for name, _ in anew["test"]] == ["iris", "daisy"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -127,7 +175,7 @@ def test_labels_without_names_and_other_columns(tmp_path, load, feature, labels,
 
 def test_streams_go_to_workers(tmp_path, load):
     root = write_repository(tmp_path / "flowers", train=table([4, 0, 4, 2]), test=table([3, 1], first=10))
-    stream = load(root, streaming=True, layout="classes")["train"]
+    stream = load(root, streaming=True, layout="classes", train_split="train+test")["train"]
     assert rows_of(pickle.loads(pickle.dumps(stream))) == rows_of(stream)
 
 
@@ -194,8 +242,9 @@ def test_errors(tmp_path, load, monkeypatch):
     fails(offline, None, dataset_repo="some/absent-flowers", dataset_revision="v1")
     (tmp_path / "empty").mkdir()
     fails("can't load the data set .*empty'", tmp_path / "empty")
-    fails("1 of 3 rows have no label", write_repository(tmp_path / "a", train=table([0, None, 1])))
-    fails("1 of 2 rows have no label", write_repository(tmp_path / "b", train=table([0, 1]), test=table([2, -1])))
+    fails("row 1 has the label None; expected 0..4", write_repository(tmp_path / "a", train=table([0, None, 1])))
+    unknown = write_repository(tmp_path / "b", train=table([0, 1]), test=table([2, -1]))
+    fails("split test: row 1 has the label -1; expected 0..4", unknown)
     fails("holds 1 classes; expected at least two", write_repository(tmp_path / "c", train=table([1, 1])))
     other = table([0], datasets.ClassLabel(names=["x"]))
     saved = datasets.DatasetDict({"train": table([1]), "test": other})

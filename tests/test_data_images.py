@@ -6,7 +6,8 @@ from data_fixtures import write_image
 from PIL import Image
 
 from vptsp.data_scripts.errors import DataError, ImageError
-from vptsp.data_scripts.images import is_image_name, list_images, open_image
+from vptsp.data_scripts.image_files import is_image_name, list_images
+from vptsp.data_scripts.images import open_image
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -94,7 +95,7 @@ def test_truncated_corrupt_empty_missing_name_the_file(tmp_path):
         "corrupt.png": (encoded(Image.fromarray(PIXELS))[:40] + b"x" * 60, "can't read"),
         "text.jpg": (b"<html>not found</html>", "not an image in any known format"),
         "empty.jpg": (b"", "empty file"),
-        "float.tiff": (encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), "floating-point"),
+        "float.tiff": (encoded(Image.fromarray(np.full((2, 2), 1.5, np.float32)), "TIFF"), "floating-point"),
         "wide.tiff": (encoded(Image.fromarray(np.full((2, 2), 70000, np.int32)), "TIFF"), "32-bit integer"),
     }
     for name, (data, reason) in cases.items():
@@ -130,14 +131,19 @@ def test_list_images_is_sorted_deep_and_without_litter(tmp_path):
     assert found[2][1:] == (status.st_size, status.st_mtime_ns)
 
 
-def test_list_images_follows_links_but_not_round(tmp_path):
+def test_list_images_follows_links_to_files_and_on_request_to_folders_but_not_round(tmp_path, caplog):
     write_image(tmp_path / "real/a.jpg")
     folder = tmp_path / "class"
     folder.mkdir()
     (folder / "linked.jpg").symlink_to(tmp_path / "real/a.jpg")
     (folder / "sub").symlink_to(tmp_path / "real")
     (folder / "round").symlink_to(folder)
-    assert [file.path for file in list_images(folder)] == ["linked.jpg", "sub/a.jpg"]
+    assert [file.path for file in list_images(folder)] == ["linked.jpg"]
+    assert "class: 2 links to folders are not followed, left out: " in caplog.text
+    assert f"{folder / 'sub'} -> {tmp_path / 'real'}" in caplog.text
+    caplog.clear()
+    assert [file.path for file in list_images(folder, follow_links=True)] == ["linked.jpg", "sub/a.jpg"]
+    assert "class: 1 links to folders are not followed" in caplog.text and str(folder / "round") in caplog.text
     (folder / "broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
     with pytest.raises(DataError, match=r"broken.jpg is a broken link to .*nowhere.jpg"):
         list_images(folder)

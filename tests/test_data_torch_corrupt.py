@@ -22,7 +22,6 @@ from vptsp.data_scripts import (
     load_splits,
 )
 from vptsp.data_scripts.skipped import SkippedImages
-from vptsp.data_scripts.torch_dataset import UNREADABLE_LABEL
 
 
 @pytest.fixture
@@ -92,8 +91,11 @@ def test_a_class_without_readable_images_is_an_error(table):
 def test_evaluation_marks_what_it_can_not_read(table):
     dataset = ImageDataset(table, EvalTransform(10, 8), skip_corrupt=True)
     examples = [dataset[row] for row in range(len(dataset))]
-    assert [example["labels"] for example in examples] == [0, -1, 0, 0, -1, 1, -1, -1, -1]
-    assert UNREADABLE_LABEL == -1
+    assert [example["labels"] for example in examples] == [0] * 4 + [1] * 3 + [2] * 2
+    readable = [True, False, True, True, False, True, False, False, False]
+    assert [example["readable"] for example in examples] == readable
+    batch = collate_images(examples)
+    assert batch["readable"].tolist() == readable and batch["labels"].tolist() == [0] * 4 + [1] * 3 + [2] * 2
     assert not examples[1]["pixel_values"].any() and examples[1]["pixel_values"].shape == (3, 8, 8)
     assert names(dataset.skipped) == ["a/001", "b/000", "b/002", "c/000", "c/001"]
     assert dataset.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 2  # what the table says stays

@@ -112,12 +112,12 @@ NAMES = ["neighbours", "failures", "confusion", "map", "attention", "curves", "p
 
 @pytest.mark.parametrize("own_gallery", [False, True])
 def test_pictures_of_a_run(backbone_folder, tmp_path, own_gallery):
-    labels = torch.tensor([0, 1, 2, 3] * 5 + [-1])
+    labels, readable = torch.tensor([0, 1, 2, 3] * 5 + [2]), torch.arange(21) < 20
     embeddings = torch.nn.functional.normalize(torch.randn(21, 8), dim=1)
-    dataset, evaluated = Photos(labels), {"query": (embeddings, labels), "gallery": (None, None)}
+    dataset, evaluated = Photos(labels), {"query": (embeddings, labels, readable), "gallery": None}
     if own_gallery:
         dataset = {"query": dataset, "gallery": Photos(labels)}
-        evaluated["gallery"] = (embeddings.roll(3, 0), labels)
+        evaluated["gallery"] = (embeddings.roll(3, 0), labels, readable)
     evaluated = EvaluatedImages(dataset, evaluated)
     retriever = make_retriever(backbone_folder)
     written, problems = draw_run(tmp_path, evaluated, retriever, None, LOG, RECORDS, count=3)
@@ -131,7 +131,7 @@ def test_pictures_of_a_run(backbone_folder, tmp_path, own_gallery):
 def test_a_picture_that_can_t_be_drawn_keeps_none_of_the_others(backbone_folder, tmp_path):
     labels = torch.tensor([0, 0, 1, 1])
     embeddings = torch.eye(8)[labels]
-    evaluated = EvaluatedImages(Photos(labels), {"query": (embeddings, labels), "gallery": (None, None)})
+    evaluated = EvaluatedImages(Photos(labels), {"query": (embeddings, labels, labels >= 0), "gallery": None})
     written, problems = draw_run(tmp_path, evaluated, make_retriever(backbone_folder), None, LOG, [])
     assert [path.name for path in written] == ["neighbours.png", "attention.png", "curves.png"]
     assert "at least one" in problems["failures"] and "at least one" in problems["confusion"]
@@ -148,7 +148,7 @@ def test_photographs_take_little_room(tmp_path):
     noisy = (ramp[..., None] + rng.normal(0, 12, (24, 300, 300, 3))).clip(0, 255).astype(np.uint8)
     photos.images = [Image.fromarray(pixels) for pixels in noisy]
     embeddings = torch.nn.functional.normalize(torch.randn(24, 8), dim=1)
-    evaluated = EvaluatedImages(photos, {"query": (embeddings, labels), "gallery": (None, None)})
+    evaluated = EvaluatedImages(photos, {"query": (embeddings, labels, labels >= 0), "gallery": None})
     path = draw_neighbours(tmp_path / "neighbours.png", evaluated)
     assert path.stat().st_size < 900_000  # noise; photographs take less
     assert Image.open(path).mode == "P"

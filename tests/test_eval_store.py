@@ -64,8 +64,8 @@ def test_folder_source(photos, tmp_path):
     source = folder_source(photos)
     assert source.ids == [*(f"a/00{i}.png" for i in range(5)), *(f"b/00{i}.png" for i in range(4)),
                           "c/d/000.png", "c/d/001.png", "top.png"]  # fmt: skip
-    assert source.class_names == ["a", "b", "c/d"]
-    assert source.labels.tolist() == [0] * 5 + [1] * 4 + [2] * 2 + [-1]
+    assert source.class_names == ["a", "b", "c"]
+    assert source.labels.tolist() == [0] * 5 + [1] * 4 + [2] * 2 + [None]
     assert [source.class_name(row) for row in (0, 11)] == ["a", ""]
     assert source.stored(0) == str(photos / "a" / "000.png")
     with pytest.raises(DataError, match="there is no folder"):
@@ -130,6 +130,14 @@ def test_store_holds_what_the_model_gives(embedder, photos, tmp_path):
         *(f"shard-0000{i}-of-00003.parquet" for i in range(3)),
         STORE_FILE,
     ]
+
+
+def test_images_without_a_class_have_no_label(embedder, photos, tmp_path):
+    write_image(photos / "top.png")
+    store = embed_to_store(embedder, folder_source(photos), tmp_path / "store", shard_size=4, progress=False)
+    assert store.labelled.tolist() == [True] * 11 + [False]
+    with pytest.raises(DataError, match=r"store: row 11 has the label None; expected an integer >= 0"):
+        _ = store.labels
 
 
 def test_store_is_readable_by_datasets(embedder, photos, tmp_path):

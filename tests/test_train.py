@@ -291,8 +291,8 @@ def test_picture_needs_no_second_pass_and_takes_query_and_gallery(arguments, tmp
         for name in names:
             shutil.copytree(images / f"class{name}", root / part / f"class{name}")
     passes = []
-    embed = VPTSPTrainer.embed
-    monkeypatch.setattr(VPTSPTrainer, "embed", lambda self, *args: passes.append(args) or embed(self, *args))
+    embed = VPTSPTrainer._embed_all
+    monkeypatch.setattr(VPTSPTrainer, "_embed_all", lambda self, *args: passes.append(args) or embed(self, *args))
     train.main([*arguments, "--data_dir", str(root), "--eval_strategy", "no", "--picture_queries", "2"])
     assert len(passes) == 4  # queries and gallery, before and after
     assert (tmp_path / "run" / "pictures" / "neighbours.png").is_file()

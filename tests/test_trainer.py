@@ -377,6 +377,11 @@ def test_unreadable_images_are_left_out_of_the_scores(backbone_folder, tmp_path,
     assert with_broken.skipped == [str(broken)]
     assert metrics["eval_map_at_r"] == expected["eval_map_at_r"]
     assert metrics["eval_num_queries"] == expected["eval_num_queries"] == 11
+    for of_all, of_readable in zip(trainer.embed(with_broken), trainer.embed(without), strict=True):
+        assert torch.equal(of_all, of_readable)
+    predicted = trainer.predict(with_broken)
+    assert predicted.label_ids.tolist() == rows["label"]
+    assert np.isnan(predicted.predictions).all(1).tolist() == [i == 4 for i in range(12)]
 
 
 def test_workers_do_not_change_the_batches(backbone_folder, tmp_path, train_dataset):
@@ -447,7 +452,9 @@ def test_nan_pixels_end_the_run_before_they_reach_the_weights(backbone_folder, t
 
 def test_data_that_does_not_fit_is_refused_at_once(backbone_folder, tmp_path, train_dataset):
     model = make_model(backbone_folder, num_classes=3)
-    with pytest.raises(ValueError, match=r"must be in 0\.\.2 \(num_classes of the model\), got 0\.\.4"):
+    with pytest.raises(
+        ValueError, match=r"must be in 0\.\.2 \(num_classes of the model\): row \d+ has the label [34];"
+    ):
         VPTSPTrainer(model=model, args=make_args(tmp_path), train_dataset=train_dataset)
     model = make_model(backbone_folder)
     args = make_args(tmp_path, per_device_train_batch_size=12)

@@ -1,0 +1,159 @@
+"""Which files of a folder are its images, and what is said of the others.
+
+Nothing here imports torch or `datasets`.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+from .errors import DataError, some
+from .image_formats import HEIF_EXTENSIONS, IMAGE_EXTENSIONS
+
+
+__all__ = ["ImageFile", "LeftOut", "is_hidden", "is_image_name", "list_images", "refuse_run_folder"]
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "all_results.json"
+"""What every folder has that a training run wrote its results to."""
+
+
+class ImageFile(NamedTuple):
+    """One image file, as found by `list_images`.
+
+    Attributes:
+        path: Relative to the folder that was listed, with `/` between the parts.
+        size: Bytes.
+        mtime_ns: Time of the last change, nanoseconds.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass
+class LeftOut:
+    """What a listing passes over, so that it can be said once.
+
+    Attributes:
+        endings: How many files with which ending are no images that can be read.
+        links: Links to folders, which are not followed.
+    """
+
+    endings: Counter[str] = field(default_factory=Counter)
+    links: list[str] = field(default_factory=list)
+
+    def add(self, names: Iterable[str]) -> None:
+        """Count those of some files that are no images; hidden ones and the litter of macOS don't count."""
+        for name in names:
+            if not is_hidden(name) and not is_image_name(name):
+                self.endings[PurePath(name).suffix.lower() or "no ending"] += 1
+
+    def say(self, where: str | Path) -> None:
+        """Log what there is to say of a folder or an archive, if there is anything."""
+        if self.endings:
+            counts = ", ".join(f"{ending} {count:,}" for ending, count in self.endings.most_common())
+            heif = (HEIF_EXTENSIONS - IMAGE_EXTENSIONS) & self.endings.keys()
+            hint = f"; the extra 'heic' (pillow-heif) reads {', '.join(sorted(heif))}" if heif else ""
+            total = sum(self.endings.values())
+            logger.warning("%s: %d files are no images that can be read, left out: %s%s", where, total, counts, hint)
+        if self.links:
+            links = some(self.links, 20)
+            logger.warning("%s: %d links to folders are not followed, left out: %s", where, len(self.links), links)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder name is to be passed over: hidden, or litter that macOS leaves (`._*`, `__MACOSX`)."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file name is that of an image: an ending of a kind that is read, in any case, and not hidden."""
+    return not is_hidden(name) and PurePath(name).suffix.lower() in IMAGE_EXTENSIONS
+
+
+def list_images(folder: str | Path, left_out: LeftOut | None = None, follow_links: bool = False) -> list[ImageFile]:
+    """List the images in a folder, however deep they lie.
+
+    Links to files are followed. Links to folders are not: they may lead to a folder above, to images that are listed
+    already, or out of the data set.
+
+    Args:
+        folder: Where to look.
+        left_out: Gets what is passed over; None: it is logged.
+        follow_links: Follow links to folders too, but for those that lead round; for data sets whose lists say which
+            images are theirs.
+
+    Returns:
+        The images, sorted by relative path (by code point, so `B` comes before `a`).
+
+    Raises:
+        DataError: a folder can't be read or is that of a training run, an image is a broken link, or a name is not
+            valid Unicode.
+    """
+    found = LeftOut() if left_out is None else left_out
+    above = frozenset(map(_identity, Path(folder).absolute().parents)) if follow_links else None
+    images = sorted(_walk_images(os.fspath(folder), "", found, above))
+    if left_out is None:
+        found.say(folder)
+    return images
+
+
+def refuse_run_folder(folder: str | Path) -> None:
+    """Check that a folder is not one that a training run wrote to: its pictures are no data.
+
+    Raises:
+        DataError: it is.
+    """
+    if (Path(folder) / RUN_FILE).is_file():
+        raise DataError(
+            f"{folder} is the output_dir of a training run (it holds {RUN_FILE}), whose pictures would be taken for "
+            "data: move it out of the images' folder"
+        )
+
+
+def _walk_images(
+    folder: str, prefix: str, left_out: LeftOut, above: frozenset[tuple[int, int]] | None
+) -> Iterator[ImageFile]:
+    """The images of a folder; `above` are the folders that hold it, None where links are not followed."""
+    try:
+        here = _identity(Path(folder))
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise DataError(f"can't list the folder {folder}: {error.strerror or error}") from error
+    refuse_run_folder(folder)
+    above = None if above is None else above | {here}
+    for entry in entries:
+        if is_hidden(entry.name):
+            continue
+        if entry.is_dir():
+            if entry.is_symlink() and (above is None or _identity(entry) in above):
+                left_out.links.append(f"{entry.path} -> {Path(entry.path).readlink()}")
+            else:
+                yield from _walk_images(entry.path, f"{prefix}{entry.name}/", left_out, above)
+        elif is_image_name(entry.name):
+            if not entry.is_file():
+                what = f"a broken link to {Path(entry.path).readlink()}" if entry.is_symlink() else "no regular file"
+                raise DataError(f"{entry.path} is {what}")
+            status = entry.stat()
+            path = prefix + entry.name
+            try:
+                path.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"the file name {entry.path!r} is not valid UTF-8, and can't be stored in a table: rename it"
+                ) from error
+            yield ImageFile(path, status.st_size, status.st_mtime_ns)
+        else:
+            left_out.add([entry.name])
+
+
+def _identity(place: os.DirEntry | Path) -> tuple[int, int]:
+    status = place.stat()
+    return status.st_dev, status.st_ino

@@ -1,0 +1,163 @@
+"""What an image's place says of its class and its split, the same everywhere; and what is no data."""
+
+import logging
+
+import pytest
+from data_fixtures import jpeg_bytes, write_classes, write_files, write_image
+
+from vptsp import train
+from vptsp.data_scripts import DataArguments, DataError, check_data_arguments, check_output_apart, load_splits
+from vptsp.data_scripts.image_files import list_images
+from vptsp.eval.sources import folder_source, list_source
+
+
+def classes_of(source):
+    return {name: source.class_name(row) for row, name in enumerate(source.ids)}
+
+
+def classes_in_training(root, **options):
+    found = {}
+    for split in load_splits("folder", root, **options).values():
+        names = split.features["label"].names
+        found |= {row["image"]["path"].removeprefix(f"{root}/"): names[row["label"]] for row in split}
+    return found
+
+
+# ---- the same classes everywhere
+
+
+def test_folders_in_a_class_folder(tmp_path):
+    root = write_files(
+        tmp_path / "photos",
+        dict.fromkeys(["a/front/1.jpg", "a/back/deep/2.jpg", "a/3.jpg", "b/front/1.jpg"], jpeg_bytes()),
+    )
+    assert classes_of(folder_source(root)) == classes_in_training(root)
+    assert set(classes_of(folder_source(root)).values()) == {"a", "b"}
+    for place in (root, tmp_path):  # a list in the folder of the class folders, and one elsewhere
+        prefix = "" if place == root else "photos/"
+        (place / "list.txt").write_text("".join(f"{prefix}{name}\n" for name in classes_in_training(root)))
+        found = {name.removeprefix("photos/"): c for name, c in classes_of(list_source(place / "list.txt")).items()}
+        assert found == classes_in_training(root)
+    assert list_source(tmp_path / "list.txt").description.endswith(f"classes are the folders in {root}")
+    (tmp_path / "one.txt").write_text("photos/a/3.jpg\nphotos/a/front/1.jpg\n")
+    assert classes_of(list_source(tmp_path / "one.txt")) == {"photos/a/3.jpg": "a", "photos/a/front/1.jpg": "a"}
+
+
+@pytest.mark.parametrize("layout", ["train_test", "query_gallery"])
+def test_folders_of_splits(tmp_path, layout):
+    splits = {"train": {"x": 1}, "test": {"y": 2}}
+    if layout == "query_gallery":
+        splits = {"train": {"x": 1}, "query": {"y": 1}, "gallery": {"y": 2, "z": 1}}
+    for name, counts in splits.items():
+        write_classes(tmp_path / "root" / name, counts)
+    found = classes_of(folder_source(tmp_path / "root"))
+    assert found == classes_in_training(tmp_path / "root")
+    write_image(tmp_path / "root/extra/w/1.png")
+    write_image(tmp_path / "root/train/loose.png")
+    found = classes_of(folder_source(tmp_path / "root"))
+    assert found["extra/w/1.png"] == found["train/loose.png"] == "" and found["train/x/000.png"] == "x"
+
+
+# ---- splits are no classes
+
+
+@pytest.mark.parametrize(
+    "layout, folders, advice",
+    [
+        ("classes", ("train", "test"), "expected layout='train_test'"),
+        ("classes", ("Train", "Test", "roses"), "'Test', 'Train' among its folders; expected layout='train_test'"),
+        ("classes", ("query", "gallery", "train"), "expected layout='query_gallery'"),
+        *(
+            (layout, folders, advice)
+            for layout in ("classes", "auto")
+            for folders, advice in [
+                (("train", "val", "roses"), "expected train and test, or train, query and gallery"),
+                (("train", "validation"), "has only 'train', 'validation'; expected train and test"),
+                (("query", "gallery"), "has only 'gallery', 'query'"),
+                (("valid",), "has only 'valid'"),
+            ]
+        ),
+    ],
+)
+def test_splits_never_become_classes(tmp_path, layout, folders, advice):
+    root = write_classes(tmp_path / "root", dict.fromkeys(folders, 1))
+    for load in (
+        lambda: load_splits("folder", root, layout=layout),
+        lambda: check_data_arguments(DataArguments(data_dir=str(root), layout=layout)),
+    ):
+        with pytest.raises(DataError, match=rf"{advice}.*If these are the names of classes and not of splits"):
+            load()
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    root = write_classes(tmp_path / "root", {"car": 1, "plane": 1, "train": 1})
+    assert set(classes_in_training(root).values()) == {"car", "plane", "train"}
+    assert set(classes_of(folder_source(root)).values()) == {"car", "plane", "train"}
+
+
+def test_images_beside_the_splits_are_said_to_be_left_out(tmp_path, caplog):
+    root = tmp_path / "root"
+    write_classes(root / "train", {"x": 1})
+    write_classes(root / "test", {"y": 1, "z": 1})
+    write_image(root / "1.png")
+    load_splits("folder", root)
+    assert "root: 1 images lie beside the folders of the splits and are left out" in caplog.text
+
+
+# ---- links
+
+
+def test_a_link_to_a_folder_above_adds_no_images(tmp_path, caplog):
+    root = write_classes(tmp_path / "root", {"a": 2, "b": 1, "c": 1})
+    before = classes_in_training(root)
+    (root / "a/above").symlink_to(root)
+    (root / "a/further").symlink_to(tmp_path)
+    (root / "a/sister").symlink_to(root / "c")
+    (root / "b/outside").symlink_to(write_classes(tmp_path / "elsewhere", {"d": 2}))
+    with caplog.at_level(logging.WARNING):
+        assert classes_in_training(root) == before
+    assert "root: 4 links to folders are not followed, left out: " in caplog.text
+    assert f"{root / 'a/above'} -> {root}" in caplog.text
+    assert classes_of(folder_source(root)) == before
+    assert len(list_images(root, follow_links=True)) == 4 + 1 + 2  # c once more, d; none round
+
+
+def test_a_class_folder_or_a_split_that_is_a_link_is_refused(tmp_path):
+    root = write_classes(tmp_path / "root", {"a": 1, "b": 1})
+    (root / "c").symlink_to(root / "a")
+    with pytest.raises(DataError, match=rf"{root}/c is a link to the folder {root}/a, .*\(1 such links\); expected"):
+        load_splits("folder", root)
+    write_classes(tmp_path / "two/train", {"x": 1})
+    write_classes(tmp_path / "two/query", {"y": 1})
+    for target in (tmp_path / "two/query", tmp_path / "two/query/y"):
+        (tmp_path / "two/gallery").symlink_to(target)
+        with pytest.raises(DataError, match=r"two/gallery is a link into .*two/query: their images would be in both"):
+            load_splits("folder", tmp_path / "two")
+        (tmp_path / "two/gallery").unlink()
+    (tmp_path / "two/gallery").symlink_to(
+        write_classes(tmp_path / "disk2", {"y": 1})
+    )  # a whole split may lie elsewhere
+    assert load_splits("folder", tmp_path / "two")["gallery"].num_rows == 1
+
+
+# ---- what an earlier run wrote
+
+
+def test_pictures_of_an_earlier_run_are_no_data(tmp_path, backbone_folder, capsys):
+    root = write_classes(tmp_path / "root", {"a": 2, "b": 2})
+    for output in (root, root / "run", root / "a/deep/run"):
+        args = DataArguments(data_dir=str(root))
+        with pytest.raises(DataError, match=rf"output_dir {output} lies in data_dir {root}, where pictures"):
+            check_output_apart(args, output)
+        with pytest.raises(SystemExit):
+            train.main(["--data_dir", str(root), "--output_dir", str(output), "--backbone", str(backbone_folder)])
+        assert "lies in data_dir" in capsys.readouterr().err
+        write_files(output, {"all_results.json": "{}", "pictures/map.png": b"x"})
+        for load in (lambda: load_splits("folder", root), lambda: folder_source(root)):
+            with pytest.raises(DataError, match=rf"{output} is the output_dir of a training run"):
+                load()
+        (output / "all_results.json").unlink()
+        (output / "pictures/map.png").unlink()
+    check_output_apart(DataArguments(data_dir=str(root)), tmp_path / "root2")
+    check_output_apart(DataArguments(dataset_name="cub", data_dir=str(root)), root / "run")
+    check_output_apart(DataArguments(dataset_name="digits"), root)
