@@ -294,12 +294,12 @@ def test_images_of_two_data_sets(tmp_path, kind):
 
 
 def test_pictures_leave_the_query_out():
-    labels = torch.tensor([0, 1, -1, 0, 1])
+    labels, readable = torch.tensor([0, 1, 0, 0, 1]), torch.tensor([True, True, False, True, True])
     embeddings = noise(5).float()
-    found = {"query": (embeddings, labels), "gallery": (embeddings, labels)}
+    found = {"query": (embeddings, labels, readable), "gallery": (embeddings, labels, readable)}
     pairs = torch.arange(5)[:, None].expand(-1, 2)
     own = EvaluatedImages({"query": None, "gallery": None}, {**found, "excluded": pairs})
-    alone = EvaluatedImages(None, {**found, "gallery": (None, None)})
+    alone = EvaluatedImages(None, {**found, "gallery": None})
     assert own.excluded.tolist() == [[i, i] for i in range(4)]
     assert own.neighbours[1].equal(alone.neighbours[1])
     assert own.num_relevant.equal(alone.num_relevant)
