@@ -225,6 +225,7 @@ _RANGES = {
     **dict.fromkeys(("embedding_dropout", "rnn_dropout", "proxy_keep", "proxy_bias_ratio"), (0, 1)),
     **dict.fromkeys(("loss_alpha", "adapter_scale", "lora_alpha"), (0, math.inf)),
 }
+_WORDS = {"loss": "the name of a loss", "lora_targets": "a list of names of linear layers"}
 _OPEN = {"embedding_dropout": ")", "rnn_dropout": ")", "loss_alpha": "(", "adapter_scale": "(", "lora_alpha": "("}
 
 
@@ -247,6 +248,7 @@ def check_field(name, value, kind, bounds=None, layers=None):
     if len(members) > 1 or (optional and value is None):
         return
     expected, accepted = _expectation(value, members[0])
+    expected = _WORDS.get(name, expected)
     if bounds is not None:
         (low, high), edge = bounds, _OPEN.get(name, "")
         expected = f"{expected} {_words(low, high, edge)}".removeprefix("a number ")
@@ -274,7 +276,7 @@ def _expectation(value, kind):
         return f"one of {', '.join(get_args(kind))}", isinstance(value, str) and value in get_args(kind)
     if kind == list[str]:
         named = isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(item, str) for item in value)
-        return "a list of names of linear layers", named
+        return "a list of strings", named
     return "", True
 
 

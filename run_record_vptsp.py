@@ -92,6 +92,7 @@ FREE_DATA_ARGUMENTS = (
     "test_classes",
     "verify_counts",
     "skip_corrupt",
+    "max_image_pixels",
 )
 
 

@@ -194,6 +194,8 @@ def test_every_other_training_argument_is_compared(tmp_path):
 OTHER_DATA = {
     "dataset_name": "cub",
     "layout": "classes",
+    "train_split": "a",
+    "test_split": "b",
     "test_share": 0.25,
     "class_split": "random",
     "split_seed": 1,

@@ -78,7 +78,7 @@ def test_bad_values_are_named(field, value, message):
         ("loss_delta", float("inf"), "loss_delta must be a number, got inf"),
         ("lora_alpha", float("inf"), "lora_alpha must be > 0, got inf"),
         ("backbone", 3, "backbone must be None or a string, got 3"),
-        ("loss", None, "loss must be a string, got None"),
+        ("loss", None, "loss must be the name of a loss, got None"),
         ("loss_kwargs", "{}", "loss_kwargs must be None or a mapping, got '{}'"),
         ("miner", "hard", "miner must be None or pml.<Name>, got 'hard'"),
         ("pooling", 1, r"pooling must be one of cls, mean, cls\+mean, got 1"),

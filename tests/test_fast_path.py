@@ -155,7 +155,7 @@ def test_hooks_in_the_semantic_pass(backbone_folder):
     """Class prompts go through layers that are called as a whole too, gradients included."""
     model = VPTSPForMetricLearning.from_backbone(
         backbone_folder, num_classes=3, embedding_dim=10, num_prompts=2, num_class_prompts=2
-    )
+    ).eval()
     labels = torch.tensor([0, 0, 2])
 
     def gradients():

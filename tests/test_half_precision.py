@@ -11,7 +11,7 @@ from vptsp.half_precision_vptsp import frozen_weights_in
 def make_model(**fields):
     torch.manual_seed(0)
     values = {"num_classes": 5, "embedding_dim": 10, "num_prompts": 3, "num_class_prompts": 2}
-    return VPTSPForMetricLearning(VPTSPConfig(backbone_config=tiny_vit_config(), **{**values, **fields}))
+    return VPTSPForMetricLearning(VPTSPConfig(backbone_config=tiny_vit_config(), **{**values, **fields})).eval()
 
 
 def step(model):

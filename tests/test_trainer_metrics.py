@@ -11,7 +11,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
 from vptsp.data_scripts import EvalTransform, ImageDataset
-from vptsp.data_scripts.images import list_images
+from vptsp.data_scripts.image_files import list_images
 from vptsp.eval import compute_retrieval_metrics, embedding_metrics, retrieval_metrics, retrieval_scores
 
 
@@ -89,7 +89,11 @@ def test_queries_that_are_in_the_gallery_under_another_name(backbone_folder, tmp
     trainer = make_trainer(backbone_folder, tmp_path, eval_metrics="all", bootstrap_samples=0)
     embeddings, labels = torch.nn.functional.normalize(torch.randn(20, 8), dim=1), torch.arange(20) // 5
     read = torch.arange(20) != 7
-    trainer.embed = lambda data, *_: (embeddings, torch.where(read, labels, -1) if data is sets["query"] else labels)
+    trainer._embed_all = lambda data, *_: (
+        embeddings,
+        labels,
+        read if data is sets["query"] else torch.ones_like(read),
+    )
     with caplog.at_level("WARNING"):
         metrics, again = trainer.evaluate(sets), trainer.evaluate(sets)
     alone = retrieval_scores(embeddings, labels)
