@@ -19,7 +19,7 @@ $(VENV)/.installed: setup.cfg constraints.txt
 install: $(VENV)/.installed  ## create the environment and install
 
 quickstart: $(VENV)/.installed  ## the whole chain on scanned digits, offline, in minutes
-	$(BIN)/python -m vptsp.quickstart
+	$(BIN)/python -m vptsp.examples.quickstart
 
 test: $(VENV)/.installed  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

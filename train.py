@@ -2,7 +2,7 @@
 
     accelerate launch train.py configs/cub_vits16.yaml --data_dir path/to/CUB_200_2011
     accelerate launch train.py configs/folder.yaml --data_dir path/to/folders --num_train_epochs 5
-    vptsp-train table1/vpt --data_dir path/to/CUB_200_2011 --backbone facebook/dino-vits16
+    vptsp train table1/vpt --data_dir path/to/CUB_200_2011 --backbone facebook/dino-vits16
 
 The YAML file (or the name of one that the package brings) and the options name fields of `VPTSPConfig` (what the model
 is), `VPTSPTrainingArguments` (how the run goes) and `DataArguments` (what data); options win. `output_dir` gets the
@@ -18,11 +18,11 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from vptsp.command_help import help_text, option_groups
-from vptsp.data_scripts import DataError
+from vptsp.data_scripts.data_errors import DataError
 from vptsp.files.locks import InUseError
-from vptsp.output_folder_vptsp import OutputFolderError, check_output_folder, output_held
-from vptsp.run_arguments_vptsp import (
+from vptsp.training.command_help import help_text, option_groups
+from vptsp.training.output_folder import OutputFolderError, check_output_folder, output_held
+from vptsp.training.run_arguments import (
     DERIVED,
     USAGE,
     ConfigError,
@@ -30,14 +30,14 @@ from vptsp.run_arguments_vptsp import (
     check_run,
     parse_arguments,
 )
-from vptsp.run_errors_vptsp import CheckpointError, CheckpointWriteError, TrainingError, TrainingInterrupted
+from vptsp.training.run_errors import CheckpointError, CheckpointWriteError, TrainingError, TrainingInterrupted
 
 
 def build_model(model_fields, num_classes, image_size):
     """The training model, on pretrained weights or (with `backbone_config` alone) on random ones."""
     from vptsp.configuration_vptsp import VPTSPConfig
-    from vptsp.modeling_metric_learning import VPTSPForMetricLearning
-    from vptsp.open_backbone_vptsp import resized_config
+    from vptsp.loading_vptsp import resized_config
+    from vptsp.training.model import VPTSPForMetricLearning
 
     values = {**model_fields, "num_classes": num_classes}
     backbone = values.pop("backbone")
@@ -175,7 +175,7 @@ def draw_pictures(folder, trainer, frozen, count):
         Names of the files.
     """
     from vptsp.eval.run_pictures import EvaluatedImages, draw_run
-    from vptsp.proxy_movement_vptsp import FILE_NAME, read_proxy_movement
+    from vptsp.training.proxy_movement import FILE_NAME, read_proxy_movement
 
     movement = Path(trainer.args.output_dir) / FILE_NAME
     written, problems = draw_run(
@@ -207,10 +207,10 @@ def prepare(model_fields, training_args, data_args):
     """
     from transformers import set_seed
 
-    from vptsp.image_processor_vptsp import build_image_processor
-    from vptsp.proxy_movement_vptsp import ProxyMovement
-    from vptsp.run_record_vptsp import record_data_arguments
-    from vptsp.trainer_vptsp import VPTSPTrainer
+    from vptsp.data_scripts.preprocessing import build_image_processor
+    from vptsp.training.proxy_movement import ProxyMovement
+    from vptsp.training.run_record import record_data_arguments
+    from vptsp.training.trainer import VPTSPTrainer
 
     images = data_args.image_datasets()
     parts = {name: part for name, part in images.items() if name != "train"}
@@ -255,7 +255,7 @@ def run(model_fields, training_args, data_args, run_args, command):
 
 def train_and_evaluate(trainer, images, step_seconds, run_args):
     """Scores of the frozen backbone, training, scores of what it gave; as a part of the results."""
-    from vptsp.offloading_vptsp import describe_class_prompts
+    from vptsp.training.offloading import describe_class_prompts
 
     checkpoint = trainer.checkpoint_to_resume(trainer.args.resume_from_checkpoint)
     if checkpoint is None and run_args.overwrite_output:
@@ -333,7 +333,7 @@ def main(argv=None):
     if {"-h", "--help"} & set(argv):
         print(help_text("train.py", USAGE, __doc__, option_groups(DERIVED, RunArguments)))
         return
-    from vptsp.model_card_vptsp import without_tokens
+    from vptsp.training.model_card import without_tokens
 
     try:
         arguments = parse_arguments(argv)

@@ -43,7 +43,7 @@ def hold_back_classes(config, overrides, output):
     Raises:
         DataError: the data set takes no lists of classes.
     """
-    from vptsp.data_scripts.registry import refuse_unknown_options
+    from vptsp.data_scripts.dataset_registry import refuse_unknown_options
     from vptsp.train import parse_arguments
 
     _, _, data_args, _ = parse_arguments(run_command(config, 0, output, overrides))

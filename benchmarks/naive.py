@@ -29,9 +29,9 @@ def encode(model, pixel_values, tokens_of_layers, prompt_rows=None):
 
 def forward(model, pixel_values, labels, images_per_class):
     """`VPTSPForMetricLearning.forward` with both passes done naively; the same outputs to rounding."""
-    from vptsp.losses_vptsp import proxy_anchor_loss
-    from vptsp.modeling_metric_learning import VPTSPMetricLearningOutput
-    from vptsp.proxies_vptsp import group_by_class
+    from vptsp.losses.proxy_losses import proxy_anchor_loss
+    from vptsp.training.model import VPTSPMetricLearningOutput
+    from vptsp.training.proxies import group_by_class
 
     retriever = model.vptsp
     embeddings = retriever.head(encode(retriever, pixel_values, retriever.prompts()))
@@ -47,7 +47,7 @@ def forward(model, pixel_values, labels, images_per_class):
 
 def forward_without_prompts(model, pixel_values, labels, loss_function):
     """Full fine-tuning with Proxy-Anchor: transformers' own forward pass, all weights trained."""
-    from vptsp.modeling_metric_learning import VPTSPMetricLearningOutput
+    from vptsp.training.model import VPTSPMetricLearningOutput
 
     backbone = model.vptsp.backbone
     embeddings = model.vptsp.head(backbone(pixel_values).last_hidden_state[:, 0])

@@ -29,8 +29,8 @@ from transformers import ViTConfig
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, backbones_vptsp
 from vptsp.files.yaml_files import read_yaml
-from vptsp.half_precision_vptsp import frozen_weights_in
-from vptsp.losses_vptsp import proxy_anchor_loss
+from vptsp.losses.proxy_losses import proxy_anchor_loss
+from vptsp.training.half_precision import frozen_weights_in
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

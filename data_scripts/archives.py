@@ -23,7 +23,7 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm import tqdm
 
-from .errors import DataError, some
+from .data_errors import DataError, some
 from .image_files import ImageFile, is_hidden, is_image_name
 
 

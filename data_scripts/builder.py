@@ -24,7 +24,7 @@ import datasets
 
 from .archives import free_bytes, read_members
 from .class_split import split_classes
-from .errors import DataError
+from .data_errors import DataError
 from .listing import GROUP_SPLITS, SplitListing, SplitRows
 
 

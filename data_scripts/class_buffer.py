@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from .errors import DataError
+from .data_errors import DataError
 
 
 __all__ = ["ClassBuffer", "RowGroup", "StoredRow", "default_buffer_size"]

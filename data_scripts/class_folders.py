@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .errors import DataError, some
+from .data_errors import DataError, some
 from .image_files import ImageFile, LeftOut, is_hidden, is_image_name, list_images, refuse_run_folder
 
 

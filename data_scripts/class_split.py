@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from .errors import DataError, some
+from .data_errors import DataError, some
 
 
 __all__ = ["CLASS_SPLITS", "class_list_file", "read_class_list", "split_classes"]

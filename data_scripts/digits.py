@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .builder import ClassSplitConfig, ImageDatasetBuilder
-from .errors import DataError
+from .data_errors import DataError
 from .image_files import ImageFile
 from .listing import SplitListing, make_listing
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from .builder import ClassSplitConfig, ImageDatasetBuilder
 from .class_folders import detect_layout, existing_folder, scan_class_folders, scan_split_folders
-from .errors import DataError, some
+from .data_errors import DataError, some
 from .listing import SplitListing, make_listing
 
 

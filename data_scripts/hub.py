@@ -19,7 +19,7 @@ import numpy as np
 
 from .builder import ClassSplitConfig
 from .class_folders import LAYOUTS, existing_folder
-from .errors import DataError, some
+from .data_errors import DataError, some
 from .labels import check_labels
 from .listing import GROUP_SPLITS
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from .errors import DataError, some
+from .data_errors import DataError, some
 from .image_formats import HEIF_EXTENSIONS, IMAGE_EXTENSIONS
 
 

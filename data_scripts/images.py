@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from .errors import ImageError
+from .data_errors import ImageError
 from .image_formats import FORMATS, MAX_IMAGE_PIXELS
 
 

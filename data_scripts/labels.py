@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError
+from .data_errors import DataError
 
 
 __all__ = ["check_label", "check_labels"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import DataError
+from .data_errors import DataError
 from .image_files import ImageFile
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from .class_folders import existing_folder, visible_folders
-from .errors import DataError, some
+from .data_errors import DataError, some
 from .image_files import ImageFile, LeftOut, is_image_name, list_images
 from .listing import GROUP_SPLITS, FileRow, SplitCounts, SplitListing, make_row_listing, verify_split_counts
 

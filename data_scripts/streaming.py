@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch.utils.data import Dataset
 
 from .class_buffer import ClassBuffer, RowGroup, StoredRow, default_buffer_size
-from .errors import DataError, ImageError, some
+from .data_errors import DataError, ImageError, some
 from .image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
 from .images import open_image
 from .labels import check_label

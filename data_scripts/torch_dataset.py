@@ -9,9 +9,9 @@ import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
+from .data_errors import DataError, ImageError, some
+from .data_fingerprint import digest, evenly_spaced, image_contents, relative_names
 from .decoding import EncodedImage
-from .errors import DataError, ImageError, some
-from .fingerprint import digest, evenly_spaced, image_contents, relative_names
 from .image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
 from .images import open_image
 from .labels import check_label, check_labels

@@ -31,7 +31,7 @@ from .decoding import DecodedPart, EncodedImage
 
 
 if TYPE_CHECKING:
-    from .arguments import DataArguments
+    from .data_arguments import DataArguments
 
 
 __all__ = [

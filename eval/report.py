@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from ..data_scripts.errors import DataError
+from ..data_scripts.data_errors import DataError
+from ..data_scripts.overlap import same_stored_images
 from ..files.atomic import write_json, write_text
 from .intervals import compare_paired
 from .markdown import code_span
 from .metrics import count_in_gallery, retrieval_scores
-from .overlap import same_stored_images
 from .summary import embedding_metrics
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..image_processor_vptsp import normalisation_for
+from ..data_scripts.overlap import select_pairs
+from ..data_scripts.preprocessing import normalisation_for
 from .attention import cls_attention, save_attention
 from .confusion import confused_pairs, confusion_shares, save_confusion
 from .curves import save_training_curves
@@ -16,7 +17,6 @@ from .embedding_map import choose_mapped, map_embeddings, save_embedding_map
 from .failures import choose_failures, find_failures, save_failure_grid
 from .metrics import count_relevant
 from .neighbours import nearest_neighbours
-from .overlap import select_pairs
 from .pictures import choose_queries, save_neighbour_grid
 from .proxy_curves import save_proxy_movement
 

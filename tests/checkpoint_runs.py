@@ -33,8 +33,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from vptsp import VPTSPForMetricLearning, VPTSPTrainer, VPTSPTrainingArguments
-from vptsp.data_scripts import EvalTransform, ImageDataset, StreamedImages, TrainTransform, load_splits
+from vptsp import (
+    EvalTransform,
+    ImageDataset,
+    StreamedImages,
+    TrainTransform,
+    VPTSPForMetricLearning,
+    VPTSPTrainer,
+    VPTSPTrainingArguments,
+    load_splits,
+)
 
 
 FIELDS = {"num_classes": 5, "embedding_dim": 12, "num_prompts": 3, "num_class_prompts": 2, "rnn_dropout": 0.2}

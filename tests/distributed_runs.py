@@ -11,8 +11,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from vptsp import VPTSPForMetricLearning, VPTSPTrainer, VPTSPTrainingArguments
-from vptsp.data_scripts import EvalTransform, ImageDataset, TrainTransform, load_splits
+from vptsp import (
+    EvalTransform,
+    ImageDataset,
+    TrainTransform,
+    VPTSPForMetricLearning,
+    VPTSPTrainer,
+    VPTSPTrainingArguments,
+    load_splits,
+)
 
 
 OFFLOADED = {"class_prompt_store": "offloaded"}

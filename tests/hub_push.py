@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import ViTModel
 
 from vptsp import VPTSPForMetricLearning, VPTSPModel, train
-from vptsp.image_processor_vptsp import build_image_processor
+from vptsp.data_scripts.preprocessing import build_image_processor
 
 
 FIELDS = {"num_prompts": 5, "embedding_dim": 10}

@@ -15,11 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vptsp import VPTSPModel
-from vptsp.app import THUMBNAIL, SearchPage, open_page, write_space
-from vptsp.data_scripts import DataError
-from vptsp.eval import Embedder, IndexMismatchError, RetrievalIndex, folder_source
-from vptsp.image_processor_vptsp import build_image_processor
+from vptsp import DataError, Embedder, IndexMismatchError, RetrievalIndex, VPTSPModel, folder_source
+from vptsp.data_scripts.preprocessing import build_image_processor
+from vptsp.deploy.search_page import THUMBNAIL, SearchPage, open_page, write_space
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -136,7 +134,7 @@ def served(index):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vptsp.app", "--index", str(index), "--port", str(port)]
+    command = [sys.executable, "-m", "vptsp.cli", "app", "--index", str(index), "--port", str(port)]
     server = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     address = f"http://127.0.0.1:{port}"
     try:

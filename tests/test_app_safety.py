@@ -10,12 +10,10 @@ import torch
 from data_fixtures import write_classes, write_image
 from PIL import Image
 
-from vptsp import VPTSPModel
-from vptsp.app import SearchPage, launch, open_page, write_space
-from vptsp.data_scripts import DataError
-from vptsp.eval import Embedder, RetrievalIndex, folder_source
+from vptsp import DataError, Embedder, RetrievalIndex, VPTSPModel, folder_source
+from vptsp.data_scripts.preprocessing import build_image_processor
+from vptsp.deploy.search_page import SearchPage, launch, open_page, write_space
 from vptsp.eval.markdown import code_span, plain_text
-from vptsp.image_processor_vptsp import build_image_processor
 
 
 NASTY = [
@@ -241,7 +239,7 @@ def test_names_on_the_page(place):
 
 def test_formulas_are_looked_for_nowhere(place):
     gradio = pytest.importorskip("gradio")
-    from vptsp.app import build_page
+    from vptsp.deploy.search_page import build_page
 
     blocks = build_page(open_page(place / "index"))
     shown = [block for block in blocks.blocks.values() if isinstance(block, gradio.Markdown)]
@@ -251,7 +249,7 @@ def test_formulas_are_looked_for_nowhere(place):
 
 def test_the_models_name_on_the_page(place):
     gradio = pytest.importorskip("gradio")
-    from vptsp.app import build_page
+    from vptsp.deploy.search_page import build_page
 
     page = open_page(place / "index")
     page.index.info.model = {**page.index.model, "name": "runs/![x](http:\\a.b)"}

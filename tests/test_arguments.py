@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from vptsp import VPTSPTrainer, VPTSPTrainingArguments
-from vptsp.unsupported_arguments_vptsp import REFUSED_FIELDS, REFUSED_TRAINER_ARGUMENTS
+from vptsp.training.unsupported_arguments import REFUSED_FIELDS, REFUSED_TRAINER_ARGUMENTS
 
 
 FIELDS = {item.name: item for item in dataclasses.fields(TrainingArguments)}

@@ -8,12 +8,11 @@ import checkpoint_runs
 import pytest
 import torch
 
-from vptsp import VPTSPTrainingArguments
-from vptsp.checkpoints_vptsp import check_checkpoint, check_files, last_checkpoint, load_tree, save_tree
-from vptsp.data_scripts import DataArguments, EvalTransform, ImageDataset, StreamedImages, TrainTransform
-from vptsp.image_processor_vptsp import build_image_processor
-from vptsp.run_errors_vptsp import CheckpointError
-from vptsp.run_record_vptsp import FREE_DATA_ARGUMENTS, is_free_setting, record_data_arguments, run_differences
+from vptsp import DataArguments, EvalTransform, ImageDataset, StreamedImages, TrainTransform, VPTSPTrainingArguments
+from vptsp.data_scripts.preprocessing import build_image_processor
+from vptsp.training.checkpoints import check_checkpoint, check_files, last_checkpoint, load_tree, save_tree
+from vptsp.training.run_errors import CheckpointError
+from vptsp.training.run_record import FREE_DATA_ARGUMENTS, is_free_setting, record_data_arguments, run_differences
 
 
 TRAINING = {"num_train_epochs": 1, "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
@@ -263,7 +262,7 @@ def test_what_a_transform_does_is_in_its_name():
 
 
 def test_a_record_tells_tables_from_streams(splits):
-    from vptsp.run_record_vptsp import _data_record
+    from vptsp.training.run_record import _data_record
 
     table = _data_record(ImageDataset(splits["test"], EvalTransform(18, 16)))
     stream = _data_record(StreamedImages(splits["test"].to_iterable_dataset(), EvalTransform(18, 16)))

@@ -15,8 +15,10 @@ from oracle import first_fingerprint
 from safetensors import SafetensorError
 from transformers import ViTModel
 
-from vptsp import VPTSPForMetricLearning, VPTSPTrainingArguments
-from vptsp.checkpoints_vptsp import (
+from vptsp import EvalTransform, ImageDataset, TrainTransform, VPTSPForMetricLearning, VPTSPTrainingArguments
+from vptsp.data_scripts.data_fingerprint import relative_names
+from vptsp.modeling_vptsp import backbone_fingerprint
+from vptsp.training.checkpoints import (
     check_checkpoint,
     checkpoints_in,
     last_checkpoint,
@@ -27,10 +29,7 @@ from vptsp.checkpoints_vptsp import (
     save_tree,
     set_random_state,
 )
-from vptsp.data_scripts import EvalTransform, ImageDataset, TrainTransform
-from vptsp.data_scripts.fingerprint import relative_names
-from vptsp.modeling_vptsp import backbone_fingerprint
-from vptsp.run_errors_vptsp import CheckpointError, CheckpointWriteError
+from vptsp.training.run_errors import CheckpointError, CheckpointWriteError
 
 
 TRAINING = {"num_train_epochs": 1, "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
@@ -353,7 +352,7 @@ def test_rotation_keeps_the_new_one_and_the_best(tmp_path, limit, keep, left):
 @pytest.mark.parametrize("written", [1, 2, 3])
 def test_a_full_disk_leaves_earlier_checkpoints_intact(build, tmp_path, monkeypatch, error, written):
     """The disk fills up in the second checkpoint, at one of its three files of tensors."""
-    import vptsp.checkpoints_vptsp as checkpoints
+    import vptsp.training.checkpoints as checkpoints
 
     trainer, count = build(tmp_path), 0
 

@@ -16,7 +16,7 @@ from checkpoint_runs import write_colours
 from safetensors.torch import load_file
 
 from vptsp import train
-from vptsp.interruption_vptsp import InterruptionCallback
+from vptsp.training.interruption import InterruptionCallback
 
 
 HERE = Path(__file__).parent

@@ -9,8 +9,9 @@ import torch
 from conftest import tiny_vit_config
 from safetensors.torch import save_file
 
-from vptsp import VPTSPConfig, VPTSPForMetricLearning, host_table_vptsp
-from vptsp.class_prompts_vptsp import ClassPrompts, OffloadedClassPrompts
+from vptsp import VPTSPConfig, VPTSPForMetricLearning
+from vptsp.training import host_table as host_table_vptsp
+from vptsp.training.class_prompts import ClassPrompts, OffloadedClassPrompts
 
 
 SHAPE = (6, 5, 8)  # classes, prompts of all layers, width

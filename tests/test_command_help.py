@@ -4,9 +4,9 @@ import subprocess
 import sys
 from dataclasses import fields
 
-from vptsp import VPTSPTrainingArguments, run_arguments_vptsp, train
-from vptsp.command_help import help_text, option_groups, options_in_source
-from vptsp.data_scripts import DataArguments
+from vptsp import DataArguments, VPTSPTrainingArguments, train
+from vptsp.training import run_arguments as run_arguments_vptsp
+from vptsp.training.command_help import help_text, option_groups, options_in_source
 
 
 GROUPS = option_groups(train.DERIVED, train.RunArguments)

@@ -14,7 +14,7 @@ from conftest import tiny_vit_config
 from PIL import Image
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, train
-from vptsp.loss_registry_vptsp import check_loss
+from vptsp.losses.loss_registry import check_loss
 
 
 ROOT = Path(__file__).resolve().parents[1]

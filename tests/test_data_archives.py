@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from data_fixtures import jpeg_bytes, write_archive, write_tar, write_zip
 
-from vptsp.data_scripts import DataError
+from vptsp import DataError
 from vptsp.data_scripts.archives import archive_kind, list_members, read_member, read_members
 
 

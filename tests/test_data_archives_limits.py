@@ -10,7 +10,8 @@ import zipfile
 import pytest
 from data_fixtures import jpeg_bytes
 
-from vptsp.data_scripts import DataError, archives
+from vptsp import DataError
+from vptsp.data_scripts import archives
 from vptsp.data_scripts.archives import list_members, read_members
 
 

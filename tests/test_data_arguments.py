@@ -7,7 +7,7 @@ import pytest
 from data_fixtures import write_archive, write_classes, write_files, write_image
 from transformers import HfArgumentParser
 
-from vptsp.data_scripts import DATASETS, DataArguments, DataError, check_data_arguments, load_splits
+from vptsp import DATASETS, DataArguments, DataError, check_data_arguments, load_splits
 
 
 def parse(*words):
@@ -147,17 +147,9 @@ def test_early_check_imports_nothing_heavy(tmp_path):
     root = write_classes(tmp_path / "root", {"a": 1})
     code = (
         "import sys\n"
-        "from vptsp.data_scripts import DataArguments, check_data_arguments\n"
+        "from vptsp import DataArguments, check_data_arguments\n"
         f"check_data_arguments(DataArguments(data_dir={str(root)!r}))\n"
         "print([name for name in ('torch', 'datasets', 'transformers', 'sklearn') if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_package_names_all_import():
-    package = importlib.import_module("vptsp.data_scripts")
-    assert all(getattr(package, name) is not None for name in package.__all__)
-    assert set(package.__all__) <= set(dir(package))
-    with pytest.raises(AttributeError, match="no attribute 'absent'"):
-        _ = package.absent

@@ -6,8 +6,8 @@ import pytest
 from data_fixtures import SHARED_DATA, jpeg_bytes, rows_of, split_list, write_archive, write_files
 from scipy.io import loadmat, savemat
 
-from vptsp.data_scripts import Cars196, DataError, load_splits
-from vptsp.data_scripts.cars_names import CAR_NAMES, car_number
+from vptsp import Cars196, DataError, load_splits
+from vptsp.data_scripts.benchmarks.cars_names import CAR_NAMES, car_number
 
 
 RAM = "Ram C/V Cargo Van Minivan 2012"

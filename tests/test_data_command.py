@@ -9,9 +9,9 @@ import pytest
 from data_fixtures import jpeg_bytes, write_archive, write_classes, write_files, write_image
 from PIL import Image
 
-from vptsp.data_scripts.__main__ import main
+from vptsp.data_scripts.command_check import main
 from vptsp.data_scripts.contact_sheet import COLUMNS, Cell, Section, _wrap, draw_contact_sheet, spread
-from vptsp.data_scripts.report import SplitView, _shares, class_size_histogram, contact_sheet, count_table
+from vptsp.data_scripts.dataset_report import SplitView, _shares, class_size_histogram, contact_sheet, count_table
 
 
 SOLID = {"a": (255, 0, 0), "b": (0, 160, 0), "c": (0, 0, 255), "d": (200, 200, 0)}
@@ -174,12 +174,12 @@ def test_a_picture_that_cannot_be_written(flowers, tmp_path, capsys):
 
 
 def test_as_a_module(flowers, tmp_path):
-    command = [sys.executable, "-m", "vptsp.data_scripts", "folder", "--data_dir"]
+    command = [sys.executable, "-m", "vptsp.cli", "check", "folder", "--data_dir"]
     done = subprocess.run([*command, str(flowers)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "Picture of 4 classes: folder.png" in done.stdout
     done = subprocess.run([*command, str(flowers / "a")], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    done = subprocess.run([*command[:3], "--help"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([*command[:4], "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "--dataset_repo" in done.stdout and "CUB-200-2011" in done.stdout
 
 

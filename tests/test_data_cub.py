@@ -4,7 +4,7 @@ import pickle
 import pytest
 from data_fixtures import jpeg_bytes, rows_of, split_list, write_archive, write_classes, write_files
 
-from vptsp.data_scripts import CUB200, DataError, load_splits
+from vptsp import CUB200, DataError, load_splits
 
 
 FOLDERS = {"200.Yellowthroat": 1, "002.Laysan_Albatross": 2, "100.Brown_Pelican": 1, "101.White_Pelican": 3}

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vptsp.data_scripts import DataError, load_splits
+from vptsp import DataError, load_splits
 
 
 @pytest.fixture

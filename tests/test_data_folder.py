@@ -8,7 +8,7 @@ import pytest
 from data_fixtures import SHARED_DATA, write_archive, write_classes, write_files, write_image
 from PIL import Image
 
-from vptsp.data_scripts import DataError, ImageDataset, ImageError, ImageFolders, load_splits
+from vptsp import DataError, ImageDataset, ImageError, ImageFolders, load_splits
 from vptsp.data_scripts.class_split import split_classes
 
 

@@ -8,7 +8,7 @@ import pytest
 from data_fixtures import jpeg_bytes, rows_of
 from PIL import Image
 
-from vptsp.data_scripts import DataError, ImageDataset, load_splits
+from vptsp import DataError, ImageDataset, load_splits
 
 
 FLOWERS = ["tulip", "rose", "iris", "daisy", "lotus"]  # not in alphabetical order, and that is the order

@@ -5,7 +5,7 @@ import pytest
 from data_fixtures import write_image
 from PIL import Image
 
-from vptsp.data_scripts.errors import DataError, ImageError
+from vptsp.data_scripts.data_errors import DataError, ImageError
 from vptsp.data_scripts.image_files import is_image_name, list_images
 from vptsp.data_scripts.images import open_image
 

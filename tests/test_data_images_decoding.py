@@ -8,7 +8,7 @@ from data_fixtures import SHARED_DATA
 from image_fixtures import encoded, photo, with_orientation
 from PIL import Image, ImageOps
 
-from vptsp.data_scripts import ImageError
+from vptsp import ImageError
 from vptsp.data_scripts.decoding import EncodedImage, Turn
 from vptsp.data_scripts.images import open_image
 

@@ -16,23 +16,15 @@ from image_fixtures import encoded, photo
 from PIL import EpsImagePlugin, Image, features
 from transformers import ViTImageProcessorPil
 
-from vptsp.data_scripts import (
-    DataArguments,
-    EvalTransform,
-    ImageDataset,
-    ImageError,
-    TrainTransform,
-    load_splits,
-    open_image,
-)
-from vptsp.data_scripts.__main__ import main as check_data
+from vptsp import DataArguments, EvalTransform, ImageDataset, ImageError, TrainTransform, load_splits, open_image
+from vptsp.data_scripts.command_check import main as check_data
 from vptsp.data_scripts.decoding import EncodedImage
 from vptsp.data_scripts.image_files import is_image_name, list_images
 from vptsp.data_scripts.image_formats import FORMATS, IMAGE_EXTENSIONS, MAX_IMAGE_PIXELS
 from vptsp.data_scripts.streaming import StreamedImages
 from vptsp.data_scripts.transforms import central_crop
-from vptsp.eval.embedder import ImagePreprocessor
-from vptsp.eval.sources import folder_source, list_source
+from vptsp.search.embedder import ImagePreprocessor
+from vptsp.search.image_sources import folder_source, list_source
 
 
 RESIZE = Image.Image.resize
@@ -111,7 +103,7 @@ def test_an_image_of_too_many_pixels_is_refused_by_its_header(tmp_path):
         "import resource, sys, warnings; warnings.simplefilter('ignore')\n"
         "from vptsp.data_scripts.images import open_image\n"
         "from vptsp.data_scripts.decoding import EncodedImage\n"
-        "from vptsp.data_scripts.errors import ImageError\n"
+        "from vptsp.data_scripts.data_errors import ImageError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for read in (open_image, EncodedImage):\n"
         "    try: read(sys.argv[1])\n"

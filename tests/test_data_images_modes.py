@@ -11,10 +11,10 @@ from image_fixtures import encoded
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from vptsp.data_scripts import EvalTransform, ImageError
+from vptsp import EvalTransform, ImageError
 from vptsp.data_scripts.decoding import EncodedImage
 from vptsp.data_scripts.images import open_image, to_rgb
-from vptsp.eval.embedder import ImagePreprocessor, read_image
+from vptsp.search.embedder import ImagePreprocessor, read_image
 
 
 RNG = np.random.default_rng(0)

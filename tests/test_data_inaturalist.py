@@ -1,7 +1,7 @@
 import pytest
 from data_fixtures import jpeg_bytes, rows_of, write_archive, write_files
 
-from vptsp.data_scripts import DataError, INaturalist2018, load_splits
+from vptsp import DataError, INaturalist2018, load_splits
 from vptsp.data_scripts.listing import SplitCounts
 
 
@@ -136,7 +136,7 @@ def full_lists():
 
 
 def test_published_counts():
-    from vptsp.data_scripts.inaturalist import INATURALIST_COUNTS
+    from vptsp.data_scripts.benchmarks.inaturalist import INATURALIST_COUNTS
 
     assert {"train": SplitCounts(325846, 5690), "test": SplitCounts(136093, 2452)} == INATURALIST_COUNTS
 
@@ -147,7 +147,7 @@ def test_full_size(tmp_path, monkeypatch, share):
     lists = {split: paths[: len(paths) // share] for split, paths in full_lists().items()}
     counts = {split: SplitCounts(len(paths), len({p.split("/")[1] for p in paths})) for split, paths in lists.items()}
     if share > 1:
-        monkeypatch.setattr("vptsp.data_scripts.inaturalist.INATURALIST_COUNTS", counts)
+        monkeypatch.setattr("vptsp.data_scripts.benchmarks.inaturalist.INATURALIST_COUNTS", counts)
     else:
         assert counts == {"train": (325846, 5690), "test": (136093, 2452)}
     text = {

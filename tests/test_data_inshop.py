@@ -1,7 +1,7 @@
 import pytest
 from data_fixtures import jpeg_bytes, rows_of, write_archive, write_files
 
-from vptsp.data_scripts import DataError, InShop, load_splits
+from vptsp import DataError, InShop, load_splits
 
 
 ROWS = [

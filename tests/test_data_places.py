@@ -5,10 +5,9 @@ import logging
 import pytest
 from data_fixtures import jpeg_bytes, write_classes, write_files, write_image
 
-from vptsp import train
-from vptsp.data_scripts import DataArguments, DataError, check_data_arguments, check_output_apart, load_splits
+from vptsp import DataArguments, DataError, check_data_arguments, check_output_apart, load_splits, train
 from vptsp.data_scripts.image_files import list_images
-from vptsp.eval.sources import folder_source, list_source
+from vptsp.search.image_sources import folder_source, list_source
 
 
 def classes_of(source):

@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vptsp.data_scripts import ClassBalancedBatchSampler, SampleKey
+from vptsp import ClassBalancedBatchSampler, SampleKey
 
 
 CASES = [

@@ -1,7 +1,7 @@
 import pytest
 from data_fixtures import jpeg_bytes, rows_of, split_list, write_archive, write_files
 
-from vptsp.data_scripts import DataError, StanfordOnlineProducts, load_splits
+from vptsp import DataError, StanfordOnlineProducts, load_splits
 
 
 HEADER = "image_id class_id super_class_id path\n"

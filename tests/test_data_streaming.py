@@ -14,7 +14,7 @@ from accelerate import skip_first_batches
 from data_fixtures import write_classes
 from torch.utils.data import DataLoader
 
-from vptsp.data_scripts import DataError, ImageError, TrainTransform, collate_images, load_splits
+from vptsp import DataError, ImageError, TrainTransform, collate_images, load_splits
 from vptsp.data_scripts.sampler import augmentation_seeds
 from vptsp.data_scripts.streaming import StreamBatchSampler, StreamedImages
 

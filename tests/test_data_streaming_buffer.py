@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from vptsp.data_scripts import DataError
+from vptsp import DataError
 from vptsp.data_scripts.class_buffer import ClassBuffer, StoredRow, default_buffer_size
 
 

@@ -10,7 +10,7 @@ from data_fixtures import write_classes, write_image
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vptsp.data_scripts import (
+from vptsp import (
     ClassBalancedBatchSampler,
     DataError,
     EvalTransform,

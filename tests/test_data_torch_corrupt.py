@@ -11,7 +11,7 @@ import torch
 from data_fixtures import write_classes
 from torch.utils.data import DataLoader
 
-from vptsp.data_scripts import (
+from vptsp import (
     ClassBalancedBatchSampler,
     EvalTransform,
     ImageDataset,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vptsp.data_scripts import DataArguments, EvalTransform, TrainTransform, make_transforms
+from vptsp import DataArguments, EvalTransform, TrainTransform, make_transforms
 
 
 def noise(width, height, seed=0):

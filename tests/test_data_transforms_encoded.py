@@ -12,7 +12,7 @@ from data_fixtures import SHARED_DATA
 from image_fixtures import encoded, photo, with_orientation
 from PIL import Image, ImageOps
 
-from vptsp.data_scripts import EvalTransform, TrainTransform
+from vptsp import EvalTransform, TrainTransform
 from vptsp.data_scripts.decoding import EncodedImage
 
 

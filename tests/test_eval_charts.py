@@ -130,7 +130,7 @@ def test_proxy_picture(tmp_path, semantic):
 
 
 def test_records_are_read_as_written(tmp_path):
-    from vptsp.proxy_movement_vptsp import read_proxy_movement
+    from vptsp.training.proxy_movement import read_proxy_movement
 
     path = tmp_path / "proxy_movement.json"
     record = {"step": 3, "epoch": 1.0, "proxy_before": [1, 2, 3, 4]}

@@ -1,4 +1,4 @@
-"""`python -m vptsp.eval`: what the commands write, print and refuse."""
+"""`vptsp`: what the commands write, print and refuse."""
 
 import json
 import re
@@ -13,12 +13,19 @@ import torch
 from data_fixtures import write_classes
 from safetensors.torch import load_file, save_file
 
-from vptsp import VPTSPModel
-from vptsp.data_scripts import EvalTransform, ImageDataset, load_splits
-from vptsp.eval import EmbeddingStore, RetrievalIndex, embedding_metrics, retrieval_metrics
-from vptsp.eval.__main__ import _parser, main
-from vptsp.eval.index_files import index_lock
-from vptsp.image_processor_vptsp import build_image_processor
+from vptsp import (
+    EmbeddingStore,
+    EvalTransform,
+    ImageDataset,
+    RetrievalIndex,
+    VPTSPModel,
+    embedding_metrics,
+    load_splits,
+    retrieval_metrics,
+)
+from vptsp.data_scripts.preprocessing import build_image_processor
+from vptsp.search.commands import _parser, main
+from vptsp.search.index_files import index_lock
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +293,7 @@ def test_images_without_classes_have_no_scores(retriever, photos, tmp_path, caps
 
 def test_help_is_quick_and_imports_nothing_heavy():
     code = (
-        "import sys; from vptsp.eval.__main__ import _parser; _parser();"
+        "import sys; from vptsp.search.commands import _parser; _parser();"
         "sys.exit(str([m for m in ('torch', 'transformers', 'datasets', 'faiss') if m in sys.modules] or 0))"
     )
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -295,7 +302,9 @@ def test_help_is_quick_and_imports_nothing_heavy():
 
 def test_documented_commands_exist():
     text = (Path(__file__).resolve().parents[1] / "docs" / "search.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^ +python -m vptsp\.eval (.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    commands = re.findall(
+        r"^ +vptsp ((?:embed|evaluate|compare|index|search) .*)$", text.replace("\\\n", " "), re.MULTILINE
+    )
     commands = [shlex.split(command) for command in commands if "--help" not in command]
     assert len(commands) >= 9
     for words in commands:

@@ -1,4 +1,4 @@
-"""eval/embedder.py: images in any form to embeddings, retrievers and bare backbones, fingerprints."""
+"""search/embedder.py: images in any form to embeddings, retrievers and bare backbones, fingerprints."""
 
 import numpy as np
 import pytest
@@ -6,12 +6,10 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-from vptsp import VPTSPModel
-from vptsp.data_scripts import ImageError
-from vptsp.eval import Embedder
-from vptsp.eval.embedder import model_fingerprint
-from vptsp.image_processor_vptsp import build_image_processor
-from vptsp.open_backbone_vptsp import name_before
+from vptsp import Embedder, ImageError, VPTSPModel
+from vptsp.data_scripts.preprocessing import build_image_processor
+from vptsp.loading_vptsp import name_before
+from vptsp.search.embedder import model_fingerprint
 
 
 @pytest.fixture(scope="module")

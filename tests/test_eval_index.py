@@ -1,4 +1,4 @@
-"""eval/index.py, eval/factory.py: exact search against the oracle, approximate search, changes, files."""
+"""search/index.py, search/index_factory.py: exact search against the oracle, approximate search, changes, files."""
 
 import json
 import os
@@ -10,10 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from vptsp.data_scripts import DataError
-from vptsp.eval import Embedder, IndexMismatchError, RetrievalIndex, choose_factory, nearest_neighbours, open_index
-from vptsp.eval.factory import inverted_lists
-from vptsp.eval.index import _empty_index
+from vptsp import (
+    DataError,
+    Embedder,
+    IndexMismatchError,
+    RetrievalIndex,
+    choose_factory,
+    nearest_neighbours,
+    open_index,
+)
+from vptsp.search.index import _empty_index
+from vptsp.search.index_factory import inverted_lists
 
 
 def clustered(num_items, width=16, num_clusters=40, seed=0):
@@ -81,7 +88,7 @@ def test_k_beyond_the_index_gives_all(embeddings):
 
 def test_filter_beside_packages_that_patch_faiss(embeddings):
     code = (
-        "import faiss.contrib.torch_utils, torch; from vptsp.eval import RetrievalIndex;"
+        "import faiss.contrib.torch_utils, torch; from vptsp import RetrievalIndex;"
         "index = RetrievalIndex.build(['a', 'b', 'c', 'd'], torch.eye(4), {'class_name': ['x', 'y', 'x', 'y']});"
         "print([hit.id for hit in index.search(torch.eye(4)[:1], 3, where={'class_name': 'x'})[0]])"
     )
@@ -111,7 +118,7 @@ def test_filter_equals_search_among_those_that_pass(embeddings, factory):
 
 @pytest.mark.parametrize("factory", ["IVF8,Flat", "PCA12,IVF8,PQ6x4", "HNSW16"])
 def test_filter_that_passes_many_uses_the_index(embeddings, factory, monkeypatch):
-    monkeypatch.setattr("vptsp.eval.index._COMPARE_ALL", 10)
+    monkeypatch.setattr("vptsp.search.index._COMPARE_ALL", 10)
     index = build(embeddings, factory=factory, target_recall=1.0)
     results = index.search(clustered(10, seed=1), 5, where={"class_name": ["class 1", "class 2"]})
     assert all(len(hits) == 5 for hits in results)
@@ -284,7 +291,7 @@ def test_interrupted_saving_leaves_the_old_index(embeddings, tmp_path, monkeypat
 
     index.remove([f"item {i}" for i in range(100)])
     with monkeypatch.context() as patch:
-        patch.setattr(f"vptsp.eval.index_files.{fails}", fail)
+        patch.setattr(f"vptsp.search.index_files.{fails}", fail)
         with pytest.raises(KeyboardInterrupt):
             index.save(tmp_path / "index")
     opened = RetrievalIndex.open(tmp_path / "index")

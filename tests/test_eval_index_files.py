@@ -1,4 +1,4 @@
-"""eval/index_files.py and changes of an index: nothing half done, nothing lost between processes, damage noticed."""
+"""search/index_files.py and changes of an index: nothing half done, nothing lost between processes, damage noticed."""
 
 import json
 import logging
@@ -10,10 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from vptsp.data_scripts import DataError
-from vptsp.eval import IndexChangedError, RetrievalIndex, edit_index
-from vptsp.eval.index_files import INDEX_FILE, index_lock
+from vptsp import DataError, IndexChangedError, RetrievalIndex, edit_index
 from vptsp.files.locks import InUseError
+from vptsp.search.index_files import INDEX_FILE, index_lock
 
 
 FACTORIES = ["Flat", "IVF4,Flat", "HNSW8", "PCA6,IVF4,PQ3x4"]
@@ -72,7 +71,7 @@ def test_a_refused_addition_changes_nothing(factory, what, tmp_path):
 @pytest.mark.parametrize("what", BAD_ADDITIONS)
 def test_nothing_is_built_of_it(what, monkeypatch):
     ids, classes, message = BAD_ADDITIONS[what]
-    monkeypatch.setattr("vptsp.eval.index._empty_index", lambda *arguments: pytest.fail("training may take hours"))
+    monkeypatch.setattr("vptsp.search.index._empty_index", lambda *arguments: pytest.fail("training may take hours"))
     with pytest.raises(ValueError, match=message):
         RetrievalIndex.build(ids, unit_vectors(2), {"class_name": classes})
 
@@ -111,7 +110,7 @@ def test_an_interrupted_addition_neither_answers_nor_is_saved(factory, tmp_path,
             raise KeyboardInterrupt
         return add(self, *arguments)
 
-    monkeypatch.setattr("vptsp.eval.index._ADD_ROWS", 1)
+    monkeypatch.setattr("vptsp.search.index._ADD_ROWS", 1)
     with monkeypatch.context() as patch:
         patch.setattr(type(index._index), "add_with_ids", stops)
         with pytest.raises(KeyboardInterrupt):
@@ -210,7 +209,7 @@ def test_a_reader_sees_a_whole_index_while_another_process_saves(tmp_path, monke
     index.save(tmp_path / "index")
     index.remove(["item 0"])
     saves = iter([lambda: index.save(tmp_path / "index")])
-    import vptsp.eval.index_files as files
+    import vptsp.search.index_files as files
 
     check = files.check_files
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from vptsp.eval import intervals, retrieval_scores
+from vptsp import retrieval_scores
+from vptsp.eval import intervals
 from vptsp.eval.intervals import bootstrap_interval, compare_paired
 
 

@@ -1,17 +1,16 @@
-"""eval/milvus.py on the embedded form: the same results as the index of one folder."""
+"""search/milvus.py on the embedded form: the same results as the index of one folder."""
 
 import pytest
 import torch
 
-from vptsp.data_scripts import DataError
-from vptsp.eval import IndexMismatchError, RetrievalIndex, open_index
-from vptsp.eval.vector_index import is_milvus
+from vptsp import DataError, IndexMismatchError, RetrievalIndex, open_index
+from vptsp.search.vector_index import is_milvus
 
 
 pytest.importorskip("pymilvus")
 pytest.importorskip("milvus_lite")
 
-from vptsp.eval import MilvusIndex
+from vptsp import MilvusIndex
 
 
 MODEL = {"name": "a model", "kind": "retriever", "fingerprint": "f" * 64, "dtype": "float32"}

@@ -10,27 +10,30 @@ import torch
 from data_fixtures import write_classes
 from datasets import Dataset, Features, Image, Value
 
-from vptsp.data_scripts import DataError, EvalTransform, ImageDataset, StreamedImages
-from vptsp.eval import (
+from vptsp import (
     BlockedSimilarity,
+    DataError,
     EmbeddingStore,
+    EvalTransform,
     EvaluatedImages,
+    ImageDataset,
     StoreInfo,
+    StreamedImages,
     embedding_metrics,
     find_failures,
-    markdown,
     nearest_neighbours,
-    overlap,
     retrieval_metrics,
     retrieval_scores,
     same_items,
 )
-from vptsp.eval.__main__ import main
+from vptsp.data_scripts import overlap
+from vptsp.data_scripts.overlap import same_dataset_images, same_images, same_stored_images, select_pairs
+from vptsp.eval import markdown
+from vptsp.eval.metric_registry import METRICS, registered_metrics
 from vptsp.eval.metrics import count_relevant
-from vptsp.eval.overlap import same_dataset_images, same_images, same_stored_images, select_pairs
-from vptsp.eval.registry import METRICS, registered_metrics
 from vptsp.eval.report import compare_stores, evaluate_stores, write_report
-from vptsp.eval.store import begin_store, finish_store, write_shard
+from vptsp.search.commands import main
+from vptsp.search.store import begin_store, finish_store, write_shard
 
 
 RANKS = {"recall_at": (1, 2, 5, 30), "map_at": (3, 50)}

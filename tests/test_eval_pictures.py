@@ -144,7 +144,7 @@ def test_makes_the_folder_and_other_formats(tmp_path):
 def test_needs_no_display_and_leaves_pyplot_alone(tmp_path):
     code = (
         "import sys, numpy as np\n"
-        "from vptsp.eval import save_neighbour_grid\n"
+        "from vptsp import save_neighbour_grid\n"
         "assert 'matplotlib' not in sys.modules\n"
         "image = np.zeros((8, 8), np.uint8)\n"
         "save_neighbour_grid(sys.argv[1], [image], [[image]], ['a'], [['b']], [[0.1]], [[False]])\n"

@@ -1,4 +1,4 @@
-"""eval/sources.py, eval/store.py, eval/embed.py: what is embedded, what a store holds, interruption and reuse."""
+"""Sources of images, stores and embedding: what is embedded, what a store holds, interruption and reuse."""
 
 import hashlib
 import json
@@ -12,20 +12,22 @@ import torch
 from data_fixtures import write_classes, write_image
 from datasets import load_dataset
 
-from vptsp.data_scripts import DataError, ImageError, load_splits
-from vptsp.eval import (
+from vptsp import (
+    DataError,
     Embedder,
     EmbeddingStore,
+    ImageError,
     ImageSource,
     cached_store,
     embed_to_store,
     folder_source,
     list_source,
+    load_splits,
     split_source,
 )
-from vptsp.eval.embedder import ImagePreprocessor
-from vptsp.eval.store import STORE_FILE, store_lock
 from vptsp.files.locks import InUseError
+from vptsp.search.embedder import ImagePreprocessor
+from vptsp.search.store import STORE_FILE, store_lock
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +179,7 @@ def test_shard_appears_only_when_it_is_complete(embedder, photos, tmp_path, monk
         path.write_bytes(b"half a file")
         raise OSError("no space left")
 
-    monkeypatch.setattr("vptsp.eval.store.pq.write_table", fail_halfway)
+    monkeypatch.setattr("vptsp.search.store.pq.write_table", fail_halfway)
     with pytest.raises(OSError, match="no space left"):
         embed_to_store(embedder, folder_source(photos), tmp_path / "store", progress=False)
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [".lock", STORE_FILE]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from vptsp.eval import (
+from vptsp import (
     bootstrap_interval,
     clustering_metrics,
     embedding_metrics,
@@ -18,8 +18,8 @@ from vptsp.eval import (
     metric_folder,
     retrieval_metrics,
     retrieval_scores,
-    summary,
 )
+from vptsp.eval import summary
 from vptsp.eval.neighbours import BlockedSimilarity
 
 
@@ -75,7 +75,7 @@ import sys
 import evaluate
 import torch
 
-from vptsp.eval import embedding_metrics, metric_folder
+from vptsp import embedding_metrics, metric_folder
 
 torch.set_num_threads(1)
 metric = evaluate.load(metric_folder())

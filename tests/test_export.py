@@ -8,8 +8,9 @@ import torch
 from conftest import tiny_vit_config
 from transformers import DeiTConfig
 
-from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel, export
-from vptsp.image_processor_vptsp import build_image_processor
+from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel
+from vptsp.data_scripts.preprocessing import build_image_processor
+from vptsp.deploy import export
 
 
 onnx = pytest.importorskip("onnx")

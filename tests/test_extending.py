@@ -15,9 +15,18 @@ from conftest import tiny_vit_config
 from PIL import Image
 from transformers import ViTMSNConfig, ViTMSNModel
 
-from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel, backbones_vptsp, loss_registry_vptsp, tuning_vptsp
-from vptsp.data_scripts import DataError, load_splits, registry
-from vptsp.eval import registry as metric_registry
+from vptsp import (
+    DataError,
+    VPTSPConfig,
+    VPTSPForMetricLearning,
+    VPTSPModel,
+    backbones_vptsp,
+    load_splits,
+    modeling_vptsp,
+)
+from vptsp.data_scripts import dataset_registry as registry
+from vptsp.eval import metric_registry
+from vptsp.losses import loss_registry as loss_registry_vptsp
 
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -27,7 +36,7 @@ EXTENSIONS = ("normalized_softmax", "scale_and_shift", "vit_msn", "swatches", "w
 
 REGISTRIES = (
     loss_registry_vptsp.LOSSES,
-    tuning_vptsp.TUNINGS,
+    modeling_vptsp.TUNINGS,
     backbones_vptsp.FAMILIES,
     registry.DATASETS,
     metric_registry.METRICS,
@@ -119,7 +128,7 @@ def test_tuning_method(backbone_folder, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     loaded = VPTSPModel.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(loaded(pixel_values).embeddings, model(pixel_values).embeddings)
-    tuning_vptsp.TUNINGS.clear()
+    modeling_vptsp.TUNINGS.clear()
     with pytest.raises(ValueError, match="got 'scale_and_shift': import the file that registers it first"):
         VPTSPModel.from_pretrained(tmp_path / "saved")
 
@@ -190,7 +199,7 @@ def test_names_are_not_taken_twice():
     importlib.import_module("scale_and_shift")
     importlib.import_module("worst_class_recall")
     with pytest.raises(ValueError, match="there is a tuning 'scale_and_shift' already"):
-        tuning_vptsp.register_tuning("scale_and_shift")(print)
+        modeling_vptsp.register_tuning("scale_and_shift")(print)
     with pytest.raises(ValueError, match="there is a metric 'worst_class_recall' already"):
         metric_registry.register_metric("worst_class_recall")(print)
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTModel
 
 from vptsp import VPTSPModel
+from vptsp.loading_vptsp import name_before
 from vptsp.modeling_vptsp import backbone_fingerprint
-from vptsp.open_backbone_vptsp import name_before
 
 
 FIELDS = {"num_prompts": 2, "embedding_dim": 6}

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_vit_config
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning
-from vptsp.half_precision_vptsp import frozen_weights_in
+from vptsp.training.half_precision import frozen_weights_in
 
 
 def make_model(**fields):

@@ -7,7 +7,7 @@ import torch
 from noise_runs import make_model, make_trainer
 from transformers import TrainerCallback, TrainingArguments
 
-from vptsp.run_errors_vptsp import TrainingError
+from vptsp.training.run_errors import TrainingError
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def story(tmp_path_factory):
 
 def test_only_what_is_tuned_is_pushed(story):
     files = story.hub.files("ann/retriever", story.pushed["second"])
-    names = "adapters backbones configuration lora modeling open_backbone pretrained timm_checkpoints tuning"
+    names = "backbones configuration loading modeling"
     code = [f"{name}_vptsp.py" for name in names.split()]
     own = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
     assert set(files) - {".gitattributes"} == {*code, *own}

@@ -7,8 +7,8 @@ from PIL import Image
 from transformers import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from vptsp.data_scripts import EvalTransform
-from vptsp.image_processor_vptsp import build_image_processor
+from vptsp import EvalTransform
+from vptsp.data_scripts.preprocessing import build_image_processor
 
 
 @pytest.mark.parametrize("width, height", [(500, 300), (301, 333), (77, 100), (64, 64), (601, 1000)])

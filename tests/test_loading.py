@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Dinov2Config, Dinov2Model, ViTForImageClassification, ViTModel
 
 from vptsp import VPTSPForMetricLearning, VPTSPModel
-from vptsp.open_backbone_vptsp import name_before, name_today
+from vptsp.loading_vptsp import name_before, name_today
 
 
 FIELDS = {"num_prompts": 2, "embedding_dim": 6}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vptsp.losses_vptsp import log1p_sum_exp, proxy_anchor_loss, proxy_nca_loss
+from vptsp.losses.proxy_losses import log1p_sum_exp, proxy_anchor_loss, proxy_nca_loss
 
 
 def test_proxy_anchor_by_hand():

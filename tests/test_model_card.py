@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
-from vptsp.model_card_vptsp import retriever_card, without_tokens
+from vptsp.training.model_card import retriever_card, without_tokens
 
 
 RESULTS = {

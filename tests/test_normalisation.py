@@ -17,11 +17,17 @@ from PIL import Image
 from transformers import AutoImageProcessor, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments, train
-from vptsp.data_scripts import EvalTransform
-from vptsp.eval import Embedder
-from vptsp.export import export_metadata
-from vptsp.image_processor_vptsp import build_image_processor, load_image_processor, normalisation_for
+from vptsp import (
+    Embedder,
+    EvalTransform,
+    VPTSPForMetricLearning,
+    VPTSPModel,
+    VPTSPTrainer,
+    VPTSPTrainingArguments,
+    train,
+)
+from vptsp.data_scripts.preprocessing import build_image_processor, load_image_processor, normalisation_for
+from vptsp.deploy.export import export_metadata
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -234,7 +240,7 @@ def test_a_run_says_what_it_takes(tmp_path, capsys, caplog, monkeypatch):
 
 
 def test_unreadable_processor_of_a_retriever(backbone_folder, tmp_path, capsys):
-    from vptsp import export
+    from vptsp.deploy import export
 
     VPTSPModel.from_backbone(backbone_folder).save_pretrained(tmp_path / "retriever")
     with pytest.raises(OSError, match="has no image processor"):
@@ -297,7 +303,7 @@ def test_offline_cache(tmp_path, caplog, revision):
 READ = """
 import logging, sys
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
-from vptsp.image_processor_vptsp import build_image_processor
+from vptsp.data_scripts.preprocessing import build_image_processor
 for name, options in (("ann/open", {}), ("ann/bare", {}), ("ann/closed", {}), ("ann/closed", {"token": sys.argv[1]})):
     try:
         print(name, build_image_processor(16, 18, name, **options).image_mean)

@@ -13,10 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vptsp import VPTSPForMetricLearning, VPTSPTrainer, VPTSPTrainingArguments
-from vptsp.data_scripts import ClassBalancedBatchSampler
-from vptsp.offloading_vptsp import ClassPromptCallback, describe_class_prompts
-from vptsp.run_errors_vptsp import CheckpointError
+from vptsp import ClassBalancedBatchSampler, VPTSPForMetricLearning, VPTSPTrainer, VPTSPTrainingArguments
+from vptsp.training.offloading import ClassPromptCallback, describe_class_prompts
+from vptsp.training.run_errors import CheckpointError
 
 
 NUM_CLASSES = 7

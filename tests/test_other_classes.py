@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vptsp import other_classes_vptsp
-from vptsp.losses_vptsp import proxy_anchor_loss, proxy_nca_loss
-from vptsp.other_classes_vptsp import others_per_class, others_per_image
+from vptsp.losses import other_classes as other_classes_vptsp
+from vptsp.losses.other_classes import others_per_class, others_per_image
+from vptsp.losses.proxy_losses import proxy_anchor_loss, proxy_nca_loss
 
 
 NUM_CLASSES, WIDTH = 23, 6

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vptsp import VPTSPModel, VPTSPTrainingArguments, pretrain_backbone
-from vptsp.checkpoints_vptsp import checkpoints_in
+from vptsp import VPTSPModel, VPTSPTrainingArguments
 from vptsp.eval import run_pictures
+from vptsp.examples import pretrain_backbone
 from vptsp.files.locks import InUseError
-from vptsp.output_folder_vptsp import (
+from vptsp.training.checkpoints import checkpoints_in
+from vptsp.training.output_folder import (
     PICTURES,
     OutputFolderError,
     check_output_folder,

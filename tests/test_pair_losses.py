@@ -9,8 +9,8 @@ from conftest import tiny_vit_config
 from torch import nn
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning
-from vptsp.loss_registry_vptsp import LOSSES, Criterion, check_loss, register_loss
-from vptsp.pair_losses_vptsp import HyperbolicLoss, RecallAtKLoss, poincare_distance, to_poincare_ball
+from vptsp.losses.loss_registry import LOSSES, Criterion, check_loss, register_loss
+from vptsp.losses.pair_losses import HyperbolicLoss, RecallAtKLoss, poincare_distance, to_poincare_ball
 
 
 LABELS = {
@@ -250,7 +250,7 @@ def test_model_gives_the_loss_what_it_takes(loss):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr("vptsp.loss_registry_vptsp.LOSSES", dict(LOSSES))
+    monkeypatch.setattr("vptsp.losses.loss_registry.LOSSES", dict(LOSSES))
 
 
 def test_own_loss_between_images_with_parameters(registry, tmp_path, backbone_folder):

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
-from vptsp.eval import Embedder
-from vptsp.export import export_onnx, export_program
-from vptsp.image_processor_vptsp import build_image_processor
-from vptsp.lora_vptsp import refuse_other_adapters
+from vptsp import Embedder, VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
+from vptsp.data_scripts.preprocessing import build_image_processor
+from vptsp.deploy.export import export_onnx, export_program
+from vptsp.modeling_vptsp import refuse_other_adapters
 
 
 peft = pytest.importorskip("peft")

@@ -15,7 +15,7 @@ pytest.importorskip("pytorch_metric_learning")
 from pytorch_metric_learning import distances, losses, miners
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
-from vptsp.loss_registry_vptsp import Criterion, check_loss
+from vptsp.losses.loss_registry import Criterion, check_loss
 from vptsp.modeling_vptsp import VPTSPModelOutput
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import TrainerCallback
 
 from vptsp import VPTSPForMetricLearning, VPTSPTrainer, VPTSPTrainingArguments
-from vptsp.proxy_movement_vptsp import FILE_NAME, ProxyMovement, read_proxy_movement
+from vptsp.training.proxy_movement import FILE_NAME, ProxyMovement, read_proxy_movement
 
 
 class ReadyImages(torch.utils.data.Dataset):

@@ -8,10 +8,9 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from vptsp import VPTSPModel
-from vptsp.eval import Embedder
-from vptsp.image_processor_vptsp import build_image_processor
-from vptsp.model_card_vptsp import retriever_card
+from vptsp import Embedder, VPTSPModel
+from vptsp.data_scripts.preprocessing import build_image_processor
+from vptsp.training.model_card import retriever_card
 
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")

@@ -11,8 +11,8 @@ from transformers.image_utils import PILImageResampling
 
 from vptsp import VPTSPModel
 from vptsp.backbones_vptsp import family_of
-from vptsp.image_processor_vptsp import build_image_processor
-from vptsp.timm_checkpoints_vptsp import timm_backbone_config, timm_backbone_weights
+from vptsp.data_scripts.preprocessing import build_image_processor
+from vptsp.loading_vptsp import timm_backbone_config, timm_backbone_weights
 
 
 LAYERS, HEADS, PATCH, SIDE = 12, 3, 16, 32
@@ -118,7 +118,7 @@ def test_retriever_is_saved_and_loaded_without_the_package(checkpoint, tmp_path)
     folder, _ = checkpoint
     retriever = VPTSPModel.from_backbone(folder, embedding_dim=10, image_size=48).eval()
     retriever.save_pretrained(tmp_path)
-    assert (tmp_path / "timm_checkpoints_vptsp.py").is_file()
+    assert (tmp_path / "loading_vptsp.py").is_file()
     loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():

@@ -11,17 +11,20 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 
-from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
-from vptsp.data_scripts import (
+from vptsp import (
     ClassBalancedBatchSampler,
     EvalTransform,
     ImageDataset,
     StreamedImages,
     TrainTransform,
+    VPTSPForMetricLearning,
+    VPTSPModel,
+    VPTSPTrainer,
+    VPTSPTrainingArguments,
     load_splits,
+    retrieval_metrics,
 )
-from vptsp.eval import retrieval_metrics
-from vptsp.image_processor_vptsp import build_image_processor
+from vptsp.data_scripts.preprocessing import build_image_processor
 
 
 NUM_CLASSES, TRAIN_CLASSES = 8, 5

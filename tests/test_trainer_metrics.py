@@ -9,10 +9,19 @@ from data_fixtures import write_classes
 from datasets import Dataset, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
-from vptsp.data_scripts import EvalTransform, ImageDataset
+from vptsp import (
+    EvalTransform,
+    ImageDataset,
+    VPTSPForMetricLearning,
+    VPTSPModel,
+    VPTSPTrainer,
+    VPTSPTrainingArguments,
+    compute_retrieval_metrics,
+    embedding_metrics,
+    retrieval_metrics,
+    retrieval_scores,
+)
 from vptsp.data_scripts.image_files import list_images
-from vptsp.eval import compute_retrieval_metrics, embedding_metrics, retrieval_metrics, retrieval_scores
 
 
 class ReadyImages(torch.utils.data.Dataset):

@@ -8,7 +8,7 @@ import datasets
 import evaluate
 import torch
 
-from vptsp.eval import embedding_metrics
+from vptsp import embedding_metrics
 
 
 _DESCRIPTION = """\

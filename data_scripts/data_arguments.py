@@ -1,0 +1,235 @@
+"""What data a run uses, as one dataclass for `HfArgumentParser`. Importing this is cheap."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .archives import archive_kind
+from .class_folders import LAYOUTS, detect_layout, existing_folder
+from .class_split import CLASS_SPLITS, class_list_file
+from .data_errors import DataError
+from .dataset_registry import DATASETS, find_dataset, load_splits, refuse_unknown_options
+from .image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
+from .sources import locate
+
+
+if TYPE_CHECKING:
+    from .streaming import StreamedImages
+    from .torch_dataset import ImageDataset
+
+__all__ = ["BUILDER_OPTIONS", "DataArguments", "check_data_arguments", "check_output_apart"]
+
+BUILDER_OPTIONS = (
+    "layout",
+    "train_classes",
+    "test_classes",
+    "test_share",
+    "class_split",
+    "split_seed",
+    "digit_size",
+    "verify_counts",
+    "dataset_repo",
+    "dataset_config",
+    "dataset_revision",
+    "image_column",
+    "label_column",
+    "train_split",
+    "test_split",
+)
+
+
+@dataclass
+class DataArguments:
+    """Which data, how it is split, and how images are cut to size.
+
+    Attributes:
+        resize_size: None stands for `round(image_size * 256 / 224)`, and is replaced by it.
+        train_classes: Also takes one string (as YAML gives it): the path of a text file.
+        test_classes: The same.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field.
+    """
+
+    dataset_name: str = field(default="folder", metadata={"help": f"Data set: {', '.join(DATASETS)}."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the data set, or (for the benchmarks) its archive."}
+    )
+    data_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where prepared tables go; by default where `datasets` keeps them."}
+    )
+    layout: str = field(
+        default="auto",
+        metadata={"help": f"Layout of class folders, or splits of a Hub data set: {', '.join(LAYOUTS)}."},
+    )
+    train_classes: list[str] | None = field(
+        default=None, metadata={"help": "Names of the training classes, or a .txt file with one per line."}
+    )
+    test_classes: list[str] | None = field(
+        default=None, metadata={"help": "Names of the test classes, or a .txt file with one per line."}
+    )
+    test_share: float = field(default=0.5, metadata={"help": "Share of the classes that test, without class lists."})
+    class_split: str = field(
+        default="first", metadata={"help": f"Which classes train, without class lists: {', '.join(CLASS_SPLITS)}."}
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of class_split random."})
+    digit_size: int = field(default=32, metadata={"help": "Side in pixels that the digits are enlarged to."})
+    verify_counts: bool = field(
+        default=True, metadata={"help": "Whether a benchmark must have the published numbers of images and classes."}
+    )
+    dataset_repo: str | None = field(default=None, metadata={"help": "Data set repository on the Hub, as owner/name."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
+    image_column: str = field(default="image", metadata={"help": "Column of images in a Hub data set."})
+    label_column: str = field(default="label", metadata={"help": "Column of labels in a Hub data set."})
+    train_split: str | None = field(
+        default=None, metadata={"help": "Split of a Hub data set that trains, or several as in train+validation."}
+    )
+    test_split: str | None = field(default=None, metadata={"help": "Split of a Hub data set that tests, or several."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data as a stream and write no tables; see docs/streaming.md."}
+    )
+    skip_corrupt: bool = field(
+        default=False, metadata={"help": "Leave out images that can't be read, and list them, instead of stopping."}
+    )
+    image_size: int = field(default=224, metadata={"help": "Side in pixels of what the model sees."})
+    resize_size: int | None = field(
+        default=None,
+        metadata={"help": "Short side before the centre crop in evaluation; by default image_size * 256 / 224."},
+    )
+    max_image_pixels: int = field(
+        default=MAX_IMAGE_PIXELS,
+        metadata={"help": "Pixels of an image at most; one of more can't be read. It is looked at before decoding."},
+    )
+    crop_scale_min: float = field(
+        default=0.08, metadata={"help": "Smallest share of an image's area that a training crop covers."}
+    )
+    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
+
+    def __post_init__(self) -> None:
+        for name in ("train_classes", "test_classes"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, [value] if value.endswith(".txt") else _refuse_name(name, value))
+            elif value is not None:
+                setattr(self, name, [str(item) for item in value])  # YAML reads the names of digits as numbers
+        if not isinstance(self.dataset_revision, (str, type(None))):
+            raise DataError(
+                f"dataset_revision must be text, got the number {self.dataset_revision!r}: put it in quotes"
+            )
+        if self.layout not in LAYOUTS:
+            raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        if self.class_split not in CLASS_SPLITS:
+            raise DataError(f"class_split must be one of {', '.join(CLASS_SPLITS)}, got {self.class_split!r}")
+        if not 0 < self.test_share < 1:
+            raise DataError(f"test_share must be between 0 and 1, both excluded, got {self.test_share}")
+        if self.digit_size < 8:
+            raise DataError(f"digit_size must be >= 8, got {self.digit_size}")
+        if self.image_size < 1:
+            raise DataError(f"image_size must be >= 1, got {self.image_size}")
+        if self.resize_size is None:
+            self.resize_size = round(self.image_size * 256 / 224)
+        if self.resize_size < self.image_size:
+            raise DataError(f"resize_size must be >= image_size {self.image_size}, got {self.resize_size}")
+        check_pixel_limit(self.max_image_pixels)
+        if not 0 < self.crop_scale_min <= 1:
+            raise DataError(f"crop_scale_min must be above 0 and at most 1, got {self.crop_scale_min}")
+
+    def builder_options(self) -> dict[str, Any]:
+        """The options for `load_splits`: those that differ from their defaults.
+
+        An option that the data set does not take is in it too, so that it is refused and not silently ignored.
+        """
+        defaults = {item.name: item.default for item in fields(self) if item.default is not MISSING}
+        return {name: getattr(self, name) for name in BUILDER_OPTIONS if getattr(self, name) != defaults[name]}
+
+    def load_splits(self):
+        """`load_splits` with these arguments; see there."""
+        return load_splits(
+            self.dataset_name, self.data_dir, self.data_cache_dir, streaming=self.streaming, **self.builder_options()
+        )
+
+    def image_datasets(self) -> "dict[str, ImageDataset | StreamedImages]":
+        """All splits, with the transforms that the arguments ask for: that of training for `train`."""
+        from .streaming import StreamedImages
+        from .torch_dataset import ImageDataset
+        from .transforms import make_transforms
+
+        train_transform, eval_transform = make_transforms(self)
+        dataset_class = StreamedImages if self.streaming else ImageDataset
+        return {
+            name: dataset_class(
+                split,
+                train_transform if name == "train" else eval_transform,
+                skip_corrupt=self.skip_corrupt,
+                max_image_pixels=self.max_image_pixels,
+            )
+            for name, split in self.load_splits().items()
+        }
+
+
+def _refuse_name(name: str, value: str) -> list[str]:
+    raise DataError(f"{name} must be a list of names or the path of a .txt file, got {value!r}")
+
+
+def check_data_arguments(args: DataArguments) -> None:
+    """Check paths and options without listing the images or importing anything heavy (milliseconds).
+
+    It finds a wrong name, option or folder before a run loads anything; what only a listing can tell comes from
+    `load_splits`.
+
+    Args:
+        args: The arguments.
+
+    Raises:
+        DataError: unknown data set, an option that it does not take, `data_dir` missing or plainly not of this data
+            set, or a class list file that is not there.
+    """
+    entry = find_dataset(args.dataset_name)
+    refuse_unknown_options(args.dataset_name, args.builder_options())
+    for name in ("train_classes", "test_classes"):
+        path = class_list_file(getattr(args, name))
+        if path is not None and not Path(path).expanduser().is_file():
+            raise DataError(f"{name}: expected a text file with one class name per line at {path}, there is none")
+    if args.dataset_name == "hub" and (args.data_dir is None) == (args.dataset_repo is None):
+        got = "neither" if args.data_dir is None else "both"
+        raise DataError(f"give either dataset_repo (a repository) or data_dir (a local copy of one), got {got}")
+    if args.data_dir is None and entry.data_dir.endswith("none"):
+        return
+    if entry.data_dir == "none":
+        raise DataError(f"the data set {args.dataset_name!r} has no data_dir, got {args.data_dir!r}")
+    if args.data_dir is None:
+        holds = "that holds its images" + (", or its archive" if "archive" in entry.data_dir else "")
+        raise DataError(f"data_dir is missing: the data set {args.dataset_name!r} needs the folder {holds}")
+    if not entry.any_of:
+        root = existing_folder(args.data_dir)
+    else:
+        shown = [name for name in entry.any_of if not name.endswith((".tar", ".tar.gz"))]
+        locate(
+            args.data_dir,
+            lambda folder: next((name for name in entry.any_of if (folder / name).exists()), None),
+            archive_kind,
+            f"{', '.join(shown[:-1])} or {shown[-1]} (the data set {args.dataset_name!r})",
+        )
+    if args.dataset_name == "folder":
+        detect_layout(root, args.layout)
+
+
+def check_output_apart(args: DataArguments, output_dir: str | Path) -> None:
+    """Check that a run does not write its pictures to where its images are read from.
+
+    Args:
+        args: The arguments.
+        output_dir: Folder of the run.
+
+    Raises:
+        DataError: it lies in `data_dir`, all of whose folders are read.
+    """
+    if args.data_dir is None or find_dataset(args.dataset_name).any_of:  # a benchmark has folders of its own
+        return
+    root, output = (Path(place).expanduser().resolve() for place in (args.data_dir, output_dir))
+    if root == output or root in output.parents:
+        raise DataError(
+            f"output_dir {output} lies in data_dir {root}, where pictures of this run would be taken for data by the "
+            "next: give an output_dir elsewhere"
+        )

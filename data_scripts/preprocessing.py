@@ -1,0 +1,178 @@
+"""The image processor that is saved beside a retriever: evaluation's geometry and the backbone's mean and std."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from transformers import AutoImageProcessor
+from transformers.image_utils import PILImageResampling
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from ..loading_vptsp import read_timm_config, timm_preprocessing
+from .normalisation import Normalisation
+from .transforms import EvalTransform
+
+
+# Where transformers keeps image processors.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+logger = logging.getLogger(__name__)
+
+
+class _Preprocessing(NamedTuple):
+    """How a backbone wants its images; the defaults stand where its checkpoint does not say."""
+
+    normalisation: Normalisation
+    image_size: int = 224
+    crop_share: float = 224 / 256
+    resample: PILImageResampling = PILImageResampling.BILINEAR
+
+
+def build_image_processor(image_size=None, resize_size=None, backbone=None, revision=None, **hub_kwargs):
+    """Processor that scales the short side to `resize_size` and cuts out a central square of `image_size`.
+
+    Args:
+        image_size: Side of what the model sees, in pixels. None: that of a timm checkpoint, else 224.
+        resize_size: Short side before the crop, in pixels, to which images are resized bilinearly, as the method
+            evaluates. None: a timm checkpoint's own crop and interpolation, else `image_size * 256 / 224`, bilinear.
+        backbone: Hub name or folder; pixels are treated (mean, std, scale) as its timm `pretrained_cfg` says, or as by
+            the image processor that is saved beside it. Without a backbone, or where one certainly has no processor
+            (which a warning says), mean and std are 0.5.
+        revision: Of `backbone` on the Hub.
+        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
+
+    Returns:
+        A `ViTImageProcessorPil`, which needs no torchvision.
+
+    Raises:
+        OSError: the backbone's image processor can't be read, or nobody can say whether there is one.
+        ValueError: the backbone does not say how it wants its images, or wants what is not done here.
+    """
+    own = _Preprocessing(Normalisation()) if backbone is None else _preprocessing_of(backbone, revision, hub_kwargs)
+    image_size = own.image_size if image_size is None else image_size
+    resample = PILImageResampling.BILINEAR
+    if resize_size is None:
+        resize_size, resample = math.floor(image_size / own.crop_share), own.resample
+    return ViTImageProcessorPil(
+        do_convert_rgb=True,
+        size={"shortest_edge": resize_size},
+        do_center_crop=True,
+        crop_size={"height": image_size, "width": image_size},
+        resample=resample,
+        rescale_factor=own.normalisation.scale,
+        image_mean=list(own.normalisation.mean),
+        image_std=list(own.normalisation.std),
+    )
+
+
+def load_image_processor(name, revision=None, **hub_kwargs):
+    """The image processor that is saved beside a model. Custom code is never run.
+
+    Args:
+        name: Hub name or local folder.
+        revision: Commit, tag or branch on the Hub.
+        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
+
+    Returns:
+        The processor, by PIL; None where there certainly is none.
+
+    Raises:
+        OSError: it can't be read, or nobody can say whether there is one.
+        ValueError: it is damaged, of an unknown kind, or has code of its own.
+    """
+    revision = revision or "main"
+    try:
+        return AutoImageProcessor.from_pretrained(
+            name, revision=revision, backend="pil", trust_remote_code=False, **hub_kwargs
+        )
+    except OSError as error:
+        if all(_is_absent(name, file, revision, hub_kwargs) for file in PROCESSOR_FILES):
+            return None
+        raise OSError(f"the image processor of {str(name)!r} can't be read: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the image processor of {str(name)!r} can't be used: {error}") from error
+
+
+def _is_absent(name, file, revision, hub_kwargs) -> bool:
+    """Whether it is certain that a folder or repository lacks a file; being offline is no answer."""
+    hub_kwargs = {**hub_kwargs}
+    file = (PurePosixPath(hub_kwargs.pop("subfolder", None) or "") / file).as_posix()
+    if Path(name).is_dir():
+        return not Path(name, file).exists()
+    try:
+        hf_hub_download(name, file, revision=revision, **hub_kwargs)
+    except LocalEntryNotFoundError:
+        cached = try_to_load_from_cache(name, file, cache_dir=hub_kwargs.get("cache_dir"), revision=revision)
+        return not isinstance(cached, (str, type(None)))  # an earlier look found that there is none
+    except EntryNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
+def normalisation_for(processor, config, **hub_kwargs) -> Normalisation:
+    """What is done to the pixels of a model's images.
+
+    Args:
+        processor: Its image processor; None for what its backbone wants.
+        config: Its `VPTSPConfig`, which names the backbone.
+        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
+
+    Raises:
+        OSError: the backbone's image processor can't be read, or nobody can say whether there is one.
+        ValueError: the processor does what is not done here.
+    """
+    if processor is not None:
+        return Normalisation.of(processor)
+    if config.backbone is not None:
+        return _preprocessing_of(config.backbone, config.backbone_revision, hub_kwargs).normalisation
+    logger.warning("there is neither an image processor nor the name of a backbone: mean and std of images are 0.5")
+    return Normalisation()
+
+
+def check_geometry(processor, transform):
+    """Refuse an image processor that cuts images in another way than they are evaluated.
+
+    Args:
+        processor: Image processor of transformers that is to be saved.
+        transform: What evaluation does; anything but an [`EvalTransform`] can't be compared and passes.
+
+    Raises:
+        ValueError: sizes, order of steps or interpolation differ.
+    """
+    if not isinstance(transform, EvalTransform):
+        return
+    size, crop = (getattr(processor, name, None) or {} for name in ("size", "crop_size"))
+    resized = size.get("shortest_edge") if getattr(processor, "do_resize", False) else None
+    cropped = (crop.get("height"), crop.get("width")) if getattr(processor, "do_center_crop", False) else None
+    resample = PILImageResampling(getattr(processor, "resample", PILImageResampling.BILINEAR)).name.lower()
+    if (resized, cropped, resample) != (transform.resize, (transform.size, transform.size), "bilinear"):
+        raise ValueError(
+            f"the image processor cuts images in another way than {transform}, by which they are evaluated: short "
+            f"side {resized}, centre {cropped}, {resample}; build_image_processor makes one that fits"
+        )
+
+
+def _preprocessing_of(backbone, revision, hub_kwargs):
+    timm_config = read_timm_config(backbone, revision, **hub_kwargs)
+    if timm_config is not None:
+        own = timm_preprocessing(timm_config, backbone)
+        resample = PILImageResampling[own.interpolation.upper()]
+        return _Preprocessing(Normalisation(own.mean, own.std), own.image_size, own.crop_share, resample)
+    saved = load_image_processor(backbone, revision, **hub_kwargs)
+    if saved is None:
+        logger.warning(f"the backbone {str(backbone)!r} has no image processor: mean and std of images are 0.5")
+        return _Preprocessing(Normalisation())
+    try:
+        return _Preprocessing(Normalisation.of(saved))
+    except ValueError as error:
+        raise ValueError(f"the image processor of {str(backbone)!r} can't be used: {error}") from error
+
+
+__all__ = ["build_image_processor", "check_geometry", "load_image_processor", "normalisation_for"]

@@ -1,0 +1,1 @@
+"""What a tuned retriever is put into: the search page, exported files."""

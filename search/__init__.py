@@ -1,0 +1,1 @@
+"""Search: images to embeddings, stores, indexes."""

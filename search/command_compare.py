@@ -1,0 +1,25 @@
+"""`vptsp compare`: two models on the same images."""
+
+from __future__ import annotations
+
+from ..eval.report import compare_stores, write_report
+from .inputs import is_main_rank, stores_of
+
+
+def run(options):
+    """Compare, write the report and print its table."""
+    (first, first_gallery), (second, second_gallery) = (
+        stores_of(name, options) for name in (options.first, options.second)
+    )
+    if is_main_rank():
+        report = compare_stores(
+            first,
+            second,
+            first_gallery,
+            second_gallery,
+            recall_at=options.recall_at,
+            resample=options.resample,
+            confidence=options.confidence,
+            seed=options.seed,
+        )
+        print(write_report(options.output, report), end="")

@@ -1,0 +1,160 @@
+"""Embed, evaluate, index and search images with a retriever, a bare backbone, or embeddings that are stored already.
+
+    vptsp embed --model runs/photos --images photos --output runs/photos/embeddings
+    vptsp evaluate --model runs/photos --dataset_name cub --data_dir CUB_200_2011.tgz --output scores
+    vptsp compare runs/photos google/vit-base-patch16-224-in21k --images photos --output comparison
+    vptsp index --store runs/photos/embeddings --index runs/photos/index
+    vptsp search --index runs/photos/index --image query.jpg
+
+Exit status: 0 all is well, 2 an option, a file or a folder is not what it should be, or in use by another process.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ..data_scripts.command_options import CommandParser, add_data_options
+from ..data_scripts.data_arguments import BUILDER_OPTIONS
+from ..data_scripts.data_errors import DataError
+from ..data_scripts.image_formats import MAX_IMAGE_PIXELS
+from ..files.locks import InUseError
+
+
+__all__ = ["main"]
+
+DATA_OPTIONS = ("dataset_name", "data_dir", "data_cache_dir", *BUILDER_OPTIONS)
+COMMANDS = {
+    "embed": "write the embeddings of images to a folder of Parquet files; goes on where it was stopped",
+    "evaluate": "score a model or stored embeddings, and write metrics.json and metrics.md",
+    "compare": "score two models on the same images, with a paired test",
+    "index": "build an index of embeddings, add to it or remove from it",
+    "search": "find the items of an index that are most similar to images or to items",
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command; see the module.
+
+    Args:
+        words: The command line after the name; None takes that of the process.
+
+    Returns:
+        Exit status.
+    """
+    options = _parser().parse_args(words)
+    options.data = {name: getattr(options, name) for name in DATA_OPTIONS if hasattr(options, name)}
+    command = importlib.import_module(f".command_{options.command}", __package__)
+    try:
+        command.run(options)
+    except (DataError, ValueError, OSError, InUseError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(prog="vptsp", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parts = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
+
+    embed = parts["embed"]
+    embed.add_argument("--model", required=True, help="retriever or backbone: folder or Hub name")
+    embed.add_argument("--output", required=True, metavar="STORE", help="folder to write to")
+    embed.add_argument("--split", default="test", help="split of the data set (default test)")
+
+    evaluate = parts["evaluate"]
+    evaluate.add_argument("--model", help="retriever or backbone: folder or Hub name")
+    evaluate.add_argument("--store", help="stored embeddings instead of a model and data")
+    evaluate.add_argument("--gallery_store", metavar="STORE", help="gallery, where it isn't the queries themselves")
+
+    compare = parts["compare"]
+    for name in ("first", "second"):
+        compare.add_argument(name, help="retriever or backbone (folder or Hub name), or a store of embeddings")
+
+    _add_index_options(parts["index"])
+    _add_search_options(parts["search"])
+    for name in ("evaluate", "compare"):
+        parts[name].add_argument("--output", required=True, metavar="FOLDER", help="where JSON and Markdown go")
+        parts[name].add_argument("--split", help="split; default: test, or query against gallery where there are")
+        parts[name].add_argument("--recall_at", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K")
+        parts[name].add_argument("--resample", default="classes", choices=("classes", "queries"))
+        parts[name].add_argument("--seed", type=int, default=0, help="of the resampling and of k-means")
+    evaluate.add_argument("--map_at", type=int, nargs="*", default=[1000], metavar="K", help="of mAP@K (default 1000)")
+    evaluate.add_argument("--confidence", type=float, help="such as 0.95: adds bootstrap intervals")
+    compare.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default 0.95)")
+    for name in ("clustering", "geometry"):
+        evaluate.add_argument(f"--no_{name}", action="store_true", help=f"leave out the measures of {name}")
+    for name in ("embed", "evaluate", "compare", "index"):
+        _add_data_options(parts[name])
+    for name in COMMANDS:
+        _add_model_options(parts[name])
+    for name in ("embed", "evaluate", "index", "search"):
+        parts[name].add_argument("--revision", help="commit, tag or branch of the model on the Hub")
+    compare.set_defaults(revision=None)
+    return parser
+
+
+def _add_index_options(index):
+    index.add_argument("--index", required=True, help="folder, FILE.db or http://HOST:PORT (Milvus; #COLLECTION)")
+    index.add_argument("--store", help="stored embeddings instead of a model and data")
+    index.add_argument("--model", help="retriever or backbone: folder or Hub name")
+    index.add_argument("--split", default="test", help="split of the data set (default test)")
+    index.add_argument("--factory", default="auto", help="faiss's name of the index; auto chooses by size, says why")
+    index.add_argument("--target_recall", type=float, default=0.95, help="of an approximate index (default 0.95)")
+    index.add_argument("--memory_gb", type=float, default=16.0, help="what auto may take (default 16)")
+    index.add_argument("--add", action="store_true", help="add to the index that is there; ids it has are passed over")
+    index.add_argument("--remove", nargs="+", metavar="ID", help="remove items instead")
+
+
+def _add_search_options(search):
+    search.add_argument("--index", required=True, help="what `index` wrote")
+    search.add_argument("--image", nargs="+", default=[], metavar="FILE", help="queries")
+    search.add_argument("--id", nargs="+", default=[], metavar="ID", help="items of the index as queries")
+    search.add_argument("--k", type=int, default=10, help="results per query (default 10)")
+    search.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="only items with this value")
+    search.add_argument("--containing", metavar="TEXT", help="only items with this text in their id or class")
+    search.add_argument("--model", help="folder or Hub name, where it isn't where the index says")
+    search.add_argument("--json", action="store_true", help="print JSON")
+    search.add_argument("--mmap", action="store_true", help="leave the vectors on disk")
+    search.add_argument(
+        "--no_verify", action="store_true", help="don't compare the index's files with their checksums"
+    )
+    search.add_argument("--gpu", action="store_true", help="search on the GPUs, with faiss-gpu")
+
+
+def _add_data_options(parser):
+    group = parser.add_argument_group("images", "--images, or --dataset_name (default folder) and what it needs")
+    group.add_argument("--images", metavar="PLACE", help="folder of images, or a .txt file with a path per line")
+    add_data_options(group, DATA_OPTIONS)
+    group.add_argument("--skip_corrupt", action="store_true", help="leave out images that can't be read")
+    group.add_argument("--embeddings_cache", metavar="FOLDER", help="where embeddings are kept, by model and content")
+    group.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
+    group.add_argument("--shard_size", type=int, default=1024, help="embeddings per file of a store (default 1024)")
+    group.add_argument("--embedding_dtype", default="float32", help="float32 or float16, of a store")
+    group.add_argument(
+        "--lock_timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to wait for another process that writes the same store or index (default 60)",
+    )
+    group.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_model_options(parser):
+    group = parser.add_argument_group("how the model runs")
+    group.add_argument("--resize_size", type=int, help="short side in pixels before the crop, of a bare backbone")
+    group.add_argument("--batch_size", type=int, default=64)
+    group.add_argument("--device", help="such as cuda:1; default: the accelerator, or the CPU")
+    group.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    group.add_argument(
+        "--max_image_pixels",
+        type=int,
+        default=MAX_IMAGE_PIXELS,
+        help="an image of more can't be read (default %(default)s)",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

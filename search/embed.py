@@ -1,0 +1,245 @@
+"""Embed a source of images into a store: resumable, on several processes, cached by model and content.
+
+    from vptsp import Embedder, cached_store, folder_source
+
+    store = cached_store(Embedder.from_pretrained("runs/photos"), folder_source("photos"))
+
+Under `torchrun`, rank r of w writes every w-th of the shards that are missing. Nothing is gathered: the shards on disk
+are the result, and the same whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..data_scripts.data_errors import DataError, ImageError
+from .image_sources import content_digest
+from .store import (
+    EMBEDDING_DTYPES,
+    EmbeddingStore,
+    StoreInfo,
+    begin_store,
+    find_store,
+    finish_store,
+    missing_shards,
+    store_lock,
+    write_shard,
+)
+
+
+def cached_store(embedder, source, cache_dir=None, **options):
+    """The store of these embeddings in the cache, made if it is not there.
+
+    Its folder is named by the fingerprints of model and data, so neither an image nor a weight can change unnoticed.
+
+    Args:
+        embedder, source, **options: As for [`embed_to_store`].
+        cache_dir: Folder of all cached stores; None for `vptsp/embeddings` beside the caches of Hugging Face.
+
+    Returns:
+        [`EmbeddingStore`].
+    """
+    from huggingface_hub.constants import HF_HOME
+
+    cache_dir = Path(HF_HOME) / "vptsp" / "embeddings" if cache_dir is None else Path(cache_dir)
+    data_fingerprint = _on_main_rank(lambda: source.fingerprint(_hashing_bar(source, options.get("progress", True))))
+    dtype = str(embedder.dtype).removeprefix("torch.")
+    folder = cache_dir / f"{embedder.fingerprint[:16]}-{data_fingerprint[:16]}-{dtype}"
+    return embed_to_store(embedder, source, folder, data_fingerprint=data_fingerprint, **options)
+
+
+def embed_to_store(
+    embedder,
+    source,
+    folder,
+    *,
+    num_workers=0,
+    shard_size=1024,
+    embedding_dtype="float32",
+    skip_corrupt=False,
+    progress=True,
+    data_fingerprint=None,
+    lock_timeout=60.0,
+):
+    """Embed all images of a source into a folder, or what is still missing there.
+
+    Args:
+        embedder: [`Embedder`].
+        source: `ImageSource`.
+        folder: New, or with what an earlier run of the same model on the same data has left.
+        num_workers: Processes that decode images; 0: this one.
+        shard_size: Rows of a shard: what an interruption may cost, and what is shared out between processes.
+        embedding_dtype: `float32`, or `float16` for half the size.
+        skip_corrupt: Leave out images that can't be read, and list them, instead of stopping.
+        progress: Show progress bars (of rank 0).
+        data_fingerprint: The source's fingerprint, if it is known already.
+        lock_timeout: Seconds to wait for another run that writes the same store.
+
+    Returns:
+        [`EmbeddingStore`], complete.
+
+    Raises:
+        InUseError: another run was writing the store all that time.
+        ImageError: an image can't be read; the message names it.
+        DataError: the folder holds something else.
+        ValueError: an option is out of range.
+    """
+    if shard_size < 1:
+        raise ValueError(f"shard_size must be >= 1, got {shard_size}")
+    if embedding_dtype not in EMBEDDING_DTYPES:
+        raise ValueError(f"embedding_dtype must be one of {', '.join(EMBEDDING_DTYPES)}, got {embedding_dtype!r}")
+
+    def prepare():
+        fingerprint = data_fingerprint or source.fingerprint(_hashing_bar(source, progress))
+        info = StoreInfo(
+            model=embedder.description(),
+            data={"description": source.description, "fingerprint": fingerprint},
+            num_images=len(source),
+            embedding_dim=embedder.embedding_dim,
+            embedding_dtype=embedding_dtype,
+            shard_size=shard_size,
+            image_root=source.image_root,
+        )
+        found = find_store(folder, info)  # refuses a folder of something else before a lock is left in it
+        if found is not None and found.complete:
+            return found
+        held.enter_context(store_lock(folder, lock_timeout))
+        return begin_store(folder, info)
+
+    with ExitStack() as held:  # the main rank's lock, for all ranks
+        info = _on_main_rank(prepare)
+        if not info.complete:
+            rank, world_size = _rank_and_world_size()
+            shards = _on_main_rank(lambda: missing_shards(folder, info))[rank::world_size]
+            _embed_shards(embedder, source, folder, info, shards, num_workers, skip_corrupt, progress and rank == 0)
+            _barrier()
+            _on_main_rank(lambda: finish_store(folder, info))
+    return EmbeddingStore.open(folder)
+
+
+def _embed_shards(embedder, source, folder, info, shards, num_workers, skip_corrupt, progress):
+    size = embedder.batch_size
+    batches = [
+        (shard, list(rows[start : start + size]))
+        for shard in shards
+        for rows in [info.shard_rows(shard)]
+        for start in range(0, len(rows), size)
+    ]
+    loader = DataLoader(
+        _Rows(source, embedder.preprocess, skip_corrupt),
+        batch_sampler=[rows for _, rows in batches],
+        collate_fn=_collate,
+        num_workers=num_workers,
+        pin_memory=embedder.device.type == "cuda",
+    )
+    parts, num_rows = [], sum(len(rows) for _, rows in batches)
+    with tqdm(total=num_rows, desc="Embedding", unit="image", disable=not progress, leave=False) as bar:
+        for i, (readable, pixel_values, contents) in enumerate(loader):
+            shard, rows = batches[i]
+            embeddings = embedder.embed_pixels(pixel_values) if readable else None
+            parts.append((rows, readable, embeddings, contents))
+            bar.update(len(rows))
+            if i + 1 == len(batches) or batches[i + 1][0] != shard:
+                _write_parts(folder, info, shard, source, parts)
+                parts = []
+
+
+def _write_parts(folder, info, shard, source, parts):
+    rows = [row for _, readable, _, _ in parts for row in readable]
+    skipped = [source.ids[row] for asked, readable, _, _ in parts for row in asked if row not in readable]
+    found = [embeddings for _, _, embeddings, _ in parts if embeddings is not None]
+    write_shard(
+        folder,
+        info,
+        shard,
+        ids=[source.ids[row] for row in rows],
+        labels=source.labels[rows],
+        class_names=[source.class_name(row) for row in rows],
+        embeddings=torch.cat(found) if found else torch.empty(0, info.embedding_dim),
+        skipped=skipped,
+        contents=[content for *_, contents in parts for content in contents],
+    )
+
+
+class _Rows(Dataset):
+    """Preprocessed images of a source: `(row, pixel_values, digest of the content)`, or None twice for one skipped."""
+
+    def __init__(self, source, preprocess, skip_corrupt):
+        self.source = source
+        self.preprocess = preprocess
+        self.skip_corrupt = skip_corrupt
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, row):
+        stored = self.source.stored(row)
+        try:
+            pixels = self.preprocess(stored, stored if isinstance(stored, str) else self.source.ids[row])
+            return row, pixels, content_digest(stored).hex()
+        except ImageError:
+            if not self.skip_corrupt:
+                raise
+            return row, None, None
+
+
+def _collate(examples):
+    """Rows that could be read, their `pixel_values` (None if there are none), and digests of their contents."""
+    readable = [example for example in examples if example[1] is not None]
+    if not readable:
+        return [], None, []
+    rows, pixels, contents = zip(*readable, strict=True)
+    return list(rows), torch.stack(pixels), list(contents)
+
+
+def _hashing_bar(source, progress):
+    def bar(rows, total):
+        return tqdm(rows, "Reading", total=total, unit="image", disable=not progress or total < 1000, leave=False)
+
+    return bar
+
+
+def _rank_and_world_size():
+    """Of this process under `torchrun`; (0, 1) without."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        # One rank may have more to do than another, and the main rank hashes alone
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _barrier():
+    if _rank_and_world_size()[1] > 1:
+        dist.barrier()
+
+
+def _on_main_rank(compute):
+    """What `compute` gives on rank 0, on all ranks; its error too, so that no rank waits for one that has stopped."""
+    rank, world_size = _rank_and_world_size()
+    if world_size == 1:
+        return compute()
+    outcome = [None]
+    if rank == 0:
+        try:
+            outcome = [(compute(), None)]
+        except Exception as error:
+            outcome = [(None, f"{error}")]
+            dist.broadcast_object_list(outcome)
+            raise
+    dist.broadcast_object_list(outcome)
+    value, error = outcome[0]
+    if error is not None:
+        raise DataError(error)
+    return value
+
+
+__all__ = ["cached_store", "embed_to_store"]

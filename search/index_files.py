@@ -1,0 +1,224 @@
+"""The files of an index of one folder: written as a generation that belongs together, checked when they are read.
+
+A folder has `index.json`, which names the two others and holds their sizes and SHA-256. Saving writes new files, then
+replaces `index.json`, then deletes the old ones: whenever it stops, the folder holds the old index or the new one. All
+files are data: faiss's own format, Parquet and JSON, nothing that can run code.
+
+One process at a time writes: `.lock` is held from looking at what is there to the last deletion. Readers need no lock.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..data_scripts.data_errors import DataError, some
+from ..files.atomic import TEMPORARY_SUFFIX, atomic_path
+from ..files.digests import file_record
+from ..files.locks import LOCK_FILE, locked
+from .index_factory import inverted_lists
+from .records import check_files, load_record, save_record
+
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+INDEX_FILE = "index.json"
+
+
+class IndexChangedError(DataError):
+    """Another process has saved to the folder since the index was opened: saving would undo its work."""
+
+
+@dataclass
+class IndexInfo:
+    """What `index.json` says.
+
+    Attributes:
+        factory: faiss's name of the index.
+        reason: Why this one.
+        embedding_dim: E.
+        model: Who made the embeddings, or None.
+        image_root: Folder that the ids are relative to, or None.
+        num_items: Items in the index.
+        next_key: Key of the next item.
+        recall_at_10: Measured against exact search when the index was built, in [0, 1]; 1 for an exact index.
+        effort: What that took, as `nprobe 16`; None for an exact index.
+        generation: Number in the names of the two other files.
+        format_version: Of this layout.
+        files: Name -> `bytes` and `sha256` of the two; None where an older version saved.
+    """
+
+    factory: str
+    reason: str
+    embedding_dim: int
+    model: dict | None = None
+    image_root: str | None = None
+    num_items: int = 0
+    next_key: int = 0
+    recall_at_10: float | None = None
+    effort: str | None = None
+    generation: int = 0
+    format_version: int = FORMAT_VERSION
+    files: dict | None = field(default=None, metadata={"optional": True})
+
+    @property
+    def index_name(self):
+        return f"index-{self.generation:06d}.faiss"
+
+    @property
+    def metadata_name(self):
+        return f"metadata-{self.generation:06d}.parquet"
+
+    @property
+    def state(self):
+        """What tells one save to a folder from any other."""
+        return self.generation, self.files
+
+
+def index_lock(folder, timeout):
+    """Context that keeps other processes from changing the index of a folder; see [`locked`]."""
+    return locked(Path(folder) / LOCK_FILE, f"the index {folder}", timeout)
+
+
+def find_info(folder):
+    """The [`IndexInfo`] of a folder; None where there is no index.
+
+    Raises:
+        DataError: the folder holds something else.
+    """
+    folder = Path(folder)
+    if (folder / INDEX_FILE).is_file():
+        return load_record(IndexInfo, folder / INDEX_FILE, "index")
+    others = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if others := sorted(name for name in others if not name.startswith((".", "index-", "metadata-"))):
+        raise DataError(f"{folder} must be a new or empty folder or an index, got one with {some(others)}")
+    return None
+
+
+def write_index(folder, index, table, info):
+    """Write a generation, make it the folder's, and delete the one before. The caller holds the lock.
+
+    Args:
+        folder: Existing folder, of an index or empty.
+        index, table: As of [`RetrievalIndex`].
+        info: Its generation, number of items and records of files are set anew.
+
+    Returns:
+        The [`IndexInfo`] of what was written.
+
+    Raises:
+        ValueError: rows and vectors are not of the same items; nothing is written.
+    """
+    check_tied(index, table, "this index")
+    before = find_info(folder)
+    info = replace(info, num_items=len(table), generation=0 if before is None else before.generation + 1, files=None)
+    with atomic_path(folder / info.index_name) as path:
+        faiss.write_index(index, str(path))
+    with atomic_path(folder / info.metadata_name) as path:
+        pq.write_table(table, path, compression="zstd")
+    info.files = {name: file_record(folder / name) for name in (info.index_name, info.metadata_name)}
+    save_record(folder / INDEX_FILE, info)
+    for pattern in ("index-*.faiss", "metadata-*.parquet", f".*{TEMPORARY_SUFFIX}"):
+        for path in folder.glob(pattern):
+            if path.name not in info.files:
+                path.unlink()
+    return info
+
+
+def read_index(folder, mmap, verify):
+    """Index, table and [`IndexInfo`] of a folder.
+
+    Args:
+        folder: Where it was saved.
+        mmap: Leave the vectors on disk.
+        verify: Read the files through, and compare them with what was written.
+
+    Raises:
+        DataError: there is no index, a file of it is damaged, or they don't belong together.
+    """
+    folder = Path(folder)
+    while True:
+        info = load_record(IndexInfo, folder / INDEX_FILE, "index")
+        try:
+            return *_read_generation(folder, info, mmap, verify), info
+        except DataError:
+            # Another process may have saved meanwhile, and deleted what was to be read
+            if load_record(IndexInfo, folder / INDEX_FILE, "index").state == info.state:
+                raise
+
+
+def _read_generation(folder, info, mmap, verify):
+    flags = 0
+    if mmap and "fs" in info.factory.rpartition("PQ")[2]:
+        raise ValueError(f"faiss can't memory-map {info.factory}: open it with mmap=False")
+    if mmap:  # lists are mapped by one flag, plain vectors and graphs by the other
+        lists = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
+        flags = lists if "IVF" in info.factory else faiss.IO_FLAG_MMAP_IFC
+    if verify and info.files is None:
+        logger.warning(
+            "the index in %s was saved without checksums: damage to its files can't be noticed. Saving it once more "
+            "adds them",
+            folder,
+        )
+    elif verify:
+        check_files(folder, info.files, (info.index_name, info.metadata_name))
+    try:
+        index = faiss.read_index(str(folder / info.index_name), flags)
+        with pq.ParquetFile(folder / info.metadata_name) as file:
+            table = file.read()
+    except (OSError, RuntimeError, pa.ArrowInvalid) as error:
+        raise DataError(f"the index in {folder} can't be read: {error}") from error
+    if not index.ntotal == len(table) == info.num_items:
+        raise DataError(
+            f"the files of the index in {folder} don't belong together: {index.ntotal} vectors, {len(table)} rows "
+            f"of metadata, {info.num_items} expected"
+        )
+    if verify:
+        try:
+            check_tied(index, table, f"the index in {folder}")
+        except ValueError as error:
+            raise DataError(str(error)) from error
+    return index, table
+
+
+def check_tied(index, table, what):
+    """A ValueError unless rows and vectors are of the same items: the same keys, in the table ascending."""
+    keys = table.column("key").to_numpy()
+    if (np.diff(keys) <= 0).any():
+        raise ValueError(f"{what} is damaged: the rows of its metadata are not in the order of their keys")
+    vectors = np.sort(_keys_of(index))
+    if not np.array_equal(vectors, keys):
+        raise ValueError(
+            f"{what} is damaged: it has {len(vectors)} vectors and {len(keys)} rows of metadata, which are not of the "
+            "same items"
+        )
+
+
+def _keys_of(index):
+    """Keys of all vectors, in no order."""
+    lists = inverted_lists(index)
+    if lists is None:
+        return faiss.vector_to_array(faiss.downcast_index(index).id_map)
+    lists = lists.invlists
+    sizes = [lists.list_size(number) for number in range(lists.nlist)]
+    parts = [faiss.rev_swig_ptr(lists.get_ids(number), size).copy() for number, size in enumerate(sizes) if size]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+__all__ = [
+    "INDEX_FILE",
+    "IndexChangedError",
+    "IndexInfo",
+    "check_tied",
+    "find_info",
+    "index_lock",
+    "read_index",
+    "write_index",
+]

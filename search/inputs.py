@@ -1,0 +1,149 @@
+"""From the options of a command to models, sources of images and stores."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from ..data_scripts.data_errors import DataError
+from .store import STORE_FILE, EmbeddingStore
+
+
+def load_embedder(name, options):
+    """The model of a command, on its device."""
+    import torch
+    from transformers.utils import logging
+
+    from .embedder import Embedder, is_retriever
+
+    if "://" not in name and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise DataError(f"model: there is no folder {name}")
+    resize_size = options.resize_size
+    if options.command == "compare" and is_retriever(name, options.revision):
+        resize_size = None  # meant for the other one
+    with _no_progress_bars(logging):
+        return Embedder.from_pretrained(
+            name,
+            revision=options.revision,
+            resize_size=resize_size,
+            batch_size=options.batch_size,
+            device=options.device,
+            dtype=getattr(torch, options.dtype),
+            max_image_pixels=options.max_image_pixels,
+        )
+
+
+@contextlib.contextmanager
+def _no_progress_bars(logging):
+    """Loading weights takes a second and needs no bar."""
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def load_sources(options):
+    """The images that a command names: dict of split -> `ImageSource`; `images` for a folder or a list.
+
+    Raises:
+        DataError: neither `--images` nor a data set was given, or both, or the split is not there.
+    """
+    from .image_sources import folder_source, list_source, split_source
+
+    names_data = bool({"dataset_name", "data_dir"} & set(options.data))  # a place alone is class folders
+    if (options.images is None) == (not names_data):
+        got = "neither" if options.images is None else "both"
+        raise DataError(f"give either --images (a folder or a list) or --dataset_name or --data_dir, got {got}")
+    if options.images is not None:
+        place = Path(options.images).expanduser()
+        return {"images": list_source(place) if place.suffix == ".txt" else folder_source(place)}
+    from ..data_scripts.data_arguments import DataArguments, check_data_arguments
+
+    arguments = DataArguments(**options.data)
+    check_data_arguments(arguments)
+    splits = arguments.load_splits()
+    place = f"{arguments.dataset_name}{'' if arguments.data_dir is None else f' in {arguments.data_dir}'}"
+    return {name: split_source(split, f"{name} of {place}", arguments.data_dir) for name, split in splits.items()}
+
+
+def choose_sets(sources, split=None):
+    """Queries and gallery (or None) among the splits of a data set.
+
+    Args:
+        sources: Dict of [`load_sources`].
+        split: Name of one; None for `images`, `test`, or `query` against `gallery`.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    if split is None and "query" in sources:
+        return sources["query"], sources["gallery"]
+    split = next(iter(sources)) if list(sources) == ["images"] else split or "test"
+    if split not in sources:
+        raise DataError(f"split must be one of {', '.join(sources)}, got {split!r}")
+    return sources[split], None
+
+
+def store_options(options):
+    """Options of `embed_to_store`."""
+    return {
+        "num_workers": options.num_workers,
+        "shard_size": options.shard_size,
+        "embedding_dtype": options.embedding_dtype,
+        "skip_corrupt": options.skip_corrupt,
+        "progress": not options.quiet,
+        "lock_timeout": options.lock_timeout,
+    }
+
+
+def model_or_store(options):
+    """The model or the store that a command is to take embeddings from.
+
+    Raises:
+        DataError: neither or both were given, or images with a store, which holds what is made of its own.
+    """
+    if (options.model is None) == (options.store is None):
+        got = "neither" if options.model is None else "both"
+        raise DataError(f"give either --model (and images) or --store, got {got}")
+    if options.store is not None and (options.images is not None or options.data):
+        raise DataError("--images and the options of data sets go with --model; a store has its own images")
+    return options.model or options.store
+
+
+def stores_of(name, options, gallery_store=None):
+    """Stored embeddings of queries and gallery (or None), from a store or by embedding with a model.
+
+    Args:
+        name: Folder of a store, or a model.
+        options: Of the command.
+        gallery_store: Folder of the gallery's store, with a store only.
+    """
+    if (Path(name) / STORE_FILE).is_file():
+        gallery = None if gallery_store is None else EmbeddingStore.open(gallery_store)
+        return EmbeddingStore.open(name), gallery
+    from .embed import cached_store
+
+    sets = choose_sets(load_sources(options), options.split)
+    embedder = load_embedder(name, options)
+    return tuple(
+        None if source is None else cached_store(embedder, source, options.embeddings_cache, **store_options(options))
+        for source in sets
+    )
+
+
+def is_main_rank():
+    """Whether this process, of those that `torchrun` started, is the one that prints and writes reports."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+__all__ = [
+    "choose_sets",
+    "is_main_rank",
+    "load_embedder",
+    "load_sources",
+    "model_or_store",
+    "store_options",
+    "stores_of",
+]

@@ -1,0 +1,107 @@
+"""The small JSON files that say what a store or an index is: dataclasses, with paths that can be moved."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from ..data_scripts.data_errors import DataError, some
+from ..files.atomic import write_json
+from ..files.digests import DamagedFileError, check_file
+
+
+def save_record(path, record):
+    """Write a dataclass with `model` (dict with a `name`, or None) and `image_root` as JSON, in one go.
+
+    Both may be local paths; these are written relative to the file's folder where both lie in the same parent folder,
+    so that folder can be moved as a whole.
+    """
+    values, folder = asdict(record), Path(path).parent
+    values["image_root"] = _portable(record.image_root, folder)
+    if record.model is not None:
+        values["model"]["name"] = _portable(record.model["name"], folder)
+    write_json(path, values)
+
+
+def load_record(cls, path, what):
+    """Read what [`save_record`] wrote.
+
+    Args:
+        cls: The dataclass; its default `format_version` is the only one it reads. Fields whose metadata say
+            `optional` may be missing, since older versions didn't write them; they have their defaults then.
+        path: The file.
+        what: What its folder would be, for errors.
+
+    Raises:
+        DataError: there is no such file, or it is not of this format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path.parent} is no {what}: it has no {path.name}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} must hold the fields of a {what}, got a {type(values).__name__}")
+    expected = {item.name: item.default for item in fields(cls)}
+    values = {item.name: item.default for item in fields(cls) if item.metadata.get("optional")} | values
+    version = values.get("format_version")
+    if version != expected["format_version"]:
+        raise DataError(f"{path} must have format_version {expected['format_version']}, got {version!r}")
+    if different := set(expected) ^ set(values):
+        raise DataError(f"{path} has missing or unknown fields: {some(sorted(different))}")
+    if not isinstance(values["image_root"], (str, type(None))):
+        raise DataError(f"{path} must have a text or null as image_root, got {values['image_root']!r}")
+    check_model(values["model"], path)
+    values["image_root"] = _resolve(values["image_root"], path.parent)
+    if values["model"] is not None:
+        values["model"]["name"] = _resolve(values["model"]["name"], path.parent)
+    return cls(**values)
+
+
+def check_model(model, owner):
+    """A DataError unless this says who made embeddings: a dict with at least `name` and `fingerprint`, or None."""
+    if model is not None and not (isinstance(model, dict) and {"name", "fingerprint"} <= set(model)):
+        raise DataError(f"{owner} must have a model with name and fingerprint, or none, got {model!r}")
+
+
+def check_files(folder, records, names):
+    """Compare the files of a folder with the records that were made when they were written.
+
+    Args:
+        folder: Where they lie.
+        records: Name -> what `file_record` gave.
+        names: Those that there must be a record of.
+
+    Raises:
+        DataError: a file is missing or damaged, or has no record; the message names it.
+    """
+    try:
+        for name in names:
+            check_file(folder, name, records[name])
+    except DamagedFileError as error:
+        raise DataError(str(error)) from error
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{folder} lists no size and checksum of {name}: it is damaged") from error
+
+
+def _portable(path, folder):
+    """A path as `./...` from the folder if both lie in the same parent, else absolute; other names as they are."""
+    if path is None or not Path(path).exists():
+        return path
+    path, folder = Path(path).resolve(), Path(folder).resolve()
+    if folder.parent in (path, *path.parents):
+        return f"./{Path(os.path.relpath(path, folder)).as_posix()}"
+    return str(path)
+
+
+def _resolve(name, folder):
+    if name is not None and name.startswith("./"):
+        return str((Path(folder) / name).resolve())
+    return name
+
+
+__all__ = ["check_files", "check_model", "load_record", "save_record"]

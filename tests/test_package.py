@@ -1,0 +1,61 @@
+"""What the package offers by name, and the command `vptsp`."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import vptsp
+from vptsp import cli
+
+
+def test_every_public_name_exists():
+    assert all(getattr(vptsp, name) is not None for name in vptsp.__all__)
+    assert set(vptsp.__all__) <= set(dir(vptsp))
+    assert len(vptsp.__all__) == len(set(vptsp.__all__))
+    with pytest.raises(AttributeError, match="no attribute 'map_at_q'"):
+        vptsp.map_at_q  # noqa: B018
+
+
+def test_every_public_name_is_public_where_it_comes_from():
+    for name, module in vptsp._EXPORTS.items():
+        assert name in importlib.import_module(f"vptsp.{module}").__all__, (name, module)
+
+
+def test_importing_costs_nothing():
+    code = (
+        "import sys, vptsp, vptsp.cli; print([n for n in ('torch', 'transformers', 'datasets') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_command_lists_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in cli.COMMANDS)
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err == out
+
+
+@pytest.mark.parametrize("name", ["trian", "", "eval"])
+def test_unknown_commands_are_named(name, capsys):
+    assert cli.main([name, "--index", "x"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        err.count("\n") == 1
+        and f"COMMAND must be one of train, check, embed, index, search, evaluate, compare, app, export, got {name!r}"
+        in err
+    )
+    assert ("did you mean 'train'" in err) == (name == "trian")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    try:
+        status = cli.main([name, "--help"])
+    except SystemExit as error:
+        status = error.code
+    assert not status
+    assert "--" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""Training: the model with class prompts and proxies, the Trainer, checkpoints, sharing."""

@@ -1,0 +1,147 @@
+"""Arguments of a training run: how a run goes, not what the model or the data is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+from .unsupported_arguments import check_arguments
+
+
+EVAL_METRICS = ("retrieval", "all")
+
+
+@dataclass
+class VPTSPTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with what metric learning needs, and with defaults that suit it.
+
+    Among the defaults that differ: evaluation and saving after every epoch, the best checkpoint by Recall@1 is loaded
+    at the end, no gradient clipping, and a loss that is not a number ends the run instead of vanishing from the log.
+
+    Args:
+        images_per_class: Images (k) of each class in a batch; the batch size must be divisible by it.
+        proxy_learning_rate: Learning rate of the original proxies and of a loss's own parameters; `learning_rate` is
+            that of everything else.
+        sgd_momentum: Momentum where `optim` is `sgd`.
+        cosine_epochs: Epochs over which the learning rates fall to their minimum, where they stay; None for the whole
+            run. Only with `lr_scheduler_type="cosine"`.
+        min_learning_rate: The minimum, for both learning rates.
+        recall_at: The K of Recall@K.
+        class_prompt_folder: Folder on a fast local disk for class prompts in memory-mapped files, with
+            `class_prompt_store="offloaded"`; None for memory, or `output_dir/class_prompts` where they would take more
+            than 80 % of what is available.
+        eval_metrics: What evaluations compute: `retrieval` (Recall@K, MAP@R, R-precision), or `all`: mAP@1000, NMI
+            and F1 of k-means, distances and spectral decay as well, and confidence intervals.
+        bootstrap_samples: Of the 95 % confidence intervals that come with `all`; 0 for no intervals.
+        stream_buffer_size: Rows that the class-balanced batches of a stream are drawn from; None for enough.
+        hub_strategy: With `push_to_hub`, upload the retriever at the `end`, or at `every_save` too. Checkpoints are
+            never uploaded.
+
+    Raises:
+        ValueError: a value is out of range, the batch size is not divisible by `images_per_class`, FSDP or DeepSpeed
+            is asked for, or a field of `TrainingArguments` that has no meaning here is not at its default.
+    """
+
+    output_dir: str | None = field(
+        default="runs/vptsp", metadata={"help": "Folder for the retriever and its results."}
+    )
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per batch and device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per batch and device."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Of everything but the original proxies."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "cosine falls to min_learning_rate."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
+    metric_for_best_model: str | None = field(default="recall_at_1", metadata={"help": "What best means."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
+    logging_steps: float = field(default=50, metadata={"help": "Log loss and learning rate every so many steps."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 for no clipping."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must be false: a loss that is no number ends the run."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: images are decoded lazily."})
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Must be false: S is exchanged apart."}
+    )
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every tuned tensor is used."})
+
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Callbacks such as early stopping go on counting where a run was interrupted."}
+    )
+
+    images_per_class: int = field(default=2, metadata={"help": "Images (k) of each class in a batch."})
+    proxy_learning_rate: float = field(
+        default=0.01, metadata={"help": "Of the original proxies and a loss's parameters."}
+    )
+    sgd_momentum: float = field(default=0.9, metadata={"help": "Momentum where optim is sgd."})
+    cosine_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs of the cosine decay, after which the rates stay; default: all."}
+    )
+    min_learning_rate: float = field(default=0.0, metadata={"help": "Where the cosine decay ends, for both rates."})
+    recall_at: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "The K of Recall@K."})
+    class_prompt_folder: str | None = field(
+        default=None, metadata={"help": "Folder for offloaded class prompts as memory-mapped files."}
+    )
+    eval_metrics: str = field(default="retrieval", metadata={"help": "What evaluations compute: retrieval or all."})
+    bootstrap_samples: int = field(
+        default=2000, metadata={"help": "Of the confidence intervals that come with all metrics; 0 for none."}
+    )
+    stream_buffer_size: int | None = field(
+        default=None, metadata={"help": "Rows that a stream's batches are drawn from; by default enough."}
+    )
+
+    hub_strategy: HubStrategy | str = field(default="end", metadata={"help": "When to upload: end or every_save."})
+
+    def __post_init__(self):
+        self._refuse_sharding()
+        if HubStrategy(self.hub_strategy) not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ValueError(
+                f"hub_strategy must be end or every_save, got {HubStrategy(self.hub_strategy).value}: checkpoints are "
+                "not for sharing"
+            )
+        if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # as the command line gives it
+            self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"
+        check_arguments(self)
+        if self.images_per_class < 1:
+            raise ValueError(f"images_per_class must be >= 1, got {self.images_per_class}")
+        if self.per_device_train_batch_size % self.images_per_class:
+            raise ValueError(
+                f"per_device_train_batch_size must be divisible by images_per_class, got "
+                f"{self.per_device_train_batch_size} and {self.images_per_class}"
+            )
+        if not self.recall_at or min(self.recall_at) < 1:
+            raise ValueError(f"recall_at must hold integers >= 1, got {self.recall_at}")
+        if self.eval_metrics not in EVAL_METRICS:
+            raise ValueError(f"eval_metrics must be one of {', '.join(EVAL_METRICS)}, got {self.eval_metrics!r}")
+        if self.bootstrap_samples < 0:
+            raise ValueError(f"bootstrap_samples must be >= 0, got {self.bootstrap_samples}")
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False
+        super().__post_init__()
+        if self.device.type == "cpu":  # pinned memory speeds up copies to an accelerator, and warns without one
+            self.dataloader_pin_memory = False
+
+    def _refuse_sharding(self):
+        """FSDP and DeepSpeed, however they were asked for."""
+        asked = {
+            "fsdp": self.fsdp or self.fsdp_config or _is_on("ACCELERATE_USE_FSDP"),
+            "deepspeed": self.deepspeed or _is_on("ACCELERATE_USE_DEEPSPEED"),
+        }
+        for name, value in asked.items():
+            if value:
+                raise ValueError(
+                    f"{name} is not supported: it shards weights, gradients and optimiser states, but here the "
+                    "backbone is frozen, and a retriever tunes a few megabytes. Start the same command without it, "
+                    "with torchrun or accelerate launch --multi_gpu: several processes then share the batch (DDP)"
+                )
+
+
+def _is_on(variable):
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes", "y", "on", "t")
+
+
+__all__ = ["EVAL_METRICS", "VPTSPTrainingArguments"]

@@ -1,0 +1,205 @@
+"""A table in host memory, or in memory-mapped files, of which a device sees some rows, with its optimiser states.
+
+Shapes: C classes, M classes in a batch, P prompts of all layers together, D backbone width.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..files.atomic import atomic_path
+
+
+# Of the memory that is available, what table and states may take before they go to memory-mapped files.
+MEMORY_SHARE = 0.8
+# Optimiser states by torch's names: of AdamW, of SGD with momentum and without.
+STATE_NAMES = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}, set())
+
+
+class HostTable(nn.Module):
+    """Tokens of all classes and their optimiser states: float32 on the CPU, neither parameters nor buffers.
+
+    Attributes:
+        shape: `(C, P, D)`.
+        states: Optimiser states by torch's name, `(C, P, D)` float32; `step` is `(C,)`.
+        folder: Where the memory-mapped files are; None in memory.
+    """
+
+    def __init__(self, shape, std):
+        super().__init__()
+        self.shape = shape
+        self.std = std
+        self.states = {}
+        self.folder = None
+        self._tokens = None
+        # Moves with the model, and lets transformers see that there is something to initialise.
+        self.register_buffer("anchor", torch.empty(0), persistent=False)
+
+    def init_weights(self):
+        """Draw the table as the dense store does; one that does not fit in memory is drawn when it has a place."""
+        if self._tokens is not None or self.fits_in_memory(num_states=0):
+            self._draw()
+
+    def _draw(self):
+        if self._tokens is None:
+            self._tokens = self._allocate(self.shape)
+        self._tokens.normal_(std=self.std)
+
+    @property
+    def tokens(self):
+        """The table, `(C, P, D)` float32."""
+        if self._tokens is None:
+            if self.folder is None and not self.fits_in_memory(num_states=0):
+                raise MemoryError(
+                    f"class prompts of {self.num_bytes(0) / 2**30:.1f} GiB do not fit in memory: "
+                    "call place(folder), or train with class_prompt_folder"
+                )
+            self._draw()
+        return self._tokens
+
+    def read(self, classes, device):
+        """Rows of classes `(M,)`, on the CPU, brought to a device: `(M, P, D)`."""
+        if device.type != "cuda":
+            return self.tokens.index_select(0, classes).to(device)
+        pinned = empty_pinned((len(classes), *self.shape[1:]))
+        torch.index_select(self.tokens, 0, classes, out=pinned)
+        return pinned.to(device, non_blocking=True)
+
+    def new_states(self, names):
+        """Zeros for optimiser states of these names, where the table is."""
+        return {name: self._allocate(self.shape[:1] if name == "step" else self.shape) for name in names}
+
+    def discard_prefetched(self):
+        """Forget rows that were read ahead, if a subclass does that: called before all are replaced or move."""
+
+    def broadcast(self, device):
+        """Give all processes the table of the first, by way of `device`, as DDP does with parameters."""
+        self.discard_prefetched()
+        for part in self.tokens.view(-1).split(1 << 24):
+            on_device = part.to(device)
+            dist.broadcast(on_device, src=0)
+            part.copy_(on_device)
+
+    # ---- Memory and memory-mapped files
+
+    def num_bytes(self, num_states):
+        """Bytes of the table and of as many optimiser states."""
+        return 4 * math.prod(self.shape) * (1 + num_states)
+
+    def fits_in_memory(self, num_states):
+        """Whether table and states, of all processes here, take at most `MEMORY_SHARE` of the available memory."""
+        processes = _processes_here()
+        held = 0 if self._tokens is None or self.folder is not None else self.num_bytes(0)
+        available = psutil.virtual_memory().available + held * processes
+        return processes * self.num_bytes(num_states) <= MEMORY_SHARE * available
+
+    def place(self, folder, num_states=2):
+        """Keep table and states in memory-mapped files from now on, not in memory.
+
+        The files are scratch space: on POSIX systems they have no name once they are mapped, and vanish with the
+        process.
+
+        Args:
+            folder: Folder on a fast local disk; made where it does not exist.
+            num_states: Optimiser states that will join the table.
+
+        Raises:
+            OSError: the disk has not enough room.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        processes = _processes_here()  # each makes files of its own, which take their room as they fill
+        needed, free = processes * self.num_bytes(num_states), shutil.disk_usage(folder).free
+        if needed > free:
+            raise OSError(
+                f"class_prompt_folder {folder} has {free / 2**30:.1f} GiB left, class prompts and their optimiser "
+                f"states need {needed / 2**30:.1f} GiB ({processes} processes)"
+            )
+        self.discard_prefetched()
+        self.folder = folder
+        if self._tokens is not None:
+            self._tokens = self._allocate(self.shape).copy_(self._tokens)
+        self.states = {name: self._allocate(state.shape).copy_(state) for name, state in self.states.items()}
+
+    def _allocate(self, shape):
+        if self.folder is None or not math.prod(shape):
+            return torch.zeros(shape, dtype=torch.float32, device="cpu")
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="class_prompts-", delete=False) as file:
+            name = file.name
+        mapped = torch.from_file(name, shared=True, size=math.prod(shape), dtype=torch.float32)
+        if os.name == "posix":
+            Path(name).unlink()
+        return mapped.view(shape)
+
+    # ---- Saved files
+
+    def save(self, path):
+        """Write the table to a safetensors file."""
+        _save({"tokens": self.tokens}, path)
+
+    def load(self, path):
+        """Read the table of a file that `save` wrote; ValueError for other contents, another shape or dtype."""
+        self._load({"tokens": self.tokens}, path)
+
+    def save_states(self, path):
+        """Write the optimiser states to a safetensors file."""
+        _save(self.states, path)
+
+    def load_states(self, path):
+        """Read, in place of the states there are, those that `save_states` wrote.
+
+        Raises:
+            ValueError: they are of no optimiser that has a rule for rows, or of another shape or dtype.
+        """
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+        if names not in STATE_NAMES:
+            known = " or ".join(", ".join(sorted(known)) or "nothing" for known in STATE_NAMES)
+            raise ValueError(f"{path} must hold {known}, got {', '.join(sorted(names))}")
+        states = self.new_states(names)
+        self._load(states, path)
+        self.states = states
+
+    def _load(self, tensors, path):
+        self.discard_prefetched()
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != set(tensors):
+                expected, found = (", ".join(sorted(names)) for names in (tensors, file.keys()))
+                raise ValueError(f"{path} must hold {expected}, got {found}")
+            for name, tensor in tensors.items():
+                expected, found = tuple(tensor.shape), tuple(file.get_slice(name).get_shape())
+                if found != expected:
+                    raise ValueError(f"{name} in {path} must have shape {expected}, got {found}")
+                saved = file.get_tensor(name)
+                if saved.dtype != tensor.dtype:
+                    raise ValueError(f"{name} in {path} must be {tensor.dtype}, got {saved.dtype}")
+                tensor.copy_(saved)
+
+
+def empty_pinned(shape):
+    """Page-locked float32 memory, out of torch's cache of it; copies from and to a GPU run at full speed."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=True)
+
+
+def _processes_here():
+    """Processes of the run on this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _save(tensors, path):
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+__all__ = ["HostTable", "empty_pinned"]

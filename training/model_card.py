@@ -1,0 +1,293 @@
+"""The model card of a shared retriever, which writes itself from the model and from what a run knows."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..configuration_vptsp import VPTSPConfig
+
+
+CITATION = """\
+@inproceedings{ren2024vptsp,
+  title     = {Learning Semantic Proxies from Visual Prompts for Parameter-Efficient Fine-Tuning
+               in Deep Metric Learning},
+  author    = {Ren, Li and Chen, Chen and Wang, Liqiang and Hua, Kien},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2024}
+}"""
+
+TAGS = ["vptsp", "image-retrieval", "metric-learning", "visual-prompt-tuning"]
+
+# Pattern of a metric's name -> what it is called, and what it is.
+METRICS = {
+    r"recall_at_(\d+)": ("R@{}", "share of queries with an item of their class among the {} nearest"),
+    r"map_at_r": (
+        "MAP@R",
+        "precision at the ranks of the hits among the first R, summed and divided by R, the number of other items of "
+        "the query's class (Musgrave et al., ECCV 2020)",
+    ),
+    r"map_at_r_published": (
+        "MAP@R, as published",
+        "the same over the first R + 1 and divided by R + 1, as in the tables of the VPTSP paper; compare only these",
+    ),
+    r"r_precision": ("R-precision", "share of the first R that are of the query's class"),
+    r"map_at_(\d+)": (
+        "mAP@{}",
+        "precision at the ranks of the hits among the first {}, summed and divided by R or, if that is less, by {}",
+    ),
+}
+
+TRAINING_FIELDS = (
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "images_per_class",
+    "gradient_accumulation_steps",
+    "optim",
+    "learning_rate",
+    "proxy_learning_rate",
+    "min_learning_rate",
+    "cosine_epochs",
+    "lr_scheduler_type",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "seed",
+)
+
+# What a card says elsewhere, or what says nothing about how the model was made.
+_NOT_LISTED = {
+    "backbone",
+    "backbone_config",
+    "backbone_revision",
+    "save_backbone",
+    "format_version",
+    "model_type",
+    "sub_configs",
+}
+
+
+def without_tokens(words, *secrets) -> str:
+    """A command line as text, with tokens blotted out.
+
+    Args:
+        words: The words of the command.
+        *secrets: Values that must not appear, whatever option they belong to; None is passed over.
+
+    Returns:
+        The command, quoted for a shell, with `HIDDEN` for the values of options whose name holds `token`, for what
+        looks like a token of the Hub, and for `secrets`.
+    """
+    clean, after_option = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        is_option = word.startswith("-") and "token" in name.lower()
+        if after_option and not word.startswith("--"):
+            word = "HIDDEN"
+        elif is_option and equals:
+            word = f"{name}=HIDDEN"
+        for secret in filter(None, secrets):
+            word = word.replace(secret, "HIDDEN")
+        clean.append(re.sub(r"hf_\w{8,}", "HIDDEN", word))
+        after_option = is_option and not equals
+    return shlex.join(clean)
+
+
+def retriever_card(model, repo_id=None, results=None, training_args=None, **metadata) -> ModelCard:
+    """Model card of a retriever: what it was tuned on, how well it does, how to use it, how to make it again.
+
+    Args:
+        model: A `VPTSPModel` or `VPTSPForMetricLearning`.
+        repo_id: Name on the Hub; None where it has none yet.
+        results: What `train.py` writes into `all_results.json`; a part of it is enough.
+        training_args: `VPTSPTrainingArguments` of the run.
+        **metadata: Fields of `huggingface_hub.ModelCardData`, such as `license`; they win over what is known.
+
+    Returns:
+        `huggingface_hub.ModelCard`.
+    """
+    results = results or {}
+    name = repo_id or "owner/name"
+    title = name.split("/")[-1]
+    sections = [
+        _introduction(model, title, results.get("picture")),
+        _usage(model, name),
+        _scores(results, training_args),
+        _tuned(model),
+        _training(model, results, training_args),
+        f"## Cite\n\n```bibtex\n{CITATION}\n```",
+    ]
+    data = ModelCardData(**{**_metadata(model, results, title), **metadata})
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
+
+
+def _backbone_on_hub(config) -> str | None:
+    """Hub name of the backbone, None where it is a local folder or saved along without a name."""
+    is_hub_name = config.backbone is not None and not Path(config.backbone).is_dir()
+    return config.backbone if is_hub_name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.backbone) else None
+
+
+def _metadata(model, results, title) -> dict:
+    dataset = results.get("dataset", {})
+    values = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": TAGS,
+        "model_name": title,
+    }
+    if _backbone_on_hub(model.config) is not None:
+        values |= {"base_model": model.config.backbone, "base_model_relation": "adapter"}
+    if dataset.get("repo"):
+        values["datasets"] = [dataset["repo"]]
+    scored = _metrics_of(results, "final")
+    if scored:
+        values["eval_results"] = [
+            EvalResult(
+                task_type="image-feature-extraction",
+                task_name="Image retrieval",
+                dataset_type=dataset.get("repo") or dataset.get("name", "unknown"),
+                dataset_name=dataset.get("repo") or dataset.get("name", "unknown"),
+                dataset_revision=dataset.get("revision"),
+                metric_type=metric,
+                metric_name=called,
+                metric_value=round(value, 6),
+            )
+            for metric, (called, _, value) in scored.items()
+        ]
+    return values
+
+
+def _metrics_of(results, prefix) -> dict[str, tuple[str, str, float]]:
+    """Metric -> what it is called, what it is, its value; of those known under `{prefix}_` that have a value."""
+    found = {}
+    for key, value in results.items():
+        metric = key.removeprefix(f"{prefix}_")
+        if not isinstance(value, (int, float)) or not math.isfinite(value):  # None as `all_results.json` has it
+            continue
+        for pattern, texts in METRICS.items():
+            if metric != key and (match := re.fullmatch(pattern, metric)):
+                found[metric] = (*(text.replace("{}", "".join(match.groups())) for text in texts), value)
+    return found
+
+
+def _introduction(model, title, picture) -> str:
+    config = model.config
+    if hub_name := _backbone_on_hub(config):
+        backbone = f"[{hub_name}](https://huggingface.co/{hub_name}), revision `{config.backbone_revision}`"
+    elif config.save_backbone or config.backbone is None:
+        backbone = "saved along in this repository"
+    else:
+        backbone = "not in this repository and not on the Hub"
+    lines = [
+        f"# {title}",
+        "",
+        f"Image retrieval: embeddings of {config.embedding_dim} numbers in which images of a class lie together, also "
+        "for classes that training has not seen. A frozen vision transformer with tuned prompts, made by VPTSP "
+        "(semantic proxies from visual prompts, [ICLR 2024](https://arxiv.org/abs/2402.02340)).",
+        "",
+        f"Backbone: {backbone}.",
+    ]
+    if picture is not None:
+        lines += ["", f"![Queries with their nearest neighbours, of classes that training has not seen]({picture})"]
+    return "\n".join(lines)
+
+
+def _usage(model, name) -> str:
+    width = model.config.embedding_dim
+    return f'''## Use
+
+Needs `torch`, `transformers` and `pillow`. `revision` fixes weights and the code that `trust_remote_code` runs: put in
+a commit of this repository that you have looked at.
+
+```python
+import torch
+from transformers import AutoImageProcessor, AutoModel
+from transformers.image_utils import load_image
+
+name, revision = "{name}", "<commit>"
+processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+model = AutoModel.from_pretrained(name, revision=revision, trust_remote_code=True)
+
+images = [load_image("a.png"), load_image("b.png")]  # RGB, turned as EXIF says, as in training
+with torch.inference_mode():
+    embeddings = model(**processor(images, return_tensors="pt")).embeddings  # (2, {width}), L2-normalised
+similarity = embeddings @ embeddings.T
+```
+
+Or as a pipeline, which gives the same numbers as a list:
+
+```python
+from transformers import pipeline
+
+embed = pipeline("image-feature-extraction", model=name, revision=revision, trust_remote_code=True)
+embedding = embed("a.png")[0]  # {width} floats
+```'''
+
+
+def _scores(results, training_args) -> str | None:
+    tuned, frozen = _metrics_of(results, "final"), _metrics_of(results, "frozen")
+    if not tuned:
+        return None
+    rows = [
+        f"| {called} | {_percent(frozen[metric][2]) if metric in frozen else ''} | {_percent(value)} | {meaning} |"
+        for metric, (called, meaning, value) in tuned.items()
+    ]
+    count = results.get("final_num_queries")
+    has_gallery = "gallery_images" in results.get("dataset", {})
+    text = "Cosine similarity; "
+    text += "queries against a gallery of other images" if has_gallery else "a query never retrieves itself"
+    text += ". All in percent"
+    text += f", over {count:,} queries." if count else "."
+    if lone := results.get("final_num_unanswerable"):
+        text += f" {lone:,} queries whose class has no other item are left out."
+    if same := results.get("final_num_in_gallery"):
+        text += f" {same:,} queries are in the gallery too, where they are excluded."
+    if getattr(training_args, "load_best_model_at_end", False):
+        text += (
+            f" The checkpoint is the best of the run by {training_args.metric_for_best_model} on these same images, "
+            "which flatters the tuned scores."
+        )
+    table = ["| metric | backbone alone | tuned | what it is |", "|---|---|---|---|", *rows]
+    return "\n".join(["## Scores", "", text, "", *table])
+
+
+def _percent(value) -> str:
+    return f"{100 * value:.2f}"
+
+
+def _tuned(model) -> str:
+    retriever = model.retriever
+    state, tuned = retriever.state_dict(), retriever.tuned_names()
+    shipped = state if model.config.save_backbone else tuned
+    count = sum(state[name].numel() for name in tuned)
+    total = sum(tensor.numel() for tensor in state.values())
+    megabytes = sum(state[name].numel() * state[name].element_size() for name in shipped) / 1e6
+    what = "backbone and all" if model.config.save_backbone else "only these"
+    return (
+        f"## Size\n\nTuned are {count:,} of {total:,} parameters ({count / total:.2%}). Saved are {what}: "
+        f"{megabytes:.2f} MB in safetensors."
+    )
+
+
+def _training(model, results, training_args) -> str:
+    lines = ["## Training", ""]
+    if dataset := results.get("dataset"):
+        shown = [f"{key.replace('_', ' ')} {value:,}" for key, value in dataset.items() if isinstance(value, int)]
+        source = dataset.get("repo") or dataset.get("name")
+        lines += [f"Data: `{source}`" + (f" ({', '.join(shown)})." if shown else "."), ""]
+    if command := results.get("command"):
+        lines += ["```", without_tokens(shlex.split(command)), "```", ""]
+    values = {name: getattr(model.config, name) for name in VPTSPConfig.__annotations__ if name not in _NOT_LISTED}
+    values |= {name: getattr(training_args, name) for name in TRAINING_FIELDS if training_args is not None}
+    values |= {f"version of {name}": version for name, version in results.get("versions", {}).items()}
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| {name} | {getattr(value, 'value', value)} |" for name, value in values.items() if value is not None]
+    return "\n".join(lines)
+
+
+__all__ = ["retriever_card", "without_tokens"]
