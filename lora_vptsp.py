@@ -18,16 +18,19 @@ def add_lora(backbone, rank, alpha, targets=None):
 
     A is drawn Kaiming uniform and B is 0, so that the backbone starts as it was pretrained.
 
+    They lie in the transformer's layers alone: what embeds patches or pools tokens may read weights without calling
+    the linear layer that holds them, as PyTorch's own attention does, so that LoRA beside it would never run.
+
     Args:
         backbone: The vision transformer.
         rank: Rows of A and columns of B.
         alpha: Scale.
         targets: Names of the linear layers, whole (`layers.0.attention.q_proj`) or their ends (`q_proj`); None for
-            `DEFAULT_TARGETS`.
+            `DEFAULT_TARGETS`, which layers of every family have.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: a target is no linear layer of the backbone.
+        ValueError: a target is no linear layer of the backbone's layers.
     """
     try:  # not an import statement: transformers would ask for peft wherever this file is loaded as remote code
         peft = importlib.import_module("peft")
@@ -37,10 +40,11 @@ def add_lora(backbone, rank, alpha, targets=None):
     linear = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
     for target in targets:
         if not any(_is_target(name, [target]) for name in linear):
-            ends = sorted({name.rpartition(".")[2] for name in linear})
+            ends = sorted({name.rpartition(".")[2] for name in linear if _is_in_layer(name)})
             raise ValueError(
                 f"lora_targets must name linear layers of the backbone ({', '.join(ends)}), got {target!r}"
             )
+    targets = sorted(name for name in linear if _is_target(name, targets))
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), backbone)
     for name, module in backbone.named_modules():
         if is_lora(name):
@@ -70,7 +74,13 @@ def names_with_lora(weights, config):
 
 
 def _is_target(module, targets) -> bool:
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+    named = any(module == target or module.endswith(f".{target}") for target in targets)
+    return named and _is_in_layer(module)
+
+
+def _is_in_layer(module) -> bool:
+    """Whether a module's name leads through a list of layers."""
+    return any(part.isdigit() for part in module.split("."))
 
 
 __all__ = ["add_lora", "is_lora", "names_with_lora"]

@@ -101,6 +101,11 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
         self.post_init()
         self.freeze_backbone()
 
+    def tuned_names(self) -> set[str]:
+        """Names in `state_dict()` of everything but the frozen part of the backbone and what no pass touches of it."""
+        own = {name for name in super().tuned_names() if not name.startswith(self.retriever_prefix)}
+        return own | {f"{self.retriever_prefix}{name}" for name in self.vptsp.tuned_names()}
+
     def forward(self, pixel_values, labels=None, images_per_class=None, interpolate_pos_encoding=False, gather=False):
         """Embeddings and, with labels, the loss and the proxy state's new rows.
 

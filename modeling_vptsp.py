@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from .adapters_vptsp import build_adapters
 from .backbones_vptsp import (
+    ImageTokens,
     append_prompts,
     can_take_apart,
     family_of,
@@ -135,6 +136,19 @@ class VPTSPModel(VPTSPPreTrainedModel):
         self.post_init()
         self.freeze_backbone()
 
+    def tuned_names(self) -> set[str]:
+        """Names in `state_dict()` of everything but the frozen part of the backbone and what no pass touches of it."""
+        names = super().tuned_names()
+        if self.config.bitfit:  # as attention of PyTorch's own calls them
+            names |= {name for name in self.state_dict() if name.startswith("backbone.") and name.endswith("_bias")}
+        unused = {
+            name
+            for name in names
+            if name.startswith("backbone.")
+            and not self.family.is_used(name.removeprefix("backbone."), self.config.pooling)
+        }
+        return names - unused
+
     def forward(
         self,
         pixel_values,
@@ -148,8 +162,9 @@ class VPTSPModel(VPTSPPreTrainedModel):
 
         Args:
             pixel_values: `(B, 3, height, width)` float, normalised as the backbone expects.
-            interpolate_pos_encoding: Take images of another size than the model's, with its position embeddings
-                interpolated in this very pass. For one size throughout, see `image_size` of `from_backbone`.
+            interpolate_pos_encoding: Take images of another size than the model's, as transformers' own model does:
+                with its position embeddings interpolated in this very pass, or (rotary positions) as they are. For
+                one size throughout, see `image_size` of `from_backbone`.
             prompt_key_values: What `project_prompts` gave, where the weights have not changed since; None computes it.
             return_dict: False gives a tuple; None is what the configuration says.
             output_attentions: Not to be had; see `vptsp.eval.attention` for where the CLS token looks.
@@ -177,8 +192,8 @@ class VPTSPModel(VPTSPPreTrainedModel):
             if getattr(self.config, name) if value is None else value:
                 raise ValueError(f"{name} must be false, got true: the prompted pass gives embeddings alone")
 
-    def embed_patches(self, pixel_values, interpolate_pos_encoding=False):
-        """`(B, 3, height, width)` -> tokens that every pass starts from, `(B, N, D)`."""
+    def embed_patches(self, pixel_values, interpolate_pos_encoding=False) -> ImageTokens:
+        """`(B, 3, height, width)` -> tokens that every pass starts from, with what the layers need of positions."""
         if pixel_values is None or pixel_values.dim() != 4:
             shape = None if pixel_values is None else tuple(pixel_values.shape)
             raise ValueError(f"pixel_values must have shape (B, 3, height, width), got {shape}")
@@ -190,7 +205,8 @@ class VPTSPModel(VPTSPPreTrainedModel):
                 f"height and width must be multiples of the patch size {patch_size}, got "
                 f"{tuple(pixel_values.shape[2:])}"
             )
-        return self.family.embed(self.backbone, pixel_values, interpolate_pos_encoding)
+        hidden = self.family.embed(self.backbone, pixel_values, interpolate_pos_encoding)
+        return ImageTokens(hidden, self.family.rotation(self.backbone, pixel_values, hidden))
 
     def project_prompts(self):
         """The shared prompts as all that the layers make of them, to be given to `forward` again and again.
@@ -226,14 +242,15 @@ class VPTSPModel(VPTSPPreTrainedModel):
         return project_tokens(self.family, first, tokens)
 
     def encode(self, tokens, prompts=(), prompt_rows=None, first_layer=None, adapted=True):
-        """Tokens `(B, N, D)` through the prompted layers, pooled. See `prompted_forward`.
+        """[`ImageTokens`] through the prompted layers, pooled. See `prompted_forward`.
 
         `adapted=False` leaves the adapters out.
 
         Returns:
             `(B, pooled_dim)`; `(B, 2, D)` with `cls` pooling of a backbone with two class tokens.
         """
-        prefix_only, num_tokens = self.config.pooling == "cls", tokens.shape[1]
+        pooling, num_tokens = self.config.pooling, tokens.hidden.shape[1]
+        prefix_only = pooling == "cls"
         if self.config.prompt_mode == "shallow" and prompts:
             tokens, prompts = append_prompts(tokens, prompts[0], prompt_rows), ()
         hidden = prompted_forward(
@@ -248,8 +265,11 @@ class VPTSPModel(VPTSPPreTrainedModel):
         )
         if prefix_only:
             return hidden[:, 0] if self.family.num_class_tokens == 1 else hidden
-        mean = hidden[:, self.family.num_prefix_tokens : num_tokens].mean(dim=1)
-        return mean if self.config.pooling == "mean" else torch.cat([hidden[:, 0], mean], dim=-1)
+        patches = hidden[:, self.family.num_prefix_tokens : num_tokens]
+        if pooling == "head":
+            return self.family.head(self.backbone, patches)
+        mean = patches.mean(dim=1)
+        return mean if pooling == "mean" else torch.cat([hidden[:, 0], mean], dim=-1)
 
     def embed_with_backbone(self, pixel_values, interpolate_pos_encoding=False):
         """Embeddings of the backbone alone, without prompts, adapters or head: the line to beat. `(B, pooled_dim)`.
