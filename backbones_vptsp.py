@@ -194,9 +194,13 @@ class ViTFamily:
     def layers(self, backbone):
         return backbone.layers
 
+    def attention(self, layer):
+        """The module with `q_proj`, `k_proj` and `v_proj`."""
+        return layer.attention
+
     def taken_apart(self, layer):
         """The modules of a layer whose `forward` these methods stand for, the layer itself among them."""
-        return layer, layer.attention
+        return layer, self.attention(layer)
 
     def never_called(self, backbone):
         """The modules around the layers that no pass ever calls."""
@@ -206,24 +210,24 @@ class ViTFamily:
         return layer.layernorm_before(hidden)
 
     def query(self, layer, normed):
-        return _split_heads(fast_linear(layer.attention.q_proj, normed), layer.attention.head_dim)
+        """Queries of normed tokens `(..., T, D)`, `(..., H, T, D / H)`, not yet rotated."""
+        own = self.attention(layer)
+        return _split_heads(fast_linear(own.q_proj, normed), own.head_dim)
 
     def key_value(self, layer, normed):
-        """Keys and values of normed tokens `(..., T, D)`, each `(..., H, T, D / H)`, not yet rotated."""
-        attention = layer.attention
-        return (
-            _split_heads(fast_linear(attention.k_proj, normed), attention.head_dim),
-            _split_heads(fast_linear(attention.v_proj, normed), attention.head_dim),
-        )
+        """Keys and values, likewise."""
+        own = self.attention(layer)
+        key, value = fast_linear(own.k_proj, normed), fast_linear(own.v_proj, normed)
+        return _split_heads(key, own.head_dim), _split_heads(value, own.head_dim)
 
     def attend(self, layer, query, key, value):
         """Attention of `(B, H, Q, D / H)` queries, projected: `(B, Q, D)`."""
         own = layer.attention
-        return layer.dropout(_attention_output(own, own.o_proj, own.scaling, own.attention_dropout, query, key, value))
+        return layer.dropout(attention_output(own, own.o_proj, own.scaling, own.attention_dropout, query, key, value))
 
     def feed_forward(self, layer, hidden):
         """Norm and MLP, without the residual."""
-        return layer.dropout(_mlp_output(layer.mlp, layer.layernorm_after(hidden)))
+        return layer.dropout(mlp_output(layer.mlp, layer.layernorm_after(hidden)))
 
     # ---- What comes out
 
@@ -295,11 +299,11 @@ class Dinov2Family(ViTFamily):
 
     def attend(self, layer, query, key, value):
         own = layer.attention
-        output = _attention_output(own, own.o_proj, own.scaling, own.attention_dropout, query, key, value)
+        output = attention_output(own, own.o_proj, own.scaling, own.attention_dropout, query, key, value)
         return layer.drop_path(layer.layer_scale1(output))
 
     def feed_forward(self, layer, hidden):
-        return layer.drop_path(layer.layer_scale2(_mlp_output(layer.mlp, layer.norm2(hidden))))
+        return layer.drop_path(layer.layer_scale2(mlp_output(layer.mlp, layer.norm2(hidden))))
 
 
 class Dinov2WithRegistersFamily(Dinov2Family):
@@ -325,7 +329,7 @@ class DINOv3ViTFamily(Dinov2WithRegistersFamily):
 
     def attend(self, layer, query, key, value):
         own = layer.attention
-        output = _attention_output(own, own.o_proj, own.scaling, own.dropout, query, key, value)
+        output = attention_output(own, own.o_proj, own.scaling, own.dropout, query, key, value)
         return layer.drop_path(layer.layer_scale1(output))
 
     def final_norm(self, backbone, hidden):
@@ -347,8 +351,8 @@ class CLIPFamily(ViTFamily):
     def layers(self, backbone):
         return backbone.encoder.layers
 
-    def taken_apart(self, layer):
-        return layer, layer.self_attn
+    def attention(self, layer):
+        return layer.self_attn
 
     def never_called(self, backbone):
         return (backbone, backbone.encoder, backbone.encoder.layers)
@@ -356,22 +360,12 @@ class CLIPFamily(ViTFamily):
     def attention_norm(self, layer, hidden):
         return layer.layer_norm1(hidden)
 
-    def query(self, layer, normed):
-        return _split_heads(fast_linear(layer.self_attn.q_proj, normed), layer.self_attn.head_dim)
-
-    def key_value(self, layer, normed):
-        own = layer.self_attn
-        return (
-            _split_heads(fast_linear(own.k_proj, normed), own.head_dim),
-            _split_heads(fast_linear(own.v_proj, normed), own.head_dim),
-        )
-
     def attend(self, layer, query, key, value):
-        own = layer.self_attn
-        return _attention_output(own, own.out_proj, own.scale, own.dropout, query, key, value)
+        own = self.attention(layer)
+        return attention_output(own, own.out_proj, own.scale, own.dropout, query, key, value)
 
     def feed_forward(self, layer, hidden):
-        return _mlp_output(layer.mlp, layer.layer_norm2(hidden))
+        return mlp_output(layer.mlp, layer.layer_norm2(hidden))
 
     def final_norm(self, backbone, hidden):
         return backbone.post_layernorm(hidden)
@@ -669,14 +663,14 @@ def _rotated(tokens, rotation):
     return (tokens * cos + torch.cat([-second, first], dim=-1) * sin).to(tokens.dtype)
 
 
-def _attention_output(attention, projection, scaling, dropout, query, key, value):
+def attention_output(attention, projection, scaling, dropout, query, key, value):
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, _eager_attention)
     dropout = dropout if attention.training else 0.0
     attended, _ = interface(attention, query, key, value, None, dropout=dropout, scaling=scaling)
     return fast_linear(projection, attended.flatten(2))
 
 
-def _mlp_output(mlp, x):
+def mlp_output(mlp, x):
     """`mlp(x)`, whatever `mlp` is; the linear layers of transformers' own, plain or gated, by `fast_linear`."""
     if not runs_as_written(mlp) or not type(mlp).__module__.startswith("transformers.models."):
         return mlp(x)

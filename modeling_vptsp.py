@@ -135,6 +135,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
         add_tuning(self)
         self.post_init()
         self.freeze_backbone()
+        self.backbone.train(config.tune_backbone)  # before anyone calls `train` or `eval`: DINOv3 draws positions anew
 
     def tuned_names(self) -> set[str]:
         """Names in `state_dict()` of everything but the frozen part of the backbone and what no pass touches of it."""

@@ -125,6 +125,14 @@ def test_images_of_other_sizes(name, size):
         model(images(1, 16, 20), interpolate_pos_encoding=True)
 
 
+@every_kind
+def test_a_frozen_backbone_computes_as_in_evaluation_from_the_start(name):
+    model, pixel_values = VPTSPModel(VPTSPConfig(backbone_config=backbone_config(name), embedding_dim=10)), images()
+    first = model(pixel_values).embeddings
+    for state in (model.train(), model.eval()):
+        torch.testing.assert_close(state(pixel_values).embeddings, first)
+
+
 # ---- Prompted, with gradients, both passes
 
 
