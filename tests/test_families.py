@@ -153,6 +153,19 @@ def test_step_with_lora_and_mean(name):
     assert all(model.get_parameter(n).grad.norm() > 0 for n in lora)
 
 
+def test_lora_lies_in_the_layers_alone():
+    """PyTorch's attention in SigLIP's head reads the weights of its `out_proj` without calling it."""
+    pytest.importorskip("peft")
+    model = retriever("siglip_vision_model", lora_rank=2, lora_targets=["out_proj", "fc1"])
+    lora = {n for n in model.tuned_names() if ".lora_" in n}
+    assert len(lora) == 2 * 2 * 2
+    assert all(n.startswith("backbone.encoder.layers.") for n in lora)
+    model(images()).embeddings[0].sum().backward()
+    assert all(model.get_parameter(n).grad is not None for n in lora)
+    with pytest.raises(ValueError, match=r"the backbone \(fc1, fc2, k_proj, .*\), got 'head.attention.out_proj'"):
+        retriever("siglip_vision_model", lora_rank=2, lora_targets=["head.attention.out_proj"])
+
+
 @every_kind
 def test_step_of_the_whole_backbone_with_shallow_prompts(name):
     model = training_model(name, tune_backbone=True, bitfit=False, prompt_mode="shallow", proxy_update="none")
@@ -280,6 +293,22 @@ def test_saved_with_its_backbone_and_loaded(name, tmp_path):
     torch.testing.assert_close(trained.eval()(pixel_values).embeddings, model(pixel_values).embeddings)
     remote = AutoModel.from_pretrained(tmp_path / pooling, trust_remote_code=True)
     torch.testing.assert_close(remote(pixel_values).embeddings, model(pixel_values).embeddings)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "siglip2_vision_model"])
+def test_built_on_a_checkpoint_of_transformers(name, tmp_path):
+    stock = perturb(AutoModel.from_config(backbone_config(name))).eval()
+    stock.save_pretrained(tmp_path / "stock")
+    if name in ("vit", "deit"):
+        stock.pooler = None  # BERT's: retrieval leaves it out
+    built = VPTSPModel.from_backbone(tmp_path / "stock", embedding_dim=10, num_prompts=2)
+    pixel_values = images()
+    expected = oracle.stock_pooled(stock, stock(pixel_values), FAMILIES[name][1].split()[0])
+    expected = F.normalize(expected.mean(1) if expected.dim() == 3 else expected, dim=-1)
+    torch.testing.assert_close(built.embed_with_backbone(pixel_values), expected, rtol=0, atol=1e-5)
+    built.save_pretrained(tmp_path / "retriever")
+    loaded = VPTSPModel.from_pretrained(tmp_path / "retriever")
+    torch.testing.assert_close(loaded(pixel_values).embeddings, built(pixel_values).embeddings)
 
 
 @every_family
