@@ -318,8 +318,7 @@ class DINOv3ViTFamily(Dinov2WithRegistersFamily):
     """`DINOv3ViTModel` (Siméoni et al., 2025): rotary positions of the patches, none of CLS and registers."""
 
     def rotation(self, backbone, pixel_values, hidden):
-        rotation = backbone.rope_embeddings(pixel_values.to(backbone.embeddings.patch_embeddings.weight.dtype))
-        return _with_unrotated(rotation, in_front=self.num_prefix_tokens)
+        return _with_unrotated(backbone.rope_embeddings(pixel_values), in_front=self.num_prefix_tokens)
 
     def layers(self, backbone):
         return backbone.model.layer
@@ -381,7 +380,10 @@ class MLCDFamily(CLIPFamily):
     def rotation(self, backbone, pixel_values, hidden):
         own = backbone.class_pos_emb
         if own.is_meta:
-            raise ValueError("weights of mlcd_vision_model can't be offloaded: class_pos_emb lies on the model itself")
+            raise ValueError(
+                "weights of mlcd_vision_model can't be offloaded: class_pos_emb lies on the model itself, whose hooks "
+                "never run"
+            )
         rows, columns = (
             torch.arange(side // self.config.patch_size, device=hidden.device) for side in pixel_values.shape[2:]
         )
@@ -411,6 +413,11 @@ class SiglipFamily(CLIPFamily):
         return backbone.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
 
     def head(self, backbone, patches):
+        if hasattr(backbone.head.attention.out_proj, "_hf_hook"):
+            raise ValueError(
+                "weights of SigLIP's pooling head can't be offloaded one by one: PyTorch's attention reads those of "
+                "its out_proj without calling it. Offload it whole, as accelerate.dispatch_model does"
+            )
         return backbone.head(patches)
 
 
@@ -438,7 +445,8 @@ class Siglip2NaFlexFamily(SiglipFamily):
         shape = torch.tensor([[rows, columns]])
         if not runs_as_written(embeddings):
             return embeddings(patches, shape.expand(len(patches), 2))
-        positions = embeddings.position_embedding.weight
+        # called, not read: its weights may be elsewhere until then
+        positions = embeddings.position_embedding(torch.arange(self._grid**2, device=pixel_values.device))
         if (rows, columns) != (self._grid, self._grid):  # once for all images, where transformers does it for each
             table = positions.unflatten(0, (self._grid, self._grid))
             positions = embeddings.resize_positional_embeddings(table, shape, rows * columns)
@@ -456,6 +464,7 @@ FAMILIES = {
     "siglip_vision_model": SiglipFamily,
     "siglip2_vision_model": Siglip2NaFlexFamily,
     "mlcd_vision_model": MLCDFamily,
+    "mlcd": MLCDFamily,  # as the authors' own repositories call it
     "vit_msn": ViTMSNFamily,
     "ijepa": IJepaFamily,
 }

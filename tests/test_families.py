@@ -1,12 +1,15 @@
 """Every family of backbones against transformers' own forward: one line in the table makes a family tested."""
 
 import copy
+import json
 
+import accelerate
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_vit_config
+from safetensors.torch import save_file
 from test_modeling_exact import assert_same_step, make_model
 from transformers import (
     AutoModel,
@@ -23,6 +26,7 @@ from transformers import (
 )
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel, backbones_vptsp
+from vptsp.half_precision_vptsp import frozen_weights_in
 
 
 BASE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "patch_size": 8}
@@ -128,7 +132,9 @@ def test_images_of_other_sizes(name, size):
 @every_kind
 def test_a_frozen_backbone_computes_as_in_evaluation_from_the_start(name):
     model, pixel_values = VPTSPModel(VPTSPConfig(backbone_config=backbone_config(name), embedding_dim=10)), images()
-    first = model(pixel_values).embeddings
+    with torch.inference_mode():  # which leaves nothing behind that gradients can't pass
+        first = model(pixel_values).embeddings
+    model(pixel_values).embeddings[0].sum().backward()
     for state in (model.train(), model.eval()):
         torch.testing.assert_close(state(pixel_values).embeddings, first)
 
@@ -222,6 +228,19 @@ def test_hooks(name):
         handle.remove()
 
 
+@every_kind
+@torch.no_grad()
+def test_offloaded_weights_are_right_or_refused(name):
+    model, pixel_values = retriever(name), images()
+    expected = model(pixel_values).embeddings
+    accelerate.cpu_offload(model, execution_device="cpu")
+    if name == "mlcd_vision_model" or model.config.pooling == "head":
+        with pytest.raises(ValueError, match="can't be offloaded"):
+            model(pixel_values)
+    else:
+        torch.testing.assert_close(model(pixel_values).embeddings, expected)
+
+
 @every_family
 def test_linear_layers_are_multiplied_fast(name, monkeypatch):
     """All of the layers' linear layers, the MLP's among them, and no module in between."""
@@ -239,6 +258,8 @@ def test_half_precision(name):
     expected = model(pixel_values).embeddings
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(pixel_values).embeddings
+        with frozen_weights_in(torch.bfloat16, model):
+            assert torch.equal(model(pixel_values).embeddings, mixed)
     half = model.to(torch.bfloat16)(pixel_values.bfloat16()).embeddings
     for got in (mixed, half):
         assert got.dtype == torch.float32
@@ -305,6 +326,21 @@ def test_built_on_a_checkpoint_of_transformers(name, tmp_path):
     pixel_values = images()
     expected = oracle.stock_pooled(stock, stock(pixel_values), FAMILIES[name][1].split()[0])
     expected = F.normalize(expected.mean(1) if expected.dim() == 3 else expected, dim=-1)
+    torch.testing.assert_close(built.embed_with_backbone(pixel_values), expected, rtol=0, atol=1e-5)
+    built.save_pretrained(tmp_path / "retriever")
+    loaded = VPTSPModel.from_pretrained(tmp_path / "retriever")
+    torch.testing.assert_close(loaded(pixel_values).embeddings, built(pixel_values).embeddings)
+
+
+def test_mlcd_under_its_authors_name(tmp_path):
+    stock = perturb(AutoModel.from_config(backbone_config("mlcd_vision_model"))).eval()
+    stock.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "mlcd"}))
+    weights = {f"vision_model.{name}": tensor.clone() for name, tensor in stock.state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    built, pixel_values = VPTSPModel.from_backbone(tmp_path, embedding_dim=10, num_prompts=2), images()
+    expected = F.normalize(stock(pixel_values).pooler_output, dim=-1)
     torch.testing.assert_close(built.embed_with_backbone(pixel_values), expected, rtol=0, atol=1e-5)
     built.save_pretrained(tmp_path / "retriever")
     loaded = VPTSPModel.from_pretrained(tmp_path / "retriever")
