@@ -413,10 +413,11 @@ class SiglipFamily(CLIPFamily):
         return backbone.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
 
     def head(self, backbone, patches):
-        if hasattr(backbone.head.attention.out_proj, "_hf_hook"):
+        projection = backbone.head.attention.out_proj
+        if projection.weight.is_meta and hasattr(projection, "_hf_hook"):
             raise ValueError(
-                "weights of SigLIP's pooling head can't be offloaded one by one: PyTorch's attention reads those of "
-                "its out_proj without calling it. Offload it whole, as accelerate.dispatch_model does"
+                "weights of SigLIP's pooling head can't be offloaded: PyTorch's attention reads those of its out_proj "
+                "without calling it. Give backbone.head a device in the device_map"
             )
         return backbone.head(patches)
 

@@ -241,6 +241,17 @@ def test_offloaded_weights_are_right_or_refused(name):
         torch.testing.assert_close(model(pixel_values).embeddings, expected)
 
 
+@torch.no_grad()
+def test_a_pooling_head_that_stays_while_the_layers_are_offloaded(tmp_path):
+    model, pixel_values = retriever("siglip_vision_model"), images()
+    expected = model(pixel_values).embeddings
+    places = dict.fromkeys((f"backbone.{part}" for part in ("embeddings", "post_layernorm", "head")), "cpu")
+    places |= {"backbone.encoder": "disk", "prompts": "disk", "head": "cpu", "embedding_dropout": "cpu"}
+    places["adapters"] = "cpu"
+    model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    torch.testing.assert_close(model(pixel_values).embeddings, expected)
+
+
 @every_family
 def test_linear_layers_are_multiplied_fast(name, monkeypatch):
     """All of the layers' linear layers, the MLP's among them, and no module in between."""
