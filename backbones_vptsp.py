@@ -413,8 +413,8 @@ class SiglipFamily(CLIPFamily):
         return backbone.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
 
     def head(self, backbone, patches):
-        projection = backbone.head.attention.out_proj
-        if projection.weight.is_meta and hasattr(projection, "_hf_hook"):
+        attentions = [module for module in backbone.head.modules() if isinstance(module, nn.MultiheadAttention)]
+        if any(own.out_proj.weight.is_meta and hasattr(own.out_proj, "_hf_hook") for own in attentions):
             raise ValueError(
                 "weights of SigLIP's pooling head can't be offloaded: PyTorch's attention reads those of its out_proj "
                 "without calling it. Give backbone.head a device in the device_map"
