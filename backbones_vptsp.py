@@ -119,80 +119,143 @@ class PromptKeyValue(NamedTuple):
     value: torch.Tensor
 
 
+class ImageTokens(NamedTuple):
+    """Images as the layers get them.
+
+    Attributes:
+        hidden: `(B, N, D)`.
+        rotation: Cosines and sines, `(N, D / H)` each, of the angles by which every layer rotates its queries and keys
+            (rotary positions). What has no position, as prompts, has cosine 1 and sine 0. None: no layer rotates.
+    """
+
+    hidden: torch.Tensor
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
 class ViTFamily:
     """`ViTModel`, which also serves the DINO checkpoints: pre-norm layers, one CLS token in front of the patches.
 
-    A family is everything `prompted_forward` knows of a backbone: how to build it, how to embed an image, and for each
-    layer its norms, its queries, keys and values, its attention output and its MLP. To support another family, write
-    these methods for it and add it to `FAMILIES`.
+    A family is everything `prompted_forward` knows of a backbone: how to build it, how to embed an image, for each
+    layer its norms, its queries, keys and values, its attention output and its MLP, and what may be pooled. To support
+    another family, write these for it and add it to `FAMILIES`.
+
+    Args:
+        config: The backbone's configuration.
 
     Attributes:
         num_prefix_tokens: Tokens in front of those of the patches.
         num_class_tokens: How many of these, the first ones, pooling `cls` takes. Each gets a head of its own.
-        model_options: Arguments of the model class. Retrieval does not use a pooling layer.
+        has_head: Whether the model has a pooling head of its own, for pooling `head`.
+        default_pooling: What the model's authors take as its description of an image.
+        image_size: Side of the images in pixels, or height and width.
+        model_options: Arguments of the model class. A dense layer on CLS, BERT's pooler, is left out.
     """
 
     num_prefix_tokens = 1
     num_class_tokens = 1
+    has_head = False
+    default_pooling = "cls"
     model_options: ClassVar = {"add_pooling_layer": False}
 
-    @classmethod
-    def build(cls, config) -> nn.Module:
-        """Backbone with random weights."""
-        return AutoModel.from_config(config, **cls.model_options)
+    def __init__(self, config):
+        self.config = config
 
-    @staticmethod
-    def embed(backbone, pixel_values, interpolate_pos_encoding=False):
-        """`(B, 3, height, width)` -> tokens with positions, `(B, N, D)`."""
+    @property
+    def image_size(self):
+        return self.config.image_size
+
+    def build(self, config) -> nn.Module:
+        """Backbone with random weights."""
+        return AutoModel.from_config(config, **self.model_options)
+
+    # ---- What goes in
+
+    def embed(self, backbone, pixel_values, interpolate_pos_encoding=False):
+        """`(B, 3, height, width)` -> tokens with positions (unless these are rotary), `(B, N, D)`."""
         weight = backbone.embeddings.patch_embeddings.projection.weight
         return backbone.embeddings(pixel_values.to(weight.dtype), interpolate_pos_encoding=interpolate_pos_encoding)
 
-    @staticmethod
-    def layers(backbone):
+    def rotation(self, backbone, pixel_values, hidden):
+        """Rotary positions of the tokens that `embed` gave, as in [`ImageTokens`]; None without."""
+
+    def check_size(self, pixel_values, interpolate_pos_encoding):
+        """Raise a `ValueError` for images of another size than the model's, unless such are asked for.
+
+        Where transformers would take them without being asked, or stumble over shapes.
+        """
+        size = self.image_size
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        height, width = pixel_values.shape[2:]
+        if not interpolate_pos_encoding and (height, width) != sides:
+            raise ValueError(f"Input image size ({height}*{width}) doesn't match model ({sides[0]}*{sides[1]}).")
+
+    # ---- The layers
+
+    def layers(self, backbone):
         return backbone.layers
 
-    @staticmethod
-    def taken_apart(layer):
-        """The modules of a layer whose `forward` these methods stand for, the layer itself among them."""
-        return layer, layer.attention, layer.mlp
+    def attention(self, layer):
+        """The module with `q_proj`, `k_proj` and `v_proj`."""
+        return layer.attention
 
-    @staticmethod
-    def never_called(backbone):
+    def taken_apart(self, layer):
+        """The modules of a layer whose `forward` these methods stand for, the layer itself among them."""
+        return layer, self.attention(layer)
+
+    def never_called(self, backbone):
         """The modules around the layers that no pass ever calls."""
         return (backbone, backbone.layers)
 
-    @staticmethod
-    def final_norm(backbone, hidden):
-        return backbone.layernorm(hidden)
-
-    @staticmethod
-    def attention_norm(layer, hidden):
+    def attention_norm(self, layer, hidden):
         return layer.layernorm_before(hidden)
 
-    @staticmethod
-    def query(layer, normed):
-        return _split_heads(fast_linear(layer.attention.q_proj, normed), layer.attention.head_dim)
+    def query(self, layer, normed):
+        """Queries of normed tokens `(..., T, D)`, `(..., H, T, D / H)`, not yet rotated."""
+        own = self.attention(layer)
+        return _split_heads(fast_linear(own.q_proj, normed), own.head_dim)
 
-    @staticmethod
-    def key_value(layer, normed):
-        """Keys and values of normed tokens `(..., T, D)`, each `(..., H, T, D / H)`."""
-        attention = layer.attention
-        return (
-            _split_heads(fast_linear(attention.k_proj, normed), attention.head_dim),
-            _split_heads(fast_linear(attention.v_proj, normed), attention.head_dim),
-        )
+    def key_value(self, layer, normed):
+        """Keys and values, likewise."""
+        own = self.attention(layer)
+        key, value = fast_linear(own.k_proj, normed), fast_linear(own.v_proj, normed)
+        return _split_heads(key, own.head_dim), _split_heads(value, own.head_dim)
 
-    @staticmethod
-    def attend(layer, query, key, value):
+    def attend(self, layer, query, key, value):
         """Attention of `(B, H, Q, D / H)` queries, projected: `(B, Q, D)`."""
-        return layer.dropout(_attention_output(layer.attention, query, key, value))
+        own = layer.attention
+        return layer.dropout(attention_output(own, own.o_proj, own.scaling, own.attention_dropout, query, key, value))
 
-    @staticmethod
-    def feed_forward(layer, hidden):
+    def feed_forward(self, layer, hidden):
         """Norm and MLP, without the residual."""
-        mlp = layer.mlp
-        expanded = mlp.activation_fn(fast_linear(mlp.fc1, layer.layernorm_after(hidden)))
-        return layer.dropout(fast_linear(mlp.fc2, expanded))
+        return layer.dropout(mlp_output(layer.mlp, layer.layernorm_after(hidden)))
+
+    # ---- What comes out
+
+    def final_norm(self, backbone, hidden):
+        return backbone.layernorm(hidden)
+
+    def head(self, backbone, patches):
+        """The model's own pooling of normed patch tokens: `(B, N - num_prefix_tokens, D)` -> `(B, D)`."""
+        raise NotImplementedError
+
+    def check_pooling(self, pooling):
+        """Raise a `ValueError` that says why, if this family can't pool like that."""
+        reasons = {}
+        if not self.num_class_tokens:
+            reasons |= dict.fromkeys(("cls", "cls+mean"), "it has no class token")
+        if not self.has_head:
+            reasons["head"] = "it has no pooling head of its own"
+        if pooling in reasons:
+            possible = [name for name in ("cls", "mean", "cls+mean", "head") if name not in reasons]
+            raise ValueError(
+                f"pooling must be one of {', '.join(possible)} with this {self.config.model_type} backbone, got "
+                f"{pooling!r}: {reasons[pooling]}"
+            )
+
+    def is_used(self, name, pooling):
+        """Whether a tensor of the backbone takes part in any pass: not what pretraining alone used, nor a head that
+        is not pooled by. What takes no part can't be tuned."""
+        return name != "embeddings.mask_token" and (pooling == "head" or not name.startswith("head."))
 
 
 class DeiTFamily(ViTFamily):
@@ -202,70 +265,241 @@ class DeiTFamily(ViTFamily):
     num_class_tokens = 2
 
 
+class ViTMSNFamily(ViTFamily):
+    """`ViTMSNModel` (Assran et al., ECCV 2022): as ViT."""
+
+    model_options: ClassVar = {}
+
+
+class IJepaFamily(ViTFamily):
+    """`IJepaModel` (Assran et al., CVPR 2023): ViT's layers without a class token; the mean over the patches."""
+
+    num_prefix_tokens = 0
+    num_class_tokens = 0
+    default_pooling = "mean"
+
+
 class Dinov2Family(ViTFamily):
     """`Dinov2Model` (without registers): ViT's layers, with a scale on what each branch adds."""
 
     model_options: ClassVar = {}
 
-    @staticmethod
-    def embed(backbone, pixel_values, interpolate_pos_encoding=False):
-        """As in ViT; transformers' own code would interpolate without being asked."""
-        height, width = pixel_values.shape[2:]
-        side = backbone.config.image_size
-        if not interpolate_pos_encoding and (height, width) != (side, side):
-            raise ValueError(f"Input image size ({height}*{width}) doesn't match model ({side}*{side}).")
+    def embed(self, backbone, pixel_values, interpolate_pos_encoding=False):
+        self.check_size(pixel_values, interpolate_pos_encoding)
         return backbone.embeddings(pixel_values)
 
-    @staticmethod
-    def layers(backbone):
+    def layers(self, backbone):
         return backbone.encoder.layer
 
-    @staticmethod
-    def attention_norm(layer, hidden):
-        return layer.norm1(hidden)
-
-    @staticmethod
-    def taken_apart(layer):
-        return layer, layer.attention
-
-    @staticmethod
-    def never_called(backbone):
+    def never_called(self, backbone):
         return (backbone, backbone.encoder, backbone.encoder.layer)
 
-    @staticmethod
-    def attend(layer, query, key, value):
-        return layer.drop_path(layer.layer_scale1(_attention_output(layer.attention, query, key, value)))
+    def attention_norm(self, layer, hidden):
+        return layer.norm1(hidden)
 
-    @staticmethod
-    def feed_forward(layer, hidden):
-        return layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(hidden))))
+    def attend(self, layer, query, key, value):
+        own = layer.attention
+        output = attention_output(own, own.o_proj, own.scaling, own.attention_dropout, query, key, value)
+        return layer.drop_path(layer.layer_scale1(output))
+
+    def feed_forward(self, layer, hidden):
+        return layer.drop_path(layer.layer_scale2(mlp_output(layer.mlp, layer.norm2(hidden))))
 
 
-FAMILIES = {"vit": ViTFamily, "deit": DeiTFamily, "dinov2": Dinov2Family}
+class Dinov2WithRegistersFamily(Dinov2Family):
+    """`Dinov2WithRegistersModel` (Darcet et al., ICLR 2024): registers between CLS and patches."""
+
+    @property
+    def num_prefix_tokens(self):
+        return 1 + self.config.num_register_tokens
 
 
-def family_of(config):
-    """The family of a backbone's configuration.
+class DINOv3ViTFamily(Dinov2WithRegistersFamily):
+    """`DINOv3ViTModel` (Siméoni et al., 2025): rotary positions of the patches, none of CLS and registers."""
+
+    def rotation(self, backbone, pixel_values, hidden):
+        return _with_unrotated(backbone.rope_embeddings(pixel_values), in_front=self.num_prefix_tokens)
+
+    def layers(self, backbone):
+        return backbone.model.layer
+
+    def never_called(self, backbone):
+        return (backbone, backbone.model, backbone.model.layer)
+
+    def attend(self, layer, query, key, value):
+        own = layer.attention
+        output = attention_output(own, own.o_proj, own.scaling, own.dropout, query, key, value)
+        return layer.drop_path(layer.layer_scale1(output))
+
+    def final_norm(self, backbone, hidden):
+        return backbone.norm(hidden)
+
+
+class CLIPFamily(ViTFamily):
+    """`CLIPVisionModel` (Radford et al., ICML 2021): a norm in front of the layers, which have other names.
+
+    transformers norms CLS alone behind them. Here `mean` takes the patches through the same norm.
+    """
+
+    model_options: ClassVar = {}
+
+    def embed(self, backbone, pixel_values, interpolate_pos_encoding=False):
+        embedded = backbone.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return backbone.pre_layrnorm(embedded)
+
+    def layers(self, backbone):
+        return backbone.encoder.layers
+
+    def attention(self, layer):
+        return layer.self_attn
+
+    def never_called(self, backbone):
+        return (backbone, backbone.encoder, backbone.encoder.layers)
+
+    def attention_norm(self, layer, hidden):
+        return layer.layer_norm1(hidden)
+
+    def attend(self, layer, query, key, value):
+        own = self.attention(layer)
+        return attention_output(own, own.out_proj, own.scale, own.dropout, query, key, value)
+
+    def feed_forward(self, layer, hidden):
+        return mlp_output(layer.mlp, layer.layer_norm2(hidden))
+
+    def final_norm(self, backbone, hidden):
+        return backbone.post_layernorm(hidden)
+
+
+class MLCDFamily(CLIPFamily):
+    """`MLCDVisionModel` (An et al., ECCV 2024): CLIP's layers with rotary positions, CLS at a learned one."""
+
+    def embed(self, backbone, pixel_values, interpolate_pos_encoding=False):
+        self.check_size(pixel_values, interpolate_pos_encoding)
+        return backbone.pre_layrnorm(backbone.embeddings(pixel_values))
+
+    def rotation(self, backbone, pixel_values, hidden):
+        own = backbone.class_pos_emb
+        if own.is_meta:
+            raise ValueError(
+                "weights of mlcd_vision_model can't be offloaded: class_pos_emb lies on the model itself, whose hooks "
+                "never run"
+            )
+        rows, columns = (
+            torch.arange(side // self.config.patch_size, device=hidden.device) for side in pixel_values.shape[2:]
+        )
+        places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
+        cos, sin = backbone.vision_rotary_embedding(hidden, places)
+        own = own.repeat(1, 2)
+        return torch.cat([own.cos(), cos]), torch.cat([own.sin(), sin])
+
+
+class SiglipFamily(CLIPFamily):
+    """`SiglipVisionModel` (Zhai et al., ICCV 2023; SigLIP 2 of a fixed size): CLIP's layers, no class token, and a
+    head in which a learned query attends to the patches."""
+
+    num_prefix_tokens = 0
+    num_class_tokens = 0
+
+    @property
+    def has_head(self):
+        return self.config.vision_use_head
+
+    @property
+    def default_pooling(self):
+        return "head" if self.has_head else "mean"
+
+    def embed(self, backbone, pixel_values, interpolate_pos_encoding=False):
+        self.check_size(pixel_values, interpolate_pos_encoding)
+        return backbone.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+
+    def head(self, backbone, patches):
+        attentions = [module for module in backbone.head.modules() if isinstance(module, nn.MultiheadAttention)]
+        if any(own.out_proj.weight.is_meta and hasattr(own.out_proj, "_hf_hook") for own in attentions):
+            raise ValueError(
+                "weights of SigLIP's pooling head can't be offloaded: PyTorch's attention reads those of its out_proj "
+                "without calling it. Give backbone.head a device in the device_map"
+            )
+        return backbone.head(patches)
+
+
+class Siglip2NaFlexFamily(SiglipFamily):
+    """`Siglip2VisionModel`, SigLIP 2 NaFlex (Tschannen et al., 2025): as SigLIP, for images of any shape.
+
+    Images of a batch have one size here, a multiple of the patch size, so that nothing is padded and no attention
+    masked. The model's own size is that of its table of positions.
+    """
+
+    @property
+    def image_size(self):
+        return getattr(self.config, "image_size", self._grid * self.config.patch_size)
+
+    @property
+    def _grid(self):
+        return int(self.config.num_patches**0.5)
+
+    def embed(self, backbone, pixel_values, interpolate_pos_encoding=False):
+        self.check_size(pixel_values, interpolate_pos_encoding)
+        side, embeddings = self.config.patch_size, backbone.embeddings
+        patches = pixel_values.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, 3, rows, side, columns, side)
+        rows, columns = patches.shape[2], patches.shape[4]
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        shape = torch.tensor([[rows, columns]])
+        if not runs_as_written(embeddings):
+            return embeddings(patches, shape.expand(len(patches), 2))
+        # called, not read: its weights may be elsewhere until then
+        positions = embeddings.position_embedding(torch.arange(self._grid**2, device=pixel_values.device))
+        if (rows, columns) != (self._grid, self._grid):  # once for all images, where transformers does it for each
+            table = positions.unflatten(0, (self._grid, self._grid))
+            positions = embeddings.resize_positional_embeddings(table, shape, rows * columns)
+        weight = embeddings.patch_embedding.weight
+        return fast_linear(embeddings.patch_embedding, patches.to(weight.dtype)) + positions
+
+
+FAMILIES = {
+    "vit": ViTFamily,
+    "deit": DeiTFamily,
+    "dinov2": Dinov2Family,
+    "dinov2_with_registers": Dinov2WithRegistersFamily,
+    "dinov3_vit": DINOv3ViTFamily,
+    "clip_vision_model": CLIPFamily,
+    "siglip_vision_model": SiglipFamily,
+    "siglip2_vision_model": Siglip2NaFlexFamily,
+    "mlcd_vision_model": MLCDFamily,
+    "mlcd": MLCDFamily,  # as the authors' own repositories call it
+    "vit_msn": ViTMSNFamily,
+    "ijepa": IJepaFamily,
+}
+
+
+def family_of(config) -> ViTFamily:
+    """The family of a backbone's configuration, for backbones of this very configuration.
 
     Raises:
         ValueError: its model type is not supported.
     """
     if config.model_type not in FAMILIES:
         raise ValueError(f"backbone model type must be one of {', '.join(FAMILIES)}, got {config.model_type!r}")
-    return FAMILIES[config.model_type]
+    return FAMILIES[config.model_type](config)
 
 
 # ---- The prompted pass
 
 
-def project_tokens(family, layer, hidden, num_queries=None):
+def project_tokens(family, layer, tokens, num_queries=None):
     """Queries of the first `num_queries` tokens (None: of all), keys and values of all tokens of one layer.
 
     None of them depends on prompts, so for the first layer, all passes over an image can share them.
+
+    Args:
+        family: Of the backbone.
+        layer: One of its layers.
+        tokens: [`ImageTokens`].
+        num_queries: Number of queries wanted.
     """
-    normed = family.attention_norm(layer, hidden)
+    normed = family.attention_norm(layer, tokens.hidden)
     query = family.query(layer, normed if num_queries is None else normed[:, :num_queries])
-    return query, *family.key_value(layer, normed)
+    key, value = family.key_value(layer, normed)
+    return _rotated(query, tokens.rotation), _rotated(key, tokens.rotation), value
 
 
 def project_prompts(family, layer, prompts):
@@ -298,31 +532,33 @@ def check_hooks(family, backbone):
             )
 
 
-def append_prompts(hidden, prompts, prompt_rows=None):
+def append_prompts(tokens, prompts, prompt_rows=None) -> ImageTokens:
     """Prompts as tokens, for VPT-shallow: behind the others, so that these keep their places.
 
-    Order means nothing to the layers, since positions are added before.
+    Order means nothing to the layers, since positions are added before, or are angles of each token.
 
     Args:
-        hidden: `(B, N, D)`.
+        tokens: [`ImageTokens`] of N tokens.
         prompts: `(P, D)`, or `(M, P, D)` with a set for each group of images.
         prompt_rows: `(B,)` int64, the set of each image; needed with `(M, P, D)`.
 
     Returns:
-        `(B, N + P, D)`.
+        N + P tokens.
     """
-    return torch.cat([hidden, _per_image(prompts.to(hidden.dtype), prompt_rows, hidden.shape[0])], dim=1)
+    hidden = tokens.hidden
+    prompts = _per_image(prompts.to(hidden.dtype), prompt_rows, hidden.shape[0])
+    return ImageTokens(torch.cat([hidden, prompts], dim=1), _with_unrotated(tokens.rotation, behind=prompts.shape[1]))
 
 
 def prompted_forward(
-    family, backbone, hidden, prompts, prompt_rows=None, prefix_only=False, first_layer=None, adapters=()
+    family, backbone, tokens, prompts, prompt_rows=None, prefix_only=False, first_layer=None, adapters=()
 ):
     """Run the layers of a backbone with prompts in front of its tokens (VPT-deep).
 
     Args:
-        family: Entry of `FAMILIES` that describes `backbone`.
+        family: What `family_of` says of `backbone`.
         backbone: The vision transformer.
-        hidden: `(B, N, D)`, output of `family.embed`.
+        tokens: [`ImageTokens`].
         prompts: Prompt tokens of the first layers: `(P_i, D)` each where all images share them, or `(M, P_i, D)`
             with a set for each group of images. P_i may be 0, and layers past the end of the sequence have none.
             Where they are known already, [`PromptKeyValue`] instead.
@@ -341,12 +577,14 @@ def prompted_forward(
     check_hooks(family, backbone)
     layers = family.layers(backbone)
     first_adapted = len(layers) - len(adapters)
+    hidden = tokens.hidden
     for index, layer in enumerate(layers):
         layer_prompts = prompts[index] if index < len(prompts) and _number(prompts[index]) else None
         num_queries = family.num_class_tokens if prefix_only and index == len(layers) - 1 else None
         projected = first_layer if index == 0 and num_queries is None else None
         adapter = adapters[index - first_adapted] if index >= first_adapted else None
-        arguments = (family, layer, hidden, layer_prompts, prompt_rows, num_queries, projected, adapter)
+        tokens = ImageTokens(hidden, tokens.rotation)
+        arguments = (family, layer, tokens, layer_prompts, prompt_rows, num_queries, projected, adapter)
         if getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled():
             hidden = layer._gradient_checkpointing_func(_prompted_layer, *arguments)
         else:
@@ -354,11 +592,12 @@ def prompted_forward(
     return family.final_norm(backbone, hidden)
 
 
-def _prompted_layer(family, layer, hidden, prompts, prompt_rows, num_queries, projected, adapter):
+def _prompted_layer(family, layer, tokens, prompts, prompt_rows, num_queries, projected, adapter):
     if not can_take_apart(family, layer):
-        return _whole_layer(layer, hidden, prompts, prompt_rows, num_queries, adapter)
+        return _whole_layer(layer, tokens, prompts, prompt_rows, num_queries, adapter)
+    hidden = tokens.hidden
     if prompts is None or isinstance(prompts, PromptKeyValue) or projected is not None or hidden.shape[0] > 1:
-        query, key, value = project_tokens(family, layer, hidden, num_queries) if projected is None else projected
+        query, key, value = project_tokens(family, layer, tokens, num_queries) if projected is None else projected
         if prompts is not None:
             key, value = _with_prompts(family, layer, key, value, prompts, prompt_rows, hidden)
     else:  # of a single image, prompts are as many rows as tokens are: one product for both
@@ -366,17 +605,19 @@ def _prompted_layer(family, layer, hidden, prompts, prompt_rows, num_queries, pr
         normed = family.attention_norm(layer, torch.cat([prompts, hidden], dim=1))
         first, last = prompts.shape[1], None if num_queries is None else prompts.shape[1] + num_queries
         query, (key, value) = family.query(layer, normed[:, first:last]), family.key_value(layer, normed)
+        query, key = _rotated(query, tokens.rotation), _rotated(key, _with_unrotated(tokens.rotation, in_front=first))
     hidden = hidden if num_queries is None else hidden[:, :num_queries]
     hidden = hidden + family.attend(layer, query, key, value)
     output = family.feed_forward(layer, hidden)
     return hidden + (output if adapter is None else adapter(hidden, output))
 
 
-def _whole_layer(layer, hidden, prompts, prompt_rows, num_queries, adapter):
+def _whole_layer(layer, tokens, prompts, prompt_rows, num_queries, adapter):
     """The plain way, for a layer with hooks (or another `forward`) that see it as a whole: with the prompts among the
     tokens, in front, their outputs thrown away."""
     if adapter is not None:
-        raise ValueError(f"hooks on {type(layer).__name__} or its attention and MLP don't go with an adapter on it")
+        raise ValueError(f"hooks on {type(layer).__name__} or its attention don't go with an adapter on it")
+    hidden, rotation = tokens
     number = 0 if prompts is None else _number(prompts)
     if isinstance(prompts, PromptKeyValue):
         raise ValueError(
@@ -384,9 +625,11 @@ def _whole_layer(layer, hidden, prompts, prompt_rows, num_queries, adapter):
             "them again"
         )
     if number:
-        tokens = _per_image(prompts.to(hidden.dtype), prompt_rows, hidden.shape[0])
-        hidden = torch.cat([tokens.to(hidden.device), hidden], dim=1)
-    output = layer(hidden)
+        prompts = _per_image(prompts.to(hidden.dtype), prompt_rows, hidden.shape[0])
+        hidden = torch.cat([prompts.to(hidden.device), hidden], dim=1)
+        rotation = _with_unrotated(rotation, in_front=number)
+    positions = {} if rotation is None else {"position_embeddings": rotation}
+    output = layer(hidden, attention_mask=None, **positions)
     return output[:, number:] if num_queries is None else output[:, number : number + num_queries]
 
 
@@ -412,11 +655,41 @@ def _per_image(prompts, prompt_rows, batch_size):
     return prompts.index_select(0, prompt_rows)
 
 
-def _attention_output(attention, query, key, value):
+def _with_unrotated(rotation, in_front=0, behind=0):
+    """The rotation of more tokens, in front of the others or behind, that have no position."""
+    if rotation is None:
+        return None
+    cos, sin = rotation
+    rows = (0, 0, in_front, behind)
+    return nn.functional.pad(cos, rows, value=1.0), nn.functional.pad(sin, rows)
+
+
+def _rotated(tokens, rotation):
+    """Queries or keys `(..., T, D / H)` of the first T tokens, rotated."""
+    if rotation is None:
+        return tokens
+    cos, sin = (part[: tokens.shape[-2]] for part in rotation)
+    first, second = tokens.chunk(2, dim=-1)
+    return (tokens * cos + torch.cat([-second, first], dim=-1) * sin).to(tokens.dtype)
+
+
+def attention_output(attention, projection, scaling, dropout, query, key, value):
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, _eager_attention)
-    dropout = attention.attention_dropout if attention.training else 0.0
-    attended, _ = interface(attention, query, key, value, None, dropout=dropout, scaling=attention.scaling)
-    return fast_linear(attention.o_proj, attended.flatten(2))
+    dropout = dropout if attention.training else 0.0
+    attended, _ = interface(attention, query, key, value, None, dropout=dropout, scaling=scaling)
+    return fast_linear(projection, attended.flatten(2))
+
+
+def mlp_output(mlp, x):
+    """`mlp(x)`, whatever `mlp` is; the linear layers of transformers' own, plain or gated, by `fast_linear`."""
+    if not runs_as_written(mlp) or not type(mlp).__module__.startswith("transformers.models."):
+        return mlp(x)
+    if hasattr(mlp, "gate_proj"):
+        gate = mlp.act_fn(fast_linear(mlp.gate_proj, x))
+        return fast_linear(mlp.down_proj, gate * fast_linear(mlp.up_proj, x))
+    if hasattr(mlp, "up_proj"):
+        return fast_linear(mlp.down_proj, mlp.act_fn(fast_linear(mlp.up_proj, x)))
+    return fast_linear(mlp.fc2, mlp.activation_fn(fast_linear(mlp.fc1, x)))
 
 
 def _split_heads(projected, head_dim):

@@ -6,6 +6,8 @@ from typing import ClassVar, Literal, Union, get_args, get_origin
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .backbones_vptsp import family_of
+
 
 # Version of what `save_pretrained` writes. A configuration without one is of version 1.
 FORMAT_VERSION = 1
@@ -28,8 +30,8 @@ class VPTSPConfig(PreTrainedConfig):
 
     Args:
         backbone_config: Configuration (or its dict, with `model_type`) of the frozen vision transformer.
-            Supported model types: `vit`, `deit` (distilled), `dinov2`. Its image size is that of the model: position
-            embeddings of a checkpoint for another size are interpolated when they are loaded.
+            Supported model types: those of `FAMILIES` in `backbones_vptsp.py`. Its image size is that of the model:
+            position embeddings of a checkpoint for another size are interpolated when they are loaded.
         backbone: Hub name or local folder of the backbone's weights. None: they are random or saved with the model.
         backbone_revision: Commit, tag or branch of `backbone` on the Hub. None: the default branch.
         backbone_fingerprint: Digest of the backbone's weights, checked when they are loaded again.
@@ -42,13 +44,15 @@ class VPTSPConfig(PreTrainedConfig):
             holds for class prompts too.
         prompt_depth: Number of layers that get prompts; None means all of them (`shallow`: the first), 0 none.
         prompt_step: By how many prompts each layer has fewer than the one before.
-        pooling: `cls`, `mean` (over the patch tokens) or `cls+mean` (concatenated). Of a distilled DeiT, `cls` takes
-            the distillation token too: each of the two has a LayerNorm and a linear layer of its own, whose outputs
-            are averaged and then L2-normalised; `cls+mean` takes the CLS token alone.
+        pooling: `cls`, `mean` (over the patch tokens), `cls+mean` (concatenated) or `head` (the backbone's own
+            attention pooling over the patch tokens: SigLIP). None: what the backbone's authors take, `head` of SigLIP,
+            `mean` of I-JEPA, `cls` of the others. Of a distilled DeiT, `cls` takes the distillation token too: each
+            of the two has a LayerNorm and a linear layer of its own, whose outputs are averaged and then
+            L2-normalised; `cls+mean` takes the CLS token alone.
         embedding_dim: Width of the embeddings (E).
         embedding_dropout: Dropout on the normalised embeddings while training.
-        bitfit: Tune every bias of the backbone.
-        tune_backbone: Tune all of the backbone (full fine-tuning). It is then saved whole.
+        bitfit: Tune every bias of the backbone that takes part.
+        tune_backbone: Tune all of the backbone that takes part (full fine-tuning). It is then saved whole.
         adapter_layers: Number of last layers whose MLP has an adapter, a tuned bottleneck MLP beside it; 0 for none.
         adapter_dim: Width of the adapters' bottleneck.
         adapter_mode: What an adapter gets: the tokens in front of the MLP and its norm (`parallel`), or what the MLP
@@ -106,7 +110,7 @@ class VPTSPConfig(PreTrainedConfig):
     prompt_mode: Literal["deep", "shallow"] = "deep"
     prompt_depth: int | None = None
     prompt_step: int = 0
-    pooling: Literal["cls", "mean", "cls+mean"] = "cls"
+    pooling: Literal["cls", "mean", "cls+mean", "head"] | None = None
     embedding_dim: int = 384
     embedding_dropout: float = 0.0
     bitfit: bool = True
@@ -150,6 +154,9 @@ class VPTSPConfig(PreTrainedConfig):
             self.backbone_config = _backbone_config_from_dict(self.backbone_config)
         if self.backbone_config is not None:
             self.backbone_config._name_or_path = ""  # a path of this machine; `backbone` says what others need to know
+            family = family_of(self.backbone_config)
+            self.backbone_config.image_size = family.image_size  # not every model names it
+            self.pooling = family.default_pooling if self.pooling is None else self.pooling
             layers = 1 if self.prompt_mode == "shallow" else self.backbone_config.num_hidden_layers
             self.prompt_depth = layers if self.prompt_depth is None else self.prompt_depth
             self.class_prompt_depth = layers if self.class_prompt_depth is None else self.class_prompt_depth
@@ -174,6 +181,8 @@ class VPTSPConfig(PreTrainedConfig):
             most = layers if name in ("prompt_depth", "class_prompt_depth") else None
             check_field(name, getattr(self, name), kind, _RANGES.get(name), most)
         if layers is not None:
+            _require(self, "pooling", self.pooling is not None, "set with a backbone_config")
+            family_of(self.backbone_config).check_pooling(self.pooling)
             _require(self, "adapter_layers", self.adapter_layers <= layers, f"<= the backbone's {layers} layers")
         if self.prompt_mode == "shallow":
             for name in ("prompt_depth", "class_prompt_depth"):

@@ -28,6 +28,7 @@ from transformers import initialization as init
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
 from .backbones_vptsp import (
+    ImageTokens,
     append_prompts,
     can_take_apart,
     family_of,
@@ -211,16 +212,19 @@ def add_lora(backbone, rank, alpha, targets=None):
 
     A is drawn Kaiming uniform and B is 0, so that the backbone starts as it was pretrained.
 
+    They lie in the transformer's layers alone: what embeds patches or pools tokens may read weights without calling
+    the linear layer that holds them, as PyTorch's own attention does, so that LoRA beside it would never run.
+
     Args:
         backbone: The vision transformer.
         rank: Rows of A and columns of B.
         alpha: Scale.
         targets: Names of the linear layers, whole (`layers.0.attention.q_proj`) or their ends (`q_proj`); None for
-            `DEFAULT_TARGETS`.
+            `DEFAULT_TARGETS`, which layers of every family have.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: a target is no linear layer of the backbone.
+        ValueError: a target is no linear layer of the backbone's layers.
     """
     try:  # not an import statement: transformers would ask for peft wherever this file is loaded as remote code
         peft = importlib.import_module("peft")
@@ -230,10 +234,11 @@ def add_lora(backbone, rank, alpha, targets=None):
     linear = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
     for target in targets:
         if not any(_is_target(name, [target]) for name in linear):
-            ends = sorted({name.rpartition(".")[2] for name in linear})
+            ends = sorted({name.rpartition(".")[2] for name in linear if _is_in_layer(name)})
             raise ValueError(
                 f"lora_targets must name linear layers of the backbone ({', '.join(ends)}), got {target!r}"
             )
+    targets = sorted(name for name in linear if _is_target(name, targets))
     lora = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
     peft.inject_adapter_in_model(lora, backbone, adapter_name=ADAPTER_NAME)
     for name, module in backbone.named_modules():
@@ -291,7 +296,13 @@ def names_with_lora(weights, config):
 
 
 def _is_target(module, targets) -> bool:
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+    named = any(module == target or module.endswith(f".{target}") for target in targets)
+    return named and _is_in_layer(module)
+
+
+def _is_in_layer(module) -> bool:
+    """Whether a module's name leads through a list of layers."""
+    return any(part.isdigit() for part in module.split("."))
 
 
 # ---- Tuning methods beside these, by name
@@ -476,16 +487,20 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             parameter.requires_grad_(name in tuned)
 
     def tuned_names(self) -> set[str]:
-        """Names in `state_dict()` of everything but the frozen part of the backbone."""
-        config = self.config
+        """Names in `state_dict()` of everything but the frozen part of the backbone and what no pass touches of it."""
+        prefix = f"{self.retriever_prefix}backbone."
         return {
             name
             for name in self.state_dict()
-            if config.tune_backbone
-            or "backbone" not in name.split(".")
-            or (config.bitfit and name.endswith(".bias"))
-            or (config.lora_rank and is_lora(name))
+            if not name.startswith(prefix) or self._is_tuned_in_backbone(name.removeprefix(prefix))
         }
+
+    def _is_tuned_in_backbone(self, name) -> bool:
+        config = self.config
+        if not self.retriever.family.is_used(name, config.pooling):
+            return False
+        is_bias = name.endswith((".bias", "_bias"))  # the latter in PyTorch's own attention
+        return config.tune_backbone or (config.bitfit and is_bias) or bool(config.lora_rank and is_lora(name))
 
     def train(self, mode: bool = True):
         """Set the training mode; a backbone that is not tuned as a whole always computes as in evaluation."""
@@ -830,6 +845,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
         add_tuning(self)
         self.post_init()
         self.freeze_backbone()
+        self.backbone.train(config.tune_backbone)  # before anyone calls `train` or `eval`: DINOv3 draws positions anew
 
     def forward(
         self,
@@ -844,8 +860,9 @@ class VPTSPModel(VPTSPPreTrainedModel):
 
         Args:
             pixel_values: `(B, 3, height, width)` float, normalised as the backbone expects.
-            interpolate_pos_encoding: Take images of another size than the model's, with its position embeddings
-                interpolated in this very pass. For one size throughout, see `image_size` of `from_backbone`.
+            interpolate_pos_encoding: Take images of another size than the model's, as transformers' own model does:
+                with its position embeddings interpolated in this very pass, or (rotary positions) as they are. For
+                one size throughout, see `image_size` of `from_backbone`.
             prompt_key_values: What `project_prompts` gave, where the weights have not changed since; None computes it.
             return_dict: False gives a tuple; None is what the configuration says.
             output_attentions: Not to be had; see `vptsp.eval.attention` for where the CLS token looks.
@@ -873,8 +890,8 @@ class VPTSPModel(VPTSPPreTrainedModel):
             if getattr(self.config, name) if value is None else value:
                 raise ValueError(f"{name} must be false, got true: the prompted pass gives embeddings alone")
 
-    def embed_patches(self, pixel_values, interpolate_pos_encoding=False):
-        """`(B, 3, height, width)` -> tokens that every pass starts from, `(B, N, D)`."""
+    def embed_patches(self, pixel_values, interpolate_pos_encoding=False) -> ImageTokens:
+        """`(B, 3, height, width)` -> tokens that every pass starts from, with what the layers need of positions."""
         if pixel_values is None or pixel_values.dim() != 4:
             shape = None if pixel_values is None else tuple(pixel_values.shape)
             raise ValueError(f"pixel_values must have shape (B, 3, height, width), got {shape}")
@@ -886,7 +903,8 @@ class VPTSPModel(VPTSPPreTrainedModel):
                 f"height and width must be multiples of the patch size {patch_size}, got "
                 f"{tuple(pixel_values.shape[2:])}"
             )
-        return self.family.embed(self.backbone, pixel_values, interpolate_pos_encoding)
+        hidden = self.family.embed(self.backbone, pixel_values, interpolate_pos_encoding)
+        return ImageTokens(hidden, self.family.rotation(self.backbone, pixel_values, hidden))
 
     def project_prompts(self):
         """The shared prompts as all that the layers make of them, to be given to `forward` again and again.
@@ -922,14 +940,15 @@ class VPTSPModel(VPTSPPreTrainedModel):
         return project_tokens(self.family, first, tokens)
 
     def encode(self, tokens, prompts=(), prompt_rows=None, first_layer=None, adapted=True):
-        """Tokens `(B, N, D)` through the prompted layers, pooled. See `prompted_forward`.
+        """[`ImageTokens`] through the prompted layers, pooled. See `prompted_forward`.
 
         `adapted=False` leaves the adapters out.
 
         Returns:
             `(B, pooled_dim)`; `(B, 2, D)` with `cls` pooling of a backbone with two class tokens.
         """
-        prefix_only, num_tokens = self.config.pooling == "cls", tokens.shape[1]
+        pooling, num_tokens = self.config.pooling, tokens.hidden.shape[1]
+        prefix_only = pooling == "cls"
         if self.config.prompt_mode == "shallow" and prompts:
             tokens, prompts = append_prompts(tokens, prompts[0], prompt_rows), ()
         hidden = prompted_forward(
@@ -944,8 +963,11 @@ class VPTSPModel(VPTSPPreTrainedModel):
         )
         if prefix_only:
             return hidden[:, 0] if self.family.num_class_tokens == 1 else hidden
-        mean = hidden[:, self.family.num_prefix_tokens : num_tokens].mean(dim=1)
-        return mean if self.config.pooling == "mean" else torch.cat([hidden[:, 0], mean], dim=-1)
+        patches = hidden[:, self.family.num_prefix_tokens : num_tokens]
+        if pooling == "head":
+            return self.family.head(self.backbone, patches)
+        mean = patches.mean(dim=1)
+        return mean if pooling == "mean" else torch.cat([hidden[:, 0], mean], dim=-1)
 
     def embed_with_backbone(self, pixel_values, interpolate_pos_encoding=False):
         """Embeddings of the backbone alone, without prompts, adapters or head: the line to beat. `(B, pooled_dim)`.

@@ -67,10 +67,12 @@ def cls_attention(retriever, pixel_values, with_prompts=True):
         other tokens in front of the patches) sums to 1.
 
     Raises:
-        ValueError: as for the retriever.
+        ValueError: as for the retriever, or the backbone has no CLS token.
     """
     from ..backbones_vptsp import prompted_forward
 
+    if not retriever.family.num_class_tokens:
+        raise ValueError(f"{retriever.config.backbone_config.model_type} has no CLS token whose attention to show")
     recorder = _Recorder(retriever.family)
     tokens = retriever.embed_patches(pixel_values)
     prompts = retriever.prompts() if with_prompts else ()
@@ -80,7 +82,7 @@ def cls_attention(retriever, pixel_values, with_prompts=True):
             f"attention was seen in {len(recorder.weights)} of {layers} layers: the others have hooks, or a forward "
             "of their own, and are called as a whole. Remove these first"
         )
-    num_tokens, num_prefix = tokens.shape[1], retriever.family.num_prefix_tokens
+    num_tokens, num_prefix = tokens.hidden.shape[1], retriever.family.num_prefix_tokens
     rows = _patch_rows(num_tokens - num_prefix, *pixel_values.shape[2:])
     num_prompts = [weights.shape[1] - num_tokens for weights in recorder.weights]
     to_patches, to_prompts = [], []

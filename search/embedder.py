@@ -30,6 +30,7 @@ from ..modeling_vptsp import refuse_other_adapters
 _NOT_PREPROCESSING = ("image_processor_type", "processor_class", "return_tensors", "device", "backend")
 # Fields of configurations that change embeddings without changing tensors.
 _BACKBONE_FIELDS = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "image_size", "patch_size")
+_ROTARY_FIELDS = ("rope_theta", "rope_parameters")
 _TUNING_FIELDS = (
     "prompt_mode",
     "adapter_mode",
@@ -275,6 +276,8 @@ def model_fingerprint(model, processor, backbone_only=False):
     }
     # what changes the embeddings, but neither names nor values of tensors
     architecture = {name: getattr(config.backbone_config, name) for name in _BACKBONE_FIELDS}
+    rotary = (name for name in _ROTARY_FIELDS if hasattr(config.backbone_config, name))
+    architecture |= {name: getattr(config.backbone_config, name) for name in rotary}
     architecture |= {"pooling": config.pooling, "preprocessing": preprocessing}
     if not backbone_only:
         architecture["prompts"] = list(config.prompt_lengths)

@@ -4,6 +4,7 @@ whole by transformers' own code, outputs at prompt positions are dropped; classe
 It takes a model only for its parameters, so that gradients of both computations can be compared name by name.
 """
 
+import contextlib
 import hashlib
 
 import numpy as np
@@ -27,41 +28,124 @@ def prompts_of_layer(config, tokens, layer, class_prompts=False):
 def embed_one(model, image, prompt_tokens, head, class_prompts=False):
     """One image `(3, H, W)` through the naive prompted backbone and a head: `(E,)`."""
     config, backbone = model.config, model.vptsp.backbone
-    x = backbone.embeddings(image[None])
-    for index in range(len(layers_of(backbone))):
-        prompts = prompts_of_layer(config, prompt_tokens, index, class_prompts)
-        x = x if prompts is None else torch.cat([prompts[None], x], dim=1)
-        x = run_layer(model, index, x)
-        x = x if prompts is None or config.prompt_mode == "shallow" else x[:, len(prompts) :]
-    if config.prompt_mode == "shallow" and prompt_tokens is not None:
-        x = x[:, len(prompt_tokens) :]
-    x = backbone.layernorm(x)[0]
-    mean = x[2 if config.backbone_config.model_type == "deit" else 1 :].mean(0)
-    pooled = {"cls": x[0], "mean": mean, "cls+mean": torch.cat([x[0], mean])}[config.pooling]
-    vector = project(pooled, head.norm, head.projection)
+    with plain_prompts(model, prompt_tokens, class_prompts), plain_adapters(model):
+        output = backbone(**stock_inputs(backbone, image[None]))
+    pooled = stock_pooled(backbone, output, config.pooling)[0]
     if config.backbone_config.model_type == "deit" and config.pooling == "cls":
-        vector = (vector + project(x[1], head.distillation_norm, head.distillation_projection)) / 2
+        vector = project(pooled[0], head.norm, head.projection)
+        vector = (vector + project(pooled[1], head.distillation_norm, head.distillation_projection)) / 2
+    else:
+        vector = project(pooled, head.norm, head.projection)
     return vector / vector.norm()
 
 
+# ---- Any backbone, by its own forward
+
+
+def stock_inputs(backbone, pixel_values):
+    """What a model of transformers takes for images `(B, 3, H, W)`, as its image processor gives it."""
+    if backbone.config.model_type != "siglip2_vision_model":
+        return {"pixel_values": pixel_values}
+    side = backbone.config.patch_size
+    shape = [pixel_values.shape[2] // side, pixel_values.shape[3] // side]
+    patches = [
+        image[:, row * side : (row + 1) * side, column * side : (column + 1) * side].permute(1, 2, 0).flatten()
+        for image in pixel_values
+        for row in range(shape[0])
+        for column in range(shape[1])
+    ]
+    return {
+        "pixel_values": torch.stack(patches).unflatten(0, (len(pixel_values), -1)),
+        "pixel_attention_mask": torch.ones(len(pixel_values), shape[0] * shape[1], dtype=torch.int32),
+        "spatial_shapes": torch.tensor([shape] * len(pixel_values)),
+    }
+
+
+def stock_pooled(backbone, output, pooling):
+    """`(B, D)` from the output of a model of transformers; of a distilled DeiT, `cls` is `(B, 2, D)`."""
+    kind, hidden = backbone.config.model_type, output.last_hidden_state
+    registers = getattr(backbone.config, "num_register_tokens", 0)
+    own = {"deit": 2, "siglip_vision_model": 0, "siglip2_vision_model": 0, "ijepa": 0}
+    if pooling == "head" or (pooling == "cls" and output.get("pooler_output") is not None):
+        return output.pooler_output
+    if kind in ("clip_vision_model", "mlcd_vision_model"):
+        hidden = backbone.post_layernorm(hidden)
+    mean = hidden[:, own.get(kind, 1 + registers) :].mean(1)
+    cls = hidden[:, :2] if kind == "deit" and pooling == "cls" else hidden[:, 0]
+    return {"cls": cls, "mean": mean, "cls+mean": torch.cat([hidden[:, 0], mean], -1)}[pooling]
+
+
 def layers_of(backbone):
-    return backbone.layers if hasattr(backbone, "layers") else backbone.encoder.layer
+    inner = next(getattr(backbone, name) for name in ("encoder", "model", "layers") if hasattr(backbone, name))
+    return inner if isinstance(inner, torch.nn.ModuleList) else getattr(inner, "layers", None) or inner.layer
 
 
-def project(pooled, norm, projection):
-    normed = F.layer_norm(pooled, pooled.shape, norm.weight, norm.bias, norm.eps)
-    return projection.weight @ normed + projection.bias
+@contextlib.contextmanager
+def plain_prompts(model, prompt_tokens, class_prompts=False):
+    """Every layer called by the model's own forward gets its prompts in front and loses their outputs behind."""
+    config, layers = model.config, layers_of(model.retriever.backbone)
+    tables = [prompts_of_layer(config, prompt_tokens, index, class_prompts) for index in range(len(layers))]
+    shallow = config.prompt_mode == "shallow"
+    handles, number = [], 0
+    for index, (layer, prompts) in enumerate(zip(layers, tables, strict=True)):
+        added = number if prompts is None else len(prompts)
+        number = added if shallow else 0
+        if not added:
+            continue
+        last = not shallow or index == len(layers) - 1
+        before, behind = _in_front(prompts, added), (lambda m, i, output, n=added: output[:, n:])
+        handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        handles += [layer.register_forward_hook(behind)] if last else []
+    yield
+    for handle in handles:
+        handle.remove()
 
 
-def run_layer(model, index, x):
-    """One whole layer, with its adapter if it is among the last `adapter_layers`."""
-    config, layers = model.config, layers_of(model.vptsp.backbone)
-    layer, position = layers[index], index - (len(layers) - config.adapter_layers)
-    if position < 0:
-        return layer(x)
-    x = x + layer.attention(layer.layernorm_before(x))[0]
-    output = layer.mlp(layer.layernorm_after(x))
-    adapter = model.vptsp.adapters[position]
+def _in_front(prompts, number):
+    """A hook that puts prompts in front of a layer's tokens; None: they are there already."""
+
+    def others(value, num_tokens):
+        if isinstance(value, torch.Tensor):  # a mask, of which there is no need
+            assert value.all() if value.dtype == torch.bool else not value.any()
+            return None
+        if isinstance(value, (tuple, list)) and len(value[0]) == num_tokens:  # angles of all tokens: prompts have none
+            cos, sin = value
+            zeros = torch.zeros_like(cos[:1]).expand(number, -1)
+            return torch.cat([zeros + 1, cos]), torch.cat([zeros, sin])
+        return value
+
+    def hook(layer, args, kwargs):
+        hidden, *rest = args
+        num_tokens = hidden.shape[1] - (number if prompts is None else 0)
+        if prompts is not None:
+            hidden = torch.cat([prompts.expand(len(hidden), -1, -1), hidden], dim=1)
+        rest = [others(value, num_tokens) for value in rest]
+        return (hidden, *rest), {name: others(value, num_tokens) for name, value in kwargs.items()}
+
+    return hook
+
+
+@contextlib.contextmanager
+def plain_adapters(model):
+    """The last layers add what their adapters make of the tokens in front of the MLP, or of its output."""
+    config, layers = model.config, layers_of(model.retriever.backbone)
+    handles = []
+    for layer, adapter in zip(layers[len(layers) - config.adapter_layers :], model.retriever.adapters, strict=True):
+        norm = next(getattr(layer, n) for n in ("layernorm_after", "norm2", "layer_norm2") if hasattr(layer, n))
+        branch_end = getattr(layer, "layer_scale2", layer.mlp)
+        seen = []
+        handles.append(norm.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0])))
+        handles.append(
+            branch_end.register_forward_hook(
+                lambda m, i, output, seen=seen, adapter=adapter: adapted(config, adapter, seen.pop(), output)
+            )
+        )
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def adapted(config, adapter, x, output):
     y = output if config.adapter_mode == "sequential" else x
     if config.adapter_norm == "pre":
         y = F.layer_norm(y, y.shape[-1:], adapter.norm_before.weight, adapter.norm_before.bias)
@@ -70,7 +154,12 @@ def run_layer(model, index, x):
     y = config.adapter_scale * y
     if config.adapter_norm == "post":
         y = F.layer_norm(y, y.shape[-1:], adapter.norm_after.weight, adapter.norm_after.bias)
-    return x + output + y
+    return output + y
+
+
+def project(pooled, norm, projection):
+    normed = F.layer_norm(pooled, pooled.shape, norm.weight, norm.bias, norm.eps)
+    return projection.weight @ normed + projection.bias
 
 
 def gru(model, p, s):

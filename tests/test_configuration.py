@@ -53,7 +53,7 @@ def test_auto_config_with_remote_code(tmp_path):
         ("class_prompt_depth", -1, "class_prompt_depth must be .* got -1"),
         ("embedding_dim", 0, "embedding_dim must be an integer >= 1, got 0"),
         ("num_classes", 1, "num_classes must be None or an integer >= 2, got 1"),
-        ("pooling", "max", r"pooling must be one of cls, mean, cls\+mean, got 'max'"),
+        ("pooling", "max", r"pooling must be None or one of cls, mean, cls\+mean, head, got 'max'"),
         ("proxy_update", "lstm", "proxy_update must be one of gru_relu, gru, mean, none, got 'lstm'"),
         ("proxy_bias_ratio", 1.5, r"proxy_bias_ratio must be in \[0, 1\], got 1.5"),
         ("rnn_dropout", 1.0, r"rnn_dropout must be in \[0, 1\), got 1.0"),
@@ -81,7 +81,7 @@ def test_bad_values_are_named(field, value, message):
         ("loss", None, "loss must be the name of a loss, got None"),
         ("loss_kwargs", "{}", "loss_kwargs must be None or a mapping, got '{}'"),
         ("miner", "hard", "miner must be None or pml.<Name>, got 'hard'"),
-        ("pooling", 1, r"pooling must be one of cls, mean, cls\+mean, got 1"),
+        ("pooling", 1, r"pooling must be None or one of cls, mean, cls\+mean, head, got 1"),
     ],
 )
 def test_values_of_other_types_are_named(field, value, message):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import test_families
 import torch
 from PIL import Image
 
@@ -55,6 +56,24 @@ def test_equals_attention_written_out(backbone_folder, with_prompts, fields):
         assert not got.to_prompts.any()
     elif "prompt_depth" in fields:
         assert got.num_prompts == [3, 2, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["dinov2_with_registers", "dinov3_vit", "clip_vision_model", "mlcd_vision_model"])
+def test_equals_what_transformers_gives_out(name):
+    model, pixels = test_families.retriever(name, num_prompts=0), torch.randn(2, 3, 16, 24)
+    tokens = model.embed_patches
+    model.embed_patches = lambda pixel_values: tokens(pixel_values, interpolate_pos_encoding=True)
+    got = cls_attention(model, pixels)
+    model.backbone.set_attn_implementation("eager")
+    options = {"interpolate_pos_encoding": True} if name == "clip_vision_model" else {}
+    expected = model.backbone(pixels, output_attentions=True, **options).attentions
+    for layer, weights in enumerate(expected):
+        torch.testing.assert_close(got.to_patches[:, layer].flatten(1), weights.mean(1)[:, 0, -6:])
+
+
+def test_without_a_class_token_there_is_nothing_to_show():
+    with pytest.raises(ValueError, match="siglip_vision_model has no CLS token"):
+        cls_attention(test_families.retriever("siglip_vision_model"), torch.randn(2, 3, 16, 16))
 
 
 def test_looking_changes_nothing(backbone_folder):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import test_families
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
@@ -96,6 +97,13 @@ def test_fingerprint_knows_weights_and_preprocessing(retriever_folder, backbone_
     model.config.backbone_config.num_attention_heads = 6
     fingerprints.add(Embedder(model, first.preprocess.processor, "changed").fingerprint)
     assert len(fingerprints) == 9
+
+
+def test_fingerprint_knows_the_angles_of_rotary_positions():
+    model, processor = test_families.retriever("dinov3_vit"), build_image_processor(16, 18)
+    before = Embedder(model, processor, "one").fingerprint
+    model.config.backbone_config.rope_theta = 50.0
+    assert Embedder(model, processor, "other").fingerprint != before
 
 
 def test_half_precision_is_close(retriever_folder, picture):

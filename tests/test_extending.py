@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import yaml
 from conftest import tiny_vit_config
 from PIL import Image
-from transformers import ViTMSNConfig, ViTMSNModel
+from transformers import Aimv2VisionConfig, Aimv2VisionModel
 
 from vptsp import (
     DataError,
@@ -31,7 +31,7 @@ from vptsp.losses import loss_registry as loss_registry_vptsp
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
-EXTENSIONS = ("normalized_softmax", "scale_and_shift", "vit_msn", "swatches", "worst_class_recall")
+EXTENSIONS = ("normalized_softmax", "scale_and_shift", "aimv2", "swatches", "worst_class_recall")
 
 
 REGISTRIES = (
@@ -142,28 +142,28 @@ def test_keywords_of_a_tuning_method(backbone_folder):
         VPTSPModel.from_backbone(backbone_folder, tuning_kwargs={"norm": "last"}, **options)
 
 
-def save_msn(folder):
+def save_aimv2(folder):
     sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}
-    config = ViTMSNConfig(**sizes, image_size=16, patch_size=8, initializer_range=0.3)
-    ViTMSNModel(config).save_pretrained(folder)
+    config = Aimv2VisionConfig(**sizes, image_size=16, patch_size=8, initializer_range=0.3)
+    Aimv2VisionModel(config).save_pretrained(folder)
     return folder
 
 
 def test_backbone_family(tmp_path):
-    folder = save_msn(tmp_path / "msn")
-    with pytest.raises(ValueError, match=r"backbone model type must be one of .* got 'vit_msn'"):
+    folder = save_aimv2(tmp_path / "aimv2")
+    with pytest.raises(ValueError, match=r"backbone model type must be one of .* got 'aimv2_vision_model'"):
         VPTSPModel.from_backbone(folder, embedding_dim=6)
-    importlib.import_module("vit_msn")
+    importlib.import_module("aimv2")
     model = VPTSPModel.from_backbone(folder, embedding_dim=6, num_prompts=2).eval()
-    whole = ViTMSNModel.from_pretrained(folder).eval()
+    whole = Aimv2VisionModel.from_pretrained(folder).eval()
     pixel_values = torch.randn(3, 3, 16, 16)
-    expected = F.normalize(whole(pixel_values).last_hidden_state[:, 0], dim=-1)
+    expected = F.normalize(whole(pixel_values).pooler_output, dim=-1)
     torch.testing.assert_close(model.embed_with_backbone(pixel_values), expected, rtol=1e-4, atol=1e-5)
 
     hidden = whole.embeddings(pixel_values)  # prompts in front, outputs dropped, layer by layer
-    for layer, prompts in zip(whole.layers, model.prompts(), strict=True):
+    for layer, prompts in zip(whole.encoder.layers, model.prompts(), strict=True):
         hidden = layer(torch.cat([prompts.expand(3, -1, -1), hidden], dim=1))[:, len(prompts) :]
-    expected = model.head(whole.layernorm(hidden)[:, 0])
+    expected = model.head(whole.head(whole.rms_norm(hidden)))
     torch.testing.assert_close(model(pixel_values).embeddings, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -208,7 +208,7 @@ def test_all_of_them_in_one_run(swatch_folder, tmp_path, monkeypatch):
     options = {
         "data_dir": swatch_folder,
         "data_cache_dir": tmp_path / "cache",
-        "backbone": save_msn(tmp_path / "msn"),
+        "backbone": save_aimv2(tmp_path / "aimv2"),
         "image_size": 16,
         "embedding_dim": 6,
         "num_prompts": 2,

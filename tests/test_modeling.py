@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, ViTModel
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel
+from vptsp.backbones_vptsp import FAMILIES
 
 
 FIELDS = {"embedding_dim": 10, "num_prompts": 5, "prompt_step": 1}
@@ -286,7 +287,7 @@ def test_unsupported_backbone_is_named(tmp_path):
     from transformers import BertConfig
 
     BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="backbone model type must be one of vit, deit, dinov2, got 'bert'"):
+    with pytest.raises(ValueError, match=f"backbone model type must be one of {', '.join(FAMILIES)}, got 'bert'"):
         VPTSPModel.from_backbone(tmp_path)
 
 
