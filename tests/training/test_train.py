@@ -19,7 +19,7 @@ from vptsp.files.atomic import write_json
 from vptsp.files.locks import locked
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 

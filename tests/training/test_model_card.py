@@ -174,7 +174,7 @@ def test_tokens_are_blotted_out(words, secrets, expected):
 
 
 def test_examples_pin_the_code_that_they_run():
-    text = (Path(__file__).resolve().parents[1] / "docs" / "sharing.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[2] / "docs" / "sharing.md").read_text(encoding="utf-8")
     calls = [line for line in text.splitlines() if "trust_remote_code=True" in line]
     assert len(calls) >= 3
     assert all("revision=revision" in line for line in calls)

@@ -323,7 +323,7 @@ def test_private_repository_needs_its_token(tmp_path):
         names = ("HF_", "TRANSFORMERS_")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(names)}
         environment = {**inherited, **hub.environment(tmp_path), "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+        environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[3])
         finished = subprocess.run(
             [sys.executable, "-c", READ, "hf_ann"], env=environment, capture_output=True, text=True, cwd=tmp_path
         )

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parents[1]
 
 
 def launch(processes, *arguments, script=HERE / "distributed_runs.py"):

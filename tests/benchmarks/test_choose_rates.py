@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 CONFIG = BENCHMARKS.parent / "configs" / "table1" / "linear_probe.yaml"
 
 

@@ -17,7 +17,7 @@ from vptsp import VPTSPConfig, VPTSPForMetricLearning, train
 from vptsp.losses.loss_registry import check_loss
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted((ROOT / "configs" / "table2").glob("*.yaml"))
 SPEC = importlib.util.spec_from_file_location("compare_methods", ROOT / "benchmarks" / "compare_methods.py")
 compare_methods = importlib.util.module_from_spec(SPEC)

@@ -301,7 +301,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
 
 
 def test_documented_commands_exist():
-    text = (Path(__file__).resolve().parents[1] / "docs" / "search.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[2] / "docs" / "search.md").read_text(encoding="utf-8")
     commands = re.findall(
         r"^ +vptsp ((?:embed|evaluate|compare|index|search) .*)$", text.replace("\\\n", " "), re.MULTILINE
     )

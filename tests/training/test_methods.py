@@ -18,7 +18,7 @@ from transformers import ViTConfig
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPTrainer, train
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {str(p.relative_to(ROOT / "configs").with_suffix("")): p for p in sorted(ROOT.glob("configs/**/*.yaml"))}
 METHODS = [name for name in CONFIGS if name.startswith("table1/")]
 SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}

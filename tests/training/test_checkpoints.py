@@ -19,7 +19,7 @@ from vptsp import train
 from vptsp.training.interruption import InterruptionCallback
 
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module", autouse=True)
