@@ -402,7 +402,7 @@ class SiglipFamily(CLIPFamily):
 
     @property
     def has_head(self):
-        return self.config.vision_use_head
+        return getattr(self.config, "vision_use_head", True)  # releases without the field always have the head
 
     @property
     def default_pooling(self):

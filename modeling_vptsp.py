@@ -390,6 +390,13 @@ def _safetensors_file(name, revision, **hub_kwargs):
     return file
 
 
+def _non_reentrant(options):
+    options = {"use_reentrant": False, **(options or {})}
+    if options["use_reentrant"]:
+        raise ValueError("gradient checkpointing of prompts needs use_reentrant=False, got True")
+    return options
+
+
 def _card_writer():
     """What writes model cards; None in code that came along with a shared retriever, which has only four files."""
     try:
@@ -508,16 +515,22 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         self.retriever.backbone.train(mode and self.config.tune_backbone)
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
-        """Recompute layers in the backward pass; non-reentrant, since a frozen backbone's input needs no gradient.
+    # Under the name that this release of transformers has for it; the older one leads here in newer releases.
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
 
-        Raises:
-            ValueError: `use_reentrant=True` was asked for; no gradient would reach the prompts.
-        """
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
-            raise ValueError("gradient checkpointing of prompts needs use_reentrant=False, got True")
-        self._activation_checkpointing_enable(options, **kwargs)
+        def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
+            """Recompute layers in the backward pass; non-reentrant, since a frozen backbone's input needs no gradient.
+
+            Raises:
+                ValueError: `use_reentrant=True` was asked for; no gradient would reach the prompts.
+            """
+            super().activation_checkpointing_enable(_non_reentrant(activation_checkpointing_kwargs), **kwargs)
+
+    else:
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
+            """As `activation_checkpointing_enable` of newer releases."""
+            super().gradient_checkpointing_enable(_non_reentrant(gradient_checkpointing_kwargs), **kwargs)
 
     @classmethod
     def from_backbone(cls, backbone, revision=None, dtype=None, image_size=None, **kwargs):
