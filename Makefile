@@ -24,6 +24,22 @@ quickstart: $(VENV)/.installed  ## the whole chain on scanned digits, offline, i
 test: $(VENV)/.installed  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+# A short selection with the lowest versions that setup.cfg claims, in an environment of its own.
+LOWEST := .venv-lowest
+LOWEST_TESTS := tests/test_modeling.py tests/test_saved_format.py tests/test_families.py tests/test_fast_path.py \
+	tests/training/test_trainer.py tests/search/test_index.py tests/search/test_store.py tests/eval/test_metrics.py \
+	tests/data_scripts/test_folder.py
+
+$(LOWEST)/.installed: setup.cfg constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt \
+		--editable '.[lora]' pytest pytest-xdist
+	@touch $@
+
+test-lowest: $(LOWEST)/.installed  ## a short selection of the tests, with the lowest versions claimed
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile $(LOWEST_TESTS)
+
 style: $(VENV)/.installed  ## format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -36,4 +52,4 @@ clean:  ## remove what builds and runs leave (not the environment)
 	rm -rf build dist *.egg-info runs .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help install quickstart test style quality clean
+.PHONY: help install quickstart test test-lowest style quality clean
