@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .data_errors import DataError, some
-from .image_files import ImageFile, LeftOut, is_hidden, is_image_name, list_images, refuse_run_folder
+from .image_files import SLOW_SECONDS, ImageFile, LeftOut, is_hidden, is_image_name, list_images, refuse_run_folder
 
 
 __all__ = [
@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 LAYOUTS = ("auto", "classes", "train_test", "query_gallery")
 _LAYOUT_FOLDERS = {"train_test": ("train", "test"), "query_gallery": ("train", "query", "gallery")}
 _SPLIT_NAMES = frozenset({"train", "test", "query", "gallery", "val", "valid", "validation", "dev"})
-_SLOW_SECONDS = 2.0
-"""A progress bar shows up only where listing takes longer than this."""
 
 
 def existing_folder(data_dir: str | Path | None, option: str = "data_dir") -> Path:
@@ -225,7 +223,7 @@ def scan_class_folders(root: Path, left_out: LeftOut | None = None) -> dict[str,
     if not folders:
         detect_layout(root)  # empty, or images without class folders: it says which
     _refuse_links(folders)
-    progress = tqdm(folders.items(), desc=f"Listing {root.name}", unit="class", delay=_SLOW_SECONDS, leave=False)
+    progress = tqdm(folders.items(), desc=f"Listing {root.name}", unit="class", delay=SLOW_SECONDS, leave=False)
     classes = {name: list_images(folder, found) for name, folder in progress}
     empty = [name for name, files in classes.items() if not files]
     classes = {name: files for name, files in classes.items() if files}

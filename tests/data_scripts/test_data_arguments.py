@@ -80,7 +80,7 @@ def test_registry_agrees_with_the_builders():
 
 
 def test_load_splits_errors(tmp_path):
-    with pytest.raises(DataError, match=r"unknown dataset_name 'digit', did you mean 'digits'\? There are: folder \("):
+    with pytest.raises(DataError, match=r"unknown dataset_name 'digit'; did you mean 'digits'\? There are: folder \("):
         load_splits("digit")
     with pytest.raises(DataError, match=r"'folder' has no option 'colour'; its options are train_classes, .*layout"):
         load_splits("folder", tmp_path, colour="red")
@@ -93,7 +93,7 @@ def test_early_check(tmp_path):
     write_classes(tmp_path / "birds/CUB_200_2011/images", {"001.a": 1})
     check_data_arguments(DataArguments(dataset_name="cub", data_dir=str(tmp_path / "birds")))
     for values, message in (
-        ({"dataset_name": "cubs"}, r"unknown dataset_name 'cubs', did you mean 'cub'\?"),
+        ({"dataset_name": "cubs"}, r"unknown dataset_name 'cubs'; did you mean 'cub'\?"),
         ({}, "data_dir is missing: the data set 'folder' needs"),
         ({"data_dir": str(tmp_path / "absent")}, "absent does not exist"),
         ({"data_dir": str(write_image(tmp_path / "photo.png"))}, "must be a folder"),
