@@ -1,6 +1,7 @@
 """What the package offers by name, and the command `vptsp`."""
 
 import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -21,6 +22,15 @@ def test_every_public_name_exists():
 def test_every_public_name_is_public_where_it_comes_from():
     for name, module in vptsp._EXPORTS.items():
         assert name in importlib.import_module(f"vptsp.{module}").__all__, (name, module)
+
+
+def test_every_module_offers_what_it_says():
+    modules = [info.name for info in pkgutil.walk_packages(vptsp.__path__, "vptsp.") if not info.ispkg]
+    assert len(modules) > 100 and "vptsp.data_scripts.benchmarks.cub" in modules
+    for module in map(importlib.import_module, modules):
+        names = getattr(module, "__all__", [])
+        assert len(names) == len(set(names)), module.__name__
+        assert [name for name in names if not hasattr(module, name)] == [], module.__name__
 
 
 def test_importing_costs_nothing():
