@@ -16,6 +16,7 @@ from .image_files import SLOW_SECONDS, ImageFile, LeftOut, is_hidden, is_image_n
 
 __all__ = [
     "LAYOUTS",
+    "LAYOUT_SPLITS",
     "class_of_path",
     "detect_layout",
     "existing_folder",
@@ -27,8 +28,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS = ("auto", "classes", "train_test", "query_gallery")
-_LAYOUT_FOLDERS = {"train_test": ("train", "test"), "query_gallery": ("train", "query", "gallery")}
+LAYOUT_SPLITS = {"train_test": ("train", "test"), "query_gallery": ("train", "query", "gallery")}
+"""The splits, or their folders, of the layouts that have any."""
+LAYOUTS = ("auto", "classes", *LAYOUT_SPLITS)
 _SPLIT_NAMES = frozenset({"train", "test", "query", "gallery", "val", "valid", "validation", "dev"})
 
 
@@ -128,15 +130,15 @@ def detect_layout(root: Path, layout: str = "auto") -> str:
             )
         raise DataError(f"{root} is empty; expected one folder per class with its images inside")
     names = {name.lower() for name in folders}
-    if layout in _LAYOUT_FOLDERS:
-        missing = [name for name in _LAYOUT_FOLDERS[layout] if name not in names]
+    if layout in LAYOUT_SPLITS:
+        missing = [name for name in LAYOUT_SPLITS[layout] if name not in names]
         if missing:
             raise DataError(
-                f"layout {layout!r} needs the folders {', '.join(_LAYOUT_FOLDERS[layout])} in {root}; "
+                f"layout {layout!r} needs the folders {', '.join(LAYOUT_SPLITS[layout])} in {root}; "
                 f"missing {', '.join(missing)}, found {some(folders)}"
             )
         return layout
-    fitting = [candidate for candidate, needed in _LAYOUT_FOLDERS.items() if names.issuperset(needed)]
+    fitting = [candidate for candidate, needed in LAYOUT_SPLITS.items() if names.issuperset(needed)]
     if layout == "auto" and len(fitting) > 1:
         raise DataError(
             f"{root} has the folders train, test, query and gallery: say layout='train_test' or layout='query_gallery'"
@@ -172,7 +174,7 @@ def scan_split_folders(root: Path, layout: str) -> dict[str, tuple[Path, dict[st
         DataError: as `scan_class_folders`, two folders differ in upper and lower case only, or are the same by a link.
     """
     refuse_run_folder(root)
-    needed = _LAYOUT_FOLDERS[layout]
+    needed = LAYOUT_SPLITS[layout]
     found: dict[str, Path] = {}
     for name, folder in visible_folders(root).items():
         split = name.lower()

@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 
 from .builder import ClassSplitConfig
-from .class_folders import LAYOUTS, existing_folder
+from .class_folders import LAYOUT_SPLITS, LAYOUTS, existing_folder
 from .data_errors import DataError, some
 from .dataset_options import HubOptions
 from .labels import check_labels
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 _SAVED = ("dataset_dict.json", "state.json")
 """What `save_to_disk` writes."""
-_LAYOUT_SPLITS = {"query_gallery": ("train", "query", "gallery"), "train_test": ("train", "test")}
 
 
 @dataclass
@@ -160,7 +159,7 @@ def _choose_layout(splits: Mapping[str, Any], config: HubImagesConfig, where: st
         train = _names_of(config.train_split, "train")
         fitting = [
             layout
-            for layout, (_, *others) in _LAYOUT_SPLITS.items()
+            for layout, (_, *others) in reversed(LAYOUT_SPLITS.items())
             if splits.keys() >= {*train, *others} and not set(train) & set(others)
         ]
         layout = fitting[0] if fitting else "classes"
@@ -185,7 +184,7 @@ def _choose_splits(
             )
         chosen = {"train": list(splits)}
     else:
-        roles = _LAYOUT_SPLITS.get(layout, ("train",))
+        roles = LAYOUT_SPLITS.get(layout, ("train",))
         given = {"train": config.train_split, "test": config.test_split}
         chosen = {role: _names_of(given.get(role), role) for role in roles}
     if config.test_split is not None and "test" not in chosen:
