@@ -1,4 +1,4 @@
-"""The data sets of a run: images cut to size and batched, as `DataArguments` say."""
+"""The data sets of a run, as `DataArguments` say: images, cut to size."""
 
 from .data_arguments import DataArguments
 from .streaming import StreamedImages

@@ -27,7 +27,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
     Args:
         kind: What the names are of, for errors: `loss`, `data set`.
         entries: Where they are kept; shipped code has dicts of its own, which know nothing of this class.
-        also: What `find` is told of beside the names, for its error: `or pml.<Name>`.
+        also: What a name may be beside these, for the error of `find`: `or pml.<Name>`.
 
     Example:
         >>> metrics = Registry("metric")
