@@ -159,7 +159,7 @@ def _find_names(names: list[str], value: str | Sequence[str], option: str) -> se
     if unknown:
         hints = []
         for name in unknown[:5]:
-            near = near_names(name, names, 0.5) or [n for n in names if name and name in n][:2]
+            near = near_names(name, names, likeness=0.5) or [n for n in names if name and name in n][:2]
             hints.append(f"{name!r}" + (f" (near: {', '.join(map(repr, near))})" if near else ""))
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise DataError(

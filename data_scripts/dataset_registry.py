@@ -143,7 +143,7 @@ def find_dataset(name: str) -> DatasetEntry:
     """
     if name not in DATASETS:
         known = "; ".join(f"{key} ({entry.description})" for key, entry in DATASETS.items())
-        raise DataError(f"unknown dataset_name {name!r}{nearest(name, DATASETS) or '.'} There are: {known}")
+        raise DataError(f"unknown dataset_name {name!r}{nearest(name, DATASETS, most=1) or '.'} There are: {known}")
     return DATASETS[name]
 
 

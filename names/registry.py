@@ -10,14 +10,14 @@ from typing import Generic, TypeVar
 Entry = TypeVar("Entry")
 
 
-def near_names(name, known: Iterable[str], likeness: float = 0.6) -> list[str]:
-    """At most two of the known names, the most alike first; none that is less alike than that (0 to 1)."""
-    return difflib.get_close_matches(str(name), [str(item) for item in known], n=2, cutoff=likeness)
+def near_names(name, known: Iterable[str], most: int = 2, likeness: float = 0.6) -> list[str]:
+    """At most so many of the known names, the most alike first; none that is less alike than that (0 to 1)."""
+    return difflib.get_close_matches(str(name), [str(item) for item in known], n=most, cutoff=likeness)
 
 
-def nearest(name, known: Iterable[str]) -> str:
-    """`; did you mean 'vpt' or 'vptsp_g'?`, or nothing where no known name is near."""
-    near = near_names(name, known)
+def nearest(name, known: Iterable[str], most: int = 2) -> str:
+    """`; did you mean 'vpt' or 'vptsp_g'?`, at most so many; nothing where no known name is near."""
+    near = near_names(name, known, most)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 

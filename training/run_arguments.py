@@ -122,7 +122,7 @@ def read_config(path, known):
         raise ConfigError(f"the configuration {path} must hold 'field: value' lines, got {type(values).__name__}")
     for name in values:
         if name not in known:
-            raise ConfigError(f"{path}: there is no field {name!r}{nearest(name, known)}")
+            raise ConfigError(f"{path}: there is no field {name!r}{nearest(name, known, most=1)}")
     return values
 
 

@@ -52,5 +52,6 @@ def test_unknown_names_come_with_near_ones():
         Registry("loss").find("x")
     with pytest.raises(ValueError, match=r"loss must be one of a or pml.<Name>, got 'x'$"):
         Registry("loss", {"a": 1}, also="or pml.<Name>").find("x")
-    assert near_names("Aple", ["Apple", "Ape", "Pear"], 0.5) == ["Apple", "Ape"]
-    assert near_names(3, [30, 4], 0.9) == []
+    assert near_names("Aple", ["Apple", "Ape", "Pear"], likeness=0.5) == ["Apple", "Ape"]
+    assert near_names(3, [30, 4], likeness=0.9) == []
+    assert nearest("Aple", ["Ape", "Apple"], most=1) == "; did you mean 'Apple'?"
