@@ -137,7 +137,7 @@ class ViTFamily:
 
     A family is everything `prompted_forward` knows of a backbone: how to build it, how to embed an image, for each
     layer its norms, its queries, keys and values, its attention output and its MLP, and what may be pooled. To support
-    another family, write these for it and add it to `FAMILIES`.
+    another family, write these for it and add it to `FAMILIES` (`vptsp.register_family` does).
 
     Args:
         config: The backbone's configuration.

@@ -308,29 +308,7 @@ def _is_in_layer(module) -> bool:
 # ---- Tuning methods beside these, by name
 
 
-TUNINGS: dict[str, Callable] = {}
-
-
-def register_tuning(name):
-    """Decorator: make a function known as `tuning: name`.
-
-    The function gets a [`VPTSPModel`] that is about to be finished, and the configuration's `tuning_kwargs`. It adds
-    modules to the model (not to the frozen `backbone` in it: what lies there is neither tuned nor saved) and
-    connects them with the backbone's layers, as a rule by forward hooks. A module is initialised by its method
-    `init_weights`, in which `transformers.initialization` must be used. It should start as if it were not there.
-
-    A saved retriever loads only where its method has been registered before.
-    """
-
-    def register(function):
-        known = TUNINGS.get(name)
-        # a module that is run again may register its function again
-        if known is not None and known.__qualname__ != function.__qualname__:
-            raise ValueError(f"there is a tuning {name!r} already")
-        TUNINGS[name] = function
-        return function
-
-    return register
+TUNINGS: dict[str, Callable] = {}  # the package registers them by `register_tuning` (names/model_registry.py)
 
 
 def add_tuning(model):

@@ -207,12 +207,13 @@ def prepare(model_fields, training_args, data_args):
     """
     from transformers import set_seed
 
+    from vptsp.data_scripts.image_datasets import image_datasets
     from vptsp.data_scripts.preprocessing import build_image_processor
     from vptsp.training.proxy_movement import ProxyMovement
     from vptsp.training.run_record import record_data_arguments
     from vptsp.training.trainer import VPTSPTrainer
 
-    images = data_args.image_datasets()
+    images = image_datasets(data_args)
     parts = {name: part for name, part in images.items() if name != "train"}
     timer, step_seconds = step_timer()
     set_seed(training_args.seed)

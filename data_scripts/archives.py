@@ -24,7 +24,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from .data_errors import DataError, some
-from .image_files import ImageFile, is_hidden, is_image_name
+from .image_files import SLOW_SECONDS, ImageFile, is_hidden, is_image_name, relative_parts
 
 
 __all__ = ["MAX_MEMBER_BYTES", "archive_kind", "free_bytes", "list_members", "read_member", "read_members"]
@@ -34,7 +34,6 @@ MAX_MEMBER_BYTES = 1 << 28
 read."""
 INDEX_FOLDER = "vptsp_archives"
 _INDEX_VERSION = 1
-_SLOW_SECONDS = 2.0
 _BUFFER = 1 << 20
 _MOST_BYTES_PER_BYTE = 1032  # that gzip can pack into one
 _MAX_HEADER_BYTES = 1 << 20  # of a tar file's extended headers: long names, and what systems add
@@ -43,7 +42,6 @@ _EXTENDED = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
 _LONG_NUMBER = re.compile(rb"\d{512}")
-_DRIVE = re.compile(r"[A-Za-z]:")
 _PLAIN = re.compile(r"[\w-][\w .,()-]*(?:/[\w-][\w .,()-]*)*", re.ASCII)
 """Most names; they need no closer look."""
 _ZIP_HEADER = struct.Struct("<4s5H3L2H")
@@ -156,7 +154,7 @@ def read_members(path: Path, names: Collection[str], progress: bool = False) -> 
             raise DataError(f"{path} has no member {some(absent)}")
         for name in names:
             _check_size(path, name, members[name].file_size)
-        bar = tqdm(names, f"Reading {path.name}", delay=_SLOW_SECONDS, leave=False, disable=not progress)
+        bar = tqdm(names, f"Reading {path.name}", delay=SLOW_SECONDS, leave=False, disable=not progress)
         for name in bar:
             try:
                 with archive.open(members[name]) as stream:
@@ -189,9 +187,8 @@ def _safe_name(name: str, archive: Path) -> str | None:
     """A member's name, cleaned; None for litter."""
     if _PLAIN.fullmatch(name) and "__MACOSX" not in name:
         return name
-    clean = name.replace("\\", "/")
-    parts = [part for part in clean.split("/") if part not in ("", ".")]
-    if clean.startswith("/") or _DRIVE.match(clean) or ".." in parts:
+    parts = relative_parts(name)
+    if parts is None:
         raise DataError(
             f"{archive} holds the member {name!r}, whose path leads out of the archive; expected relative paths "
             "without '..': this is not the official archive"
@@ -335,7 +332,7 @@ def _walk_tar(
             desc=title,
             unit="B",
             unit_scale=True,
-            delay=_SLOW_SECONDS,
+            delay=SLOW_SECONDS,
             mininterval=0.5,
             leave=False,
             disable=not progress,

@@ -25,6 +25,7 @@ import datasets
 from .archives import free_bytes, read_members
 from .class_split import split_classes
 from .data_errors import DataError
+from .dataset_options import BenchmarkOptions, ClassSplitOptions, option_names
 from .listing import GROUP_SPLITS, SplitListing, SplitRows
 
 
@@ -51,43 +52,29 @@ class ImageDatasetConfig(datasets.BuilderConfig):
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
         """The options that a user gives, in the order of the fields."""
-        internal = {field.name for field in fields(ImageDatasetConfig)}
-        return tuple(field.name for field in fields(cls) if field.name not in internal)
+        return tuple(name for name in option_names(cls) if name not in option_names(ImageDatasetConfig))
 
 
 @dataclass
-class BenchmarkConfig(ImageDatasetConfig):
-    """Options of the data sets that have a published split.
-
-    Attributes:
-        verify_counts: Whether the images and classes of each split must be those of the published split.
-    """
-
-    verify_counts: bool = True
+class BenchmarkConfig(BenchmarkOptions, ImageDatasetConfig):
+    """What a data set with a published split is configured by."""
 
 
 @dataclass
-class ClassSplitConfig(ImageDatasetConfig):
-    """Options of data sets whose classes are split here; see `class_split.split_classes`."""
-
-    train_classes: str | list[str] | None = None
-    test_classes: str | list[str] | None = None
-    test_share: float = 0.5
-    class_split: str = "first"
-    split_seed: int = 0
+class ClassSplitConfig(ClassSplitOptions, ImageDatasetConfig):
+    """What a data set whose classes are split here is configured by."""
 
     def split(self, class_names: list[str], keep_order: bool = False) -> dict[str, list[str]]:
         """Training and test classes, by group."""
-        train, test = split_classes(
-            class_names,
-            self.train_classes,
-            self.test_classes,
-            self.test_share,
-            self.class_split,
-            self.split_seed,
-            keep_order,
-        )
+        values = (getattr(self, name) for name in option_names(ClassSplitOptions))
+        train, test = split_classes(class_names, *values, keep_order)
         return {"train": train, "test": test}
+
+    def refuse_split(self, why: str) -> None:
+        """A `DataError` if an option says how to split where there is nothing to; `why` goes on after "splits"."""
+        for item in fields(ClassSplitOptions):
+            if getattr(self, item.name) != item.default:
+                raise DataError(f"{item.name} splits {why}")
 
 
 @contextlib.contextmanager
@@ -171,7 +158,7 @@ class ImageDatasetBuilder(datasets.GeneratorBasedBuilder):
     def load_splits(
         cls, data_dir: str | None = None, cache_dir: str | None = None, streaming: bool = False, **options: Any
     ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-        """All splits; see `registry.load_splits`, which calls this."""
+        """All splits; see `dataset_registry.load_splits`, which calls this."""
         listing = cls.list_splits(data_dir, cache_dir, **options)
         splits = datasets.IterableDatasetDict() if streaming else datasets.DatasetDict()
         for group in GROUP_SPLITS:

@@ -11,11 +11,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .data_errors import DataError, some
-from .image_files import ImageFile, LeftOut, is_hidden, is_image_name, list_images, refuse_run_folder
+from .image_files import SLOW_SECONDS, ImageFile, LeftOut, is_hidden, is_image_name, list_images, refuse_run_folder
 
 
 __all__ = [
     "LAYOUTS",
+    "LAYOUT_SPLITS",
     "class_of_path",
     "detect_layout",
     "existing_folder",
@@ -27,11 +28,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS = ("auto", "classes", "train_test", "query_gallery")
-_LAYOUT_FOLDERS = {"train_test": ("train", "test"), "query_gallery": ("train", "query", "gallery")}
+LAYOUT_SPLITS = {"train_test": ("train", "test"), "query_gallery": ("train", "query", "gallery")}
+"""The splits, or their folders, of the layouts that have any."""
+LAYOUTS = ("auto", "classes", *LAYOUT_SPLITS)
 _SPLIT_NAMES = frozenset({"train", "test", "query", "gallery", "val", "valid", "validation", "dev"})
-_SLOW_SECONDS = 2.0
-"""A progress bar shows up only where listing takes longer than this."""
 
 
 def existing_folder(data_dir: str | Path | None, option: str = "data_dir") -> Path:
@@ -130,15 +130,15 @@ def detect_layout(root: Path, layout: str = "auto") -> str:
             )
         raise DataError(f"{root} is empty; expected one folder per class with its images inside")
     names = {name.lower() for name in folders}
-    if layout in _LAYOUT_FOLDERS:
-        missing = [name for name in _LAYOUT_FOLDERS[layout] if name not in names]
+    if layout in LAYOUT_SPLITS:
+        missing = [name for name in LAYOUT_SPLITS[layout] if name not in names]
         if missing:
             raise DataError(
-                f"layout {layout!r} needs the folders {', '.join(_LAYOUT_FOLDERS[layout])} in {root}; "
+                f"layout {layout!r} needs the folders {', '.join(LAYOUT_SPLITS[layout])} in {root}; "
                 f"missing {', '.join(missing)}, found {some(folders)}"
             )
         return layout
-    fitting = [candidate for candidate, needed in _LAYOUT_FOLDERS.items() if names.issuperset(needed)]
+    fitting = [candidate for candidate, needed in LAYOUT_SPLITS.items() if names.issuperset(needed)]
     if layout == "auto" and len(fitting) > 1:
         raise DataError(
             f"{root} has the folders train, test, query and gallery: say layout='train_test' or layout='query_gallery'"
@@ -174,7 +174,7 @@ def scan_split_folders(root: Path, layout: str) -> dict[str, tuple[Path, dict[st
         DataError: as `scan_class_folders`, two folders differ in upper and lower case only, or are the same by a link.
     """
     refuse_run_folder(root)
-    needed = _LAYOUT_FOLDERS[layout]
+    needed = LAYOUT_SPLITS[layout]
     found: dict[str, Path] = {}
     for name, folder in visible_folders(root).items():
         split = name.lower()
@@ -225,7 +225,7 @@ def scan_class_folders(root: Path, left_out: LeftOut | None = None) -> dict[str,
     if not folders:
         detect_layout(root)  # empty, or images without class folders: it says which
     _refuse_links(folders)
-    progress = tqdm(folders.items(), desc=f"Listing {root.name}", unit="class", delay=_SLOW_SECONDS, leave=False)
+    progress = tqdm(folders.items(), desc=f"Listing {root.name}", unit="class", delay=SLOW_SECONDS, leave=False)
     classes = {name: list_images(folder, found) for name, folder in progress}
     empty = [name for name, files in classes.items() if not files]
     classes = {name: files for name, files in classes.items() if files}

@@ -3,7 +3,6 @@
 Nothing here imports torch or `datasets`.
 """
 
-import difflib
 import math
 import random
 import unicodedata
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
+from ..names.registry import near_names
 from .data_errors import DataError, some
 
 
@@ -159,9 +159,7 @@ def _find_names(names: list[str], value: str | Sequence[str], option: str) -> se
     if unknown:
         hints = []
         for name in unknown[:5]:
-            near = (
-                difflib.get_close_matches(name, names, n=2, cutoff=0.5) or [n for n in names if name and name in n][:2]
-            )
+            near = near_names(name, names, likeness=0.5) or [n for n in names if name and name in n][:2]
             hints.append(f"{name!r}" + (f" (near: {', '.join(map(repr, near))})" if near else ""))
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise DataError(

@@ -17,6 +17,7 @@ from .command_options import CommandParser, add_data_options
 from .data_arguments import BUILDER_OPTIONS, DataArguments, check_data_arguments
 from .data_errors import DataError
 from .dataset_registry import DATASETS
+from .dataset_report import class_size_histogram, contact_sheet, count_table, find_unreadable, view_splits
 
 
 __all__ = ["main"]
@@ -75,8 +76,6 @@ def _check_picture(picture: Path) -> None:
 
 
 def _report(args: DataArguments, picture: Path, decode: bool, max_classes: int) -> int:
-    from .dataset_report import class_size_histogram, contact_sheet, count_table, find_unreadable, view_splits
-
     views = view_splits(args.dataset_name, args.data_dir, args.data_cache_dir, args.builder_options())
     source = args.data_dir or args.dataset_repo
     print(f"{args.dataset_name}{f' in {source}' if source else ''}: {DATASETS[args.dataset_name].description}\n")

@@ -2,54 +2,26 @@
 
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .archives import archive_kind
 from .class_folders import LAYOUTS, detect_layout, existing_folder
 from .class_split import CLASS_SPLITS, class_list_file
 from .data_errors import DataError
+from .dataset_options import DatasetOptions, option_names
 from .dataset_registry import DATASETS, find_dataset, load_splits, refuse_unknown_options
 from .image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
 from .sources import locate
 
 
-if TYPE_CHECKING:
-    from .streaming import StreamedImages
-    from .torch_dataset import ImageDataset
-
 __all__ = ["BUILDER_OPTIONS", "DataArguments", "check_data_arguments", "check_output_apart"]
 
-BUILDER_OPTIONS = (
-    "layout",
-    "train_classes",
-    "test_classes",
-    "test_share",
-    "class_split",
-    "split_seed",
-    "digit_size",
-    "verify_counts",
-    "dataset_repo",
-    "dataset_config",
-    "dataset_revision",
-    "image_column",
-    "label_column",
-    "train_split",
-    "test_split",
-)
+BUILDER_OPTIONS = option_names(DatasetOptions)
 
 
 @dataclass
-class DataArguments:
-    """Which data, how it is split, and how images are cut to size.
-
-    Attributes:
-        resize_size: None stands for `round(image_size * 256 / 224)`, and is replaced by it.
-        train_classes: Also takes one string (as YAML gives it): the path of a text file.
-        test_classes: The same.
-
-    Raises:
-        ValueError: a value is out of range; the message names the field.
-    """
+class DatasetPlace:
+    """Which data set, and where."""
 
     dataset_name: str = field(default="folder", metadata={"help": f"Data set: {', '.join(DATASETS)}."})
     data_dir: str | None = field(
@@ -58,34 +30,19 @@ class DataArguments:
     data_cache_dir: str | None = field(
         default=None, metadata={"help": "Where prepared tables go; by default where `datasets` keeps them."}
     )
-    layout: str = field(
-        default="auto",
-        metadata={"help": f"Layout of class folders, or splits of a Hub data set: {', '.join(LAYOUTS)}."},
-    )
-    train_classes: list[str] | None = field(
-        default=None, metadata={"help": "Names of the training classes, or a .txt file with one per line."}
-    )
-    test_classes: list[str] | None = field(
-        default=None, metadata={"help": "Names of the test classes, or a .txt file with one per line."}
-    )
-    test_share: float = field(default=0.5, metadata={"help": "Share of the classes that test, without class lists."})
-    class_split: str = field(
-        default="first", metadata={"help": f"Which classes train, without class lists: {', '.join(CLASS_SPLITS)}."}
-    )
-    split_seed: int = field(default=0, metadata={"help": "Seed of class_split random."})
-    digit_size: int = field(default=32, metadata={"help": "Side in pixels that the digits are enlarged to."})
-    verify_counts: bool = field(
-        default=True, metadata={"help": "Whether a benchmark must have the published numbers of images and classes."}
-    )
-    dataset_repo: str | None = field(default=None, metadata={"help": "Data set repository on the Hub, as owner/name."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
-    image_column: str = field(default="image", metadata={"help": "Column of images in a Hub data set."})
-    label_column: str = field(default="label", metadata={"help": "Column of labels in a Hub data set."})
-    train_split: str | None = field(
-        default=None, metadata={"help": "Split of a Hub data set that trains, or several as in train+validation."}
-    )
-    test_split: str | None = field(default=None, metadata={"help": "Split of a Hub data set that tests, or several."})
+
+
+@dataclass
+class DataArguments(DatasetOptions, DatasetPlace):
+    """Which data, how it is split, and how images are cut to size.
+
+    Attributes:
+        resize_size: None stands for `round(image_size * 256 / 224)`, and is replaced by it.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field.
+    """
+
     streaming: bool = field(
         default=False, metadata={"help": "Read the data as a stream and write no tables; see docs/streaming.md."}
     )
@@ -148,24 +105,6 @@ class DataArguments:
         return load_splits(
             self.dataset_name, self.data_dir, self.data_cache_dir, streaming=self.streaming, **self.builder_options()
         )
-
-    def image_datasets(self) -> "dict[str, ImageDataset | StreamedImages]":
-        """All splits, with the transforms that the arguments ask for: that of training for `train`."""
-        from .streaming import StreamedImages
-        from .torch_dataset import ImageDataset
-        from .transforms import make_transforms
-
-        train_transform, eval_transform = make_transforms(self)
-        dataset_class = StreamedImages if self.streaming else ImageDataset
-        return {
-            name: dataset_class(
-                split,
-                train_transform if name == "train" else eval_transform,
-                skip_corrupt=self.skip_corrupt,
-                max_image_pixels=self.max_image_pixels,
-            )
-            for name, split in self.load_splits().items()
-        }
 
 
 def _refuse_name(name: str, value: str) -> list[str]:

@@ -1,21 +1,29 @@
 """The data sets by name, and the one function that loads any of them. Importing this is cheap."""
 
-import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..names.registry import Registry, nearest
 from .data_errors import DataError
+from .dataset_options import BenchmarkOptions, DigitsOptions, HubOptions, LayoutOptions, option_names
+from .sources import tar_names
 
 
 if TYPE_CHECKING:
     import datasets
 
 
-__all__ = ["DATASETS", "DatasetEntry", "builder_class", "find_dataset", "load_splits", "refuse_unknown_options"]
-
-_CLASS_SPLIT_OPTIONS = ("train_classes", "test_classes", "test_share", "class_split", "split_seed")
+__all__ = [
+    "DATASETS",
+    "DatasetEntry",
+    "builder_class",
+    "find_dataset",
+    "load_splits",
+    "refuse_unknown_options",
+    "register_dataset",
+]
 
 
 class DatasetEntry(NamedTuple):
@@ -24,95 +32,107 @@ class DatasetEntry(NamedTuple):
     Attributes:
         builder: `module:Class`, the module relative to this package; or the class itself, for one from elsewhere.
         description: One line.
-        options: The options that it takes, beside `data_dir`.
+        options: Names of the options that it takes, beside `data_dir`.
         data_dir: What `data_dir` is: `folder`, `folder or archive`, `folder or none`, or `none`.
         any_of: Paths in `data_dir` of which one must exist (a check that costs nothing); empty: not checked.
     """
 
     builder: str | type
     description: str
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...]
     data_dir: str = "folder"
     any_of: tuple[str, ...] = ()
 
 
 _SPLITS = ("train", "test")
+_PUBLISHED = option_names(BenchmarkOptions)
 
-
-def _tar_names(name: str) -> tuple[str, ...]:
-    return tuple(f"{name}{ending}" for ending in (".tgz", ".tar.gz", ".tar"))
-
-
-DATASETS: dict[str, DatasetEntry] = {
-    "folder": DatasetEntry(
-        "folder:ImageFolders",
-        "any folder of class folders; classes split here, or train/test, or train/query/gallery folders",
-        (*_CLASS_SPLIT_OPTIONS, "layout"),
-    ),
-    "cub": DatasetEntry(
-        "benchmarks.cub:CUB200",
-        "CUB-200-2011, birds; first 100 classes train, last 100 test",
-        ("verify_counts",),
-        "folder or archive",
-        ("images", "CUB_200_2011/images", *_tar_names("CUB_200_2011")),
-    ),
-    "cars": DatasetEntry(
-        "benchmarks.cars:Cars196",
-        "Cars-196, models of cars; first 98 classes train, last 98 test",
-        ("verify_counts",),
-        "folder or archive",
-        (
-            *("images", "cars196/images", "car_ims", "cars_train", "cars_test"),
-            *(name for part in ("car_ims", "cars_train", "cars_test") for name in _tar_names(part)),
+DATASETS: Registry[DatasetEntry] = Registry(
+    "data set",
+    {
+        "folder": DatasetEntry(
+            "folder:ImageFolders",
+            "any folder of class folders; classes split here, or train/test, or train/query/gallery folders",
+            option_names(LayoutOptions),
         ),
-    ),
-    "sop": DatasetEntry(
-        "benchmarks.sop:StanfordOnlineProducts",
-        "Stanford Online Products; split by the official lists",
-        ("verify_counts",),
-        "folder or archive",
-        (
-            *("Ebay_train.txt", "Info_Files", "Stanford_Online_Products", "Stanford_Online_Products.zip"),
-            *_tar_names("Stanford_Online_Products"),
+        "cub": DatasetEntry(
+            "benchmarks.cub:CUB200",
+            "CUB-200-2011, birds; first 100 classes train, last 100 test",
+            _PUBLISHED,
+            "folder or archive",
+            ("images", "CUB_200_2011/images", *tar_names("CUB_200_2011")),
         ),
-    ),
-    "inshop": DatasetEntry(
-        "benchmarks.inshop:InShop",
-        "In-Shop Clothes (DeepFashion); train, query and gallery by the official list",
-        ("verify_counts",),
-        "folder or archive",
-        tuple(f"{folder}list_eval_partition.txt" for folder in ("", "Eval/", "Anno/")),
-    ),
-    "inaturalist": DatasetEntry(
-        "benchmarks.inaturalist:INaturalist2018",
-        "iNaturalist 2018, species; 5,690 classes train, 2,452 test, by two lists",
-        ("verify_counts",),
-        "folder or archive",
-        tuple(f"{folder}Inaturalist_{split}_set1.txt" for folder in ("", "Inat_dataset_splits/") for split in _SPLITS),
-    ),
-    "hub": DatasetEntry(
-        "hub:HubImages",
-        "a data set repository on the Hub, or a local copy, with a column of images and one of labels",
-        (
-            "dataset_repo",
-            "dataset_config",
-            "dataset_revision",
-            "image_column",
-            "label_column",
-            "layout",
-            "train_split",
-            "test_split",
-            *_CLASS_SPLIT_OPTIONS,
+        "cars": DatasetEntry(
+            "benchmarks.cars:Cars196",
+            "Cars-196, models of cars; first 98 classes train, last 98 test",
+            _PUBLISHED,
+            "folder or archive",
+            (
+                *("images", "cars196/images", "car_ims", "cars_train", "cars_test"),
+                *(name for part in ("car_ims", "cars_train", "cars_test") for name in tar_names(part)),
+            ),
         ),
-        "folder or none",
-    ),
-    "digits": DatasetEntry(
-        "digits:Digits",
-        "the 1,797 handwritten digits that scikit-learn ships; no download",
-        (*_CLASS_SPLIT_OPTIONS, "digit_size"),
-        "none",
-    ),
-}
+        "sop": DatasetEntry(
+            "benchmarks.sop:StanfordOnlineProducts",
+            "Stanford Online Products; split by the official lists",
+            _PUBLISHED,
+            "folder or archive",
+            (
+                *("Ebay_train.txt", "Info_Files", "Stanford_Online_Products", "Stanford_Online_Products.zip"),
+                *tar_names("Stanford_Online_Products"),
+            ),
+        ),
+        "inshop": DatasetEntry(
+            "benchmarks.inshop:InShop",
+            "In-Shop Clothes (DeepFashion); train, query and gallery by the official list",
+            _PUBLISHED,
+            "folder or archive",
+            tuple(f"{folder}list_eval_partition.txt" for folder in ("", "Eval/", "Anno/")),
+        ),
+        "inaturalist": DatasetEntry(
+            "benchmarks.inaturalist:INaturalist2018",
+            "iNaturalist 2018, species; 5,690 classes train, 2,452 test, by two lists",
+            _PUBLISHED,
+            "folder or archive",
+            tuple(
+                f"{folder}Inaturalist_{split}_set1.txt" for folder in ("", "Inat_dataset_splits/") for split in _SPLITS
+            ),
+        ),
+        "hub": DatasetEntry(
+            "hub:HubImages",
+            "a data set repository on the Hub, or a local copy, with a column of images and one of labels",
+            option_names(HubOptions),
+            "folder or none",
+        ),
+        "digits": DatasetEntry(
+            "digits:Digits",
+            "the 1,797 handwritten digits that scikit-learn ships; no download",
+            option_names(DigitsOptions),
+            "none",
+        ),
+    },
+)
+
+
+def register_dataset(
+    name: str, description: str, data_dir: str = "folder", any_of: tuple[str, ...] = ()
+) -> Callable[[type], type]:
+    """Decorator: make a builder known as `dataset_name: name`, with the options of its `BUILDER_CONFIG_CLASS`.
+
+    Args:
+        name: Of the data set in configurations.
+        description, data_dir, any_of: As in `DatasetEntry`.
+
+    Raises:
+        ValueError: the name is another data set's.
+    """
+
+    def register(builder: type) -> type:
+        options = builder.BUILDER_CONFIG_CLASS.option_names()
+        DATASETS.register(name, DatasetEntry(builder, description, options, data_dir, any_of))
+        return builder
+
+    return register
 
 
 def find_dataset(name: str) -> DatasetEntry:
@@ -122,11 +142,8 @@ def find_dataset(name: str) -> DatasetEntry:
         DataError: there is none of this name; the message lists all.
     """
     if name not in DATASETS:
-        near = difflib.get_close_matches(str(name), DATASETS, n=1)
         known = "; ".join(f"{key} ({entry.description})" for key, entry in DATASETS.items())
-        raise DataError(
-            f"unknown dataset_name {name!r}{f', did you mean {near[0]!r}?' if near else '.'} There are: {known}"
-        )
+        raise DataError(f"unknown dataset_name {name!r}{nearest(name, DATASETS, most=1) or '.'} There are: {known}")
     return DATASETS[name]
 
 

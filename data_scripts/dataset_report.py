@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tqdm import tqdm
+
 from .contact_sheet import Cell, Section, draw_contact_sheet, spread
 from .data_errors import ImageError
 from .dataset_registry import builder_class
+from .image_files import SLOW_SECONDS
 from .image_formats import MAX_IMAGE_PIXELS
 from .images import open_image
 
@@ -200,11 +203,9 @@ def _decode(
 
 def find_unreadable(views: Mapping[str, SplitView], max_image_pixels: int = MAX_IMAGE_PIXELS) -> list[str]:
     """Decode every image; what is wrong with those that can't be read."""
-    from tqdm import tqdm
-
     found = []
     total = sum(len(view.labels) for view in views.values())
-    with tqdm(total=total, desc="Decoding", unit="image", delay=2.0, leave=False) as bar:
+    with tqdm(total=total, desc="Decoding", unit="image", delay=SLOW_SECONDS, leave=False) as bar:
         for view in views.values():
             for _, _, error in _decode(view, range(len(view.labels)), max_image_pixels):
                 bar.update()

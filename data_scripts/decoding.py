@@ -14,15 +14,13 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from .image_formats import MAX_IMAGE_PIXELS
 from .images import image_errors, open_header, to_rgb, upright_rgb
 
 
 __all__ = ["DecodedPart", "EncodedImage", "Turn"]
-
-_ORIENTATION = 0x0112
 
 
 class Turn(NamedTuple):
@@ -152,6 +150,6 @@ def _nearest(position: int, shrink: int, limit: int) -> int:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(_ORIENTATION, 1)
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # a broken EXIF block says nothing about the pixels
         return 1

@@ -10,9 +10,11 @@ from functools import cache
 
 import numpy as np
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from .builder import ClassSplitConfig, ImageDatasetBuilder
 from .data_errors import DataError
+from .dataset_options import DigitsOptions
 from .image_files import ImageFile
 from .listing import SplitListing, make_listing
 
@@ -21,15 +23,8 @@ __all__ = ["Digits", "DigitsConfig"]
 
 
 @dataclass
-class DigitsConfig(ClassSplitConfig):
-    """Options of `Digits`.
-
-    Attributes:
-        digit_size: Side of the images in pixels; at 8 they are the scans themselves, above they are enlarged
-            (bicubic).
-    """
-
-    digit_size: int = 32
+class DigitsConfig(DigitsOptions, ClassSplitConfig):
+    """What `Digits` is configured by."""
 
 
 class Digits(ImageDatasetBuilder):
@@ -80,7 +75,5 @@ class Digits(ImageDatasetBuilder):
 @cache
 def _load_scans() -> tuple[np.ndarray, np.ndarray]:
     """`(1797, 8, 8)` float64 in 0..16 and `(1797,)` int64."""
-    from sklearn.datasets import load_digits
-
     digits = load_digits()
     return digits.images, digits.target

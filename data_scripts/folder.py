@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from .builder import ClassSplitConfig, ImageDatasetBuilder
 from .class_folders import detect_layout, existing_folder, scan_class_folders, scan_split_folders
 from .data_errors import DataError, some
+from .dataset_options import LayoutOptions
 from .listing import SplitListing, make_listing
 
 
@@ -26,14 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ImageFoldersConfig(ClassSplitConfig):
-    """Options of `ImageFolders`.
-
-    Attributes:
-        layout: `auto`, `classes`, `train_test` or `query_gallery`.
-    """
-
-    layout: str = "auto"
+class ImageFoldersConfig(LayoutOptions, ClassSplitConfig):
+    """What `ImageFolders` is configured by."""
 
 
 class ImageFolders(ImageDatasetBuilder):
@@ -67,7 +62,10 @@ class ImageFolders(ImageDatasetBuilder):
             _warn_of_few_classes(class_names["test"], str(root))
             options |= {"train_classes": class_names["train"], "test_classes": class_names["test"]}
             return make_listing(dict.fromkeys(("train", "test"), (str(root), classes)), class_names, options)
-        _refuse_split_options(config, layout, str(root))
+        config.refuse_split(
+            f"the classes of the layout 'classes', but {root} has the layout {layout!r}, whose folders already say "
+            "which classes train and which test"
+        )
         found = scan_split_folders(root, layout)
         class_names = {
             "train": sorted(found["train"][1]),
@@ -86,16 +84,6 @@ class ImageFolders(ImageDatasetBuilder):
         return make_listing(
             {split: (str(folder), classes) for split, (folder, classes) in found.items()}, class_names, options
         )
-
-
-def _refuse_split_options(config: ImageFoldersConfig, layout: str, root: str) -> None:
-    default = ImageFoldersConfig()
-    for name in ("train_classes", "test_classes", "test_share", "class_split", "split_seed"):
-        if getattr(config, name) != getattr(default, name):
-            raise DataError(
-                f"{name} splits the classes of the layout 'classes', but {root} has the layout {layout!r}, whose "
-                "folders already say which classes train and which test"
-            )
 
 
 def _check_queries(query: Mapping[str, Sequence], gallery: Mapping[str, Sequence], root: str) -> None:

@@ -18,8 +18,9 @@ import datasets
 import numpy as np
 
 from .builder import ClassSplitConfig
-from .class_folders import LAYOUTS, existing_folder
+from .class_folders import LAYOUT_SPLITS, LAYOUTS, existing_folder
 from .data_errors import DataError, some
+from .dataset_options import HubOptions
 from .labels import check_labels
 from .listing import GROUP_SPLITS
 
@@ -30,37 +31,15 @@ logger = logging.getLogger(__name__)
 
 _SAVED = ("dataset_dict.json", "state.json")
 """What `save_to_disk` writes."""
-_LAYOUT_SPLITS = {"query_gallery": ("train", "query", "gallery"), "train_test": ("train", "test")}
 
 
 @dataclass
-class HubImagesConfig(ClassSplitConfig):
-    """Options of `HubImages`.
-
-    Attributes:
-        dataset_repo: Repository, as in `owner/name`.
-        dataset_config: Its configuration ("subset"), if it has several.
-        dataset_revision: Branch, tag or commit; a commit pins the data.
-        image_column: Column of images.
-        label_column: Column of labels: `ClassLabel`, integers or strings.
-        layout: `auto`, `classes`, `train_test` or `query_gallery`.
-        train_split: Split (or splits, joined by `+`) that trains, or whose classes are split; None for `train`, or the
-            only one there is.
-        test_split: The same for testing, of the layout `train_test`; None for `test`.
-    """
-
-    dataset_repo: str | None = None
-    dataset_config: str | None = None
-    dataset_revision: str | None = None
-    image_column: str = "image"
-    label_column: str = "label"
-    layout: str = "auto"
-    train_split: str | None = None
-    test_split: str | None = None
+class HubImagesConfig(HubOptions, ClassSplitConfig):
+    """What `HubImages` is configured by."""
 
 
 class HubImages:
-    """Images and labels of a repository; see `HubImagesConfig` for the options.
+    """Images and labels of a repository; see `HubOptions` for the options.
 
     `dataset_repo` names the repository, or `data_dir` a local folder that `datasets.load_dataset` reads (a clone, or
     parquet files) or that `save_to_disk` wrote. Class order is that of the `ClassLabel`, else that of the numbers,
@@ -180,20 +159,16 @@ def _choose_layout(splits: Mapping[str, Any], config: HubImagesConfig, where: st
         train = _names_of(config.train_split, "train")
         fitting = [
             layout
-            for layout, (_, *others) in _LAYOUT_SPLITS.items()
+            for layout, (_, *others) in reversed(LAYOUT_SPLITS.items())
             if splits.keys() >= {*train, *others} and not set(train) & set(others)
         ]
         layout = fitting[0] if fitting else "classes"
     if layout == "classes":
         return layout
-    default = HubImagesConfig()
-    for name in ("train_classes", "test_classes", "test_share", "class_split", "split_seed"):
-        if getattr(config, name) != getattr(default, name):
-            raise DataError(
-                f"{name} splits classes, but the splits of {where} already say which classes train and which "
-                f"test (layout {layout!r}); layout='classes' with train_split='train+test' (or other names) puts "
-                "splits together and splits them anew"
-            )
+    config.refuse_split(
+        f"classes, but the splits of {where} already say which classes train and which test (layout {layout!r}); "
+        "layout='classes' with train_split='train+test' (or other names) puts splits together and splits them anew"
+    )
     return layout
 
 
@@ -209,7 +184,7 @@ def _choose_splits(
             )
         chosen = {"train": list(splits)}
     else:
-        roles = _LAYOUT_SPLITS.get(layout, ("train",))
+        roles = LAYOUT_SPLITS.get(layout, ("train",))
         given = {"train": config.train_split, "test": config.test_split}
         chosen = {role: _names_of(given.get(role), role) for role in roles}
     if config.test_split is not None and "test" not in chosen:

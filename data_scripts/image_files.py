@@ -5,6 +5,7 @@ Nothing here imports torch or `datasets`.
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,12 +16,25 @@ from .data_errors import DataError, some
 from .image_formats import HEIF_EXTENSIONS, IMAGE_EXTENSIONS
 
 
-__all__ = ["ImageFile", "LeftOut", "is_hidden", "is_image_name", "list_images", "refuse_run_folder"]
+__all__ = [
+    "RESULTS_NAME",
+    "SLOW_SECONDS",
+    "ImageFile",
+    "LeftOut",
+    "is_hidden",
+    "is_image_name",
+    "list_images",
+    "refuse_run_folder",
+    "relative_parts",
+]
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "all_results.json"
+_DRIVE = re.compile(r"[A-Za-z]:")
+RESULTS_NAME = "all_results.json"
 """What every folder has that a training run wrote its results to."""
+SLOW_SECONDS = 2.0
+"""A progress bar shows up only where listing takes longer than this."""
 
 
 class ImageFile(NamedTuple):
@@ -111,10 +125,10 @@ def refuse_run_folder(folder: str | Path) -> None:
     Raises:
         DataError: it is.
     """
-    if (Path(folder) / RUN_FILE).is_file():
+    if (Path(folder) / RESULTS_NAME).is_file():
         raise DataError(
-            f"{folder} is the output_dir of a training run (it holds {RUN_FILE}), whose pictures would be taken for "
-            "data: move it out of the images' folder"
+            f"{folder} is the output_dir of a training run (it holds {RESULTS_NAME}), whose pictures would be taken "
+            "for data: move it out of the images' folder"
         )
 
 
@@ -157,3 +171,10 @@ def _walk_images(
 def _identity(place: os.DirEntry | Path) -> tuple[int, int]:
     status = place.stat()
     return status.st_dev, status.st_ino
+
+
+def relative_parts(path: str) -> list[str] | None:
+    """The parts of a path as a list or an archive names it; None where it is absolute, or leads out by `..`."""
+    path = path.replace("\\", "/")
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    return None if path.startswith("/") or _DRIVE.match(path) or ".." in parts else parts

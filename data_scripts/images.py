@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from .data_errors import ImageError
 from .image_formats import FORMATS, MAX_IMAGE_PIXELS
@@ -19,7 +19,6 @@ from .image_formats import FORMATS, MAX_IMAGE_PIXELS
 
 __all__ = ["GreyScale", "check_pixels", "image_errors", "open_header", "open_image", "to_rgb", "upright_rgb"]
 
-_ORIENTATION = 0x0112
 # Tags of TIFF files, and the value of the second by which 0 is white.
 _BITS, _PHOTOMETRIC, _MIN_IS_WHITE = 258, 262, 0
 
@@ -134,7 +133,7 @@ def _is_unidentified(error: Exception) -> bool:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        if image.getexif().get(_ORIENTATION, 1) == 1:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             return image  # which would be copied otherwise
         return ImageOps.exif_transpose(image)
     except Exception:  # a broken EXIF block says nothing about the pixels

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from .class_folders import existing_folder, visible_folders
 from .data_errors import DataError, some
-from .image_files import ImageFile, LeftOut, is_image_name, list_images
+from .image_files import ImageFile, LeftOut, is_image_name, list_images, relative_parts
 from .listing import GROUP_SPLITS, FileRow, SplitCounts, SplitListing, make_row_listing, verify_split_counts
 
 
@@ -25,16 +25,17 @@ __all__ = [
     "find_file",
     "folder_images",
     "list_benchmark",
+    "list_path",
     "locate",
     "parse_list",
     "refuse_repeats",
+    "tar_names",
 ]
 
 logger = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
 _MAX_HINT_FOLDERS = 50
-_DRIVE = re.compile(r"[A-Za-z]:")
 
 
 # ---- where the data set lies
@@ -90,6 +91,11 @@ def _is_there(in_folder: Callable[[Path], Any], folder: Path) -> bool:
 def find_file(folders: Sequence[Path], names: Sequence[str]) -> Path | None:
     """The first of some files that exists, or None."""
     return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
+
+
+def tar_names(name: str) -> tuple[str, ...]:
+    """What the tar file of a data set may be called."""
+    return tuple(f"{name}{ending}" for ending in (".tgz", ".tar.gz", ".tar"))
 
 
 # ---- its images
@@ -227,9 +233,8 @@ def list_path(text: str, where: str) -> str:
     Raises:
         DataError: it is absolute, or leads out of the data set by `..`.
     """
-    path = text.replace("\\", "/")
-    parts = [part for part in path.split("/") if part not in ("", ".")]
-    if path.startswith("/") or _DRIVE.match(path) or ".." in parts or not parts:
+    parts = relative_parts(text)
+    if not parts:
         raise DataError(f"{where}: expected a path within the data set, got {text!r}")
     return "/".join(parts)
 

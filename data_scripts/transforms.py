@@ -20,7 +20,7 @@ more time. For comparison: bicubic in place of bilinear resizing changes values 
 
 import math
 import random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,10 +30,6 @@ from PIL import Image
 from .decoding import DecodedPart, EncodedImage
 
 
-if TYPE_CHECKING:
-    from .data_arguments import DataArguments
-
-
 __all__ = [
     "CropBox",
     "EvalTransform",
@@ -41,7 +37,6 @@ __all__ = [
     "central_crop",
     "image_to_tensor",
     "is_elongated",
-    "make_transforms",
 ]
 
 _CROP_TRIES = 10
@@ -328,11 +323,3 @@ def _pixels(image: Image.Image) -> np.ndarray:
     except (AttributeError, TypeError, ValueError, NotImplementedError, pa.ArrowInvalid):
         return np.asarray(image)  # Pillow before 11.2, or an image in several blocks of memory (over 4 megapixels)
     return np.asarray(values).reshape(image.height, image.width, 4)
-
-
-def make_transforms(args: "DataArguments") -> tuple[TrainTransform, EvalTransform]:
-    """The training and the evaluation transform that the arguments ask for."""
-    train = TrainTransform(
-        args.image_size, scale=(args.crop_scale_min, 1.0), horizontal_flip=0.5 if args.horizontal_flip else 0.0
-    )
-    return train, EvalTransform(args.resize_size, args.image_size)

@@ -337,7 +337,7 @@ def open_page(index, model=None, image_root=None, max_megapixels=MAX_MEGAPIXELS)
         IndexMismatchError: the model is not the one that made the embeddings.
     """
     from vptsp.search.embedder import Embedder
-    from vptsp.search.vector_index import open_index
+    from vptsp.search.open_index import open_index
 
     opened = open_index(index)
     name = model or (opened.model or {}).get("name")

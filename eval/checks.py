@@ -40,7 +40,7 @@ def check_embeddings(embeddings, name):
     return embeddings
 
 
-def check_labels(labels, name, ndim=1, length=None):
+def check_labels(labels, name, length=None):
     """The labels as int64.
 
     Raises:
@@ -50,14 +50,14 @@ def check_labels(labels, name, ndim=1, length=None):
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         got = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
         raise TypeError(f"{name} must be an integer tensor, got {got}")
-    if labels.ndim != ndim or 0 in labels.shape:
-        raise ValueError(f"{name} must be a {ndim}-D tensor that is not empty, got shape {tuple(labels.shape)}")
+    if labels.ndim != 1 or not len(labels):
+        raise ValueError(f"{name} must be a 1-D tensor that is not empty, got shape {tuple(labels.shape)}")
     if length is not None and len(labels) != length:
         raise ValueError(f"{name} must have one label per embedding, {length}, got {len(labels)}")
     negative = (labels < 0).nonzero()
     if len(negative):
-        row = tuple(negative[0].tolist())
-        raise ValueError(f"{name} must be >= 0: row {', '.join(map(str, row))} has {labels[row]}")
+        row = int(negative[0])
+        raise ValueError(f"{name} must be >= 0: row {row} has {labels[row]}")
     return labels.long()
 
 

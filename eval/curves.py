@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 
+from .metric_definitions import definition_of
 from .pictures import COLOURS, GREY, font, new_figure, plain_axes, save_figure
 
 
-SHOWN_SCORES = {"recall_at_1": "R@1", "map_at_r": "MAP@R"}
+SHOWN_SCORES = {name: definition_of(name).title for name in ("recall_at_1", "map_at_r")}
 _DASHES = (0, (4, 3))
 
 

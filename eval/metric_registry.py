@@ -6,13 +6,15 @@ import inspect
 import logging
 from collections.abc import Callable
 
+from ..names.registry import Registry
+
 
 logger = logging.getLogger(__name__)
 
-METRICS: dict[str, Callable] = {}
+METRICS: Registry[Callable] = Registry("metric")
 
 
-def register_metric(name):
+def register_metric(name: str):
     """Decorator: make a function a metric of every evaluation.
 
     The function gets `query_embeddings (Q, E)` L2-normalised, `query_labels (Q,)`, and `gallery_embeddings (G, E)` and
@@ -24,15 +26,7 @@ def register_metric(name):
     Raises:
         ValueError: the name is another metric's.
     """
-
-    def register(function):
-        # a module that is run again may register its function again
-        if name in METRICS and METRICS[name].__qualname__ != function.__qualname__:
-            raise ValueError(f"there is a metric {name!r} already")
-        METRICS[name] = function
-        return function
-
-    return register
+    return METRICS.register(name)
 
 
 def registered_metrics(query_embeddings, query_labels, gallery_embeddings=None, gallery_labels=None, excluded=None):

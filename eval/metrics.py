@@ -1,10 +1,28 @@
 """Retrieval metrics of metric learning: Recall@K, MAP@R in both definitions, R-precision, mAP@K.
 
-Shapes: Q queries, G gallery items, E embedding width, K neighbours. R is the number of *other* items of a query's
-class in the gallery. Queries with R = 0 can't be answered: they are left out of every mean, and counted.
+Shapes: Q queries, G gallery items, E embedding width. R is the number of *other* items of a query's class in the
+gallery. Queries with R = 0 can't be answered: they are left out of every mean, and counted. Of a query whose
+neighbours, nearest first and without itself, are hits where they have its label, the scores are
 
-[`retrieval_metrics`] goes from embeddings to numbers. The functions above it take neighbours' labels, from whatever
-search: they trust the order they are given, so ties are the business of the search.
+    recall_at_K           1 if one of the first K is a hit, else 0
+    map_at_r              1/R     * sum_{i=1..R}    [neighbour i is a hit] * (hits among the first i) / i
+    map_at_r_published    1/(R+1) * sum_{i=1..R+1}  [neighbour i is a hit] * (hits among the first i) / i
+    r_precision           (hits among the first R) / R
+    map_at_K              1/min(R, K) * sum_{i=1..K}  [neighbour i is a hit] * (hits among the first i) / i
+
+- `recall_at_K` is the hit rate of information retrieval (Jegou et al., "Product Quantization for Nearest Neighbor
+  Search", PAMI 2011, and Oh Song et al., CVPR 2016).
+- `map_at_r` (Musgrave et al., "A Metric Learning Reality Check", ECCV 2020, section 3.2) is 1 exactly if the R nearest
+  are the R others of the class, and never above `r_precision`.
+- `map_at_r_published` is what the published numbers of this method are: R there is the size of the class with the
+  query counted in, while the query is not among its neighbours. At most R / (R + 1), since only R hits exist: compare
+  it only with numbers of the same definition. It may be above or below `map_at_r`: a late hit at rank R + 1 counts.
+- `map_at_K` is as in retrieval of landmarks (Weyand et al., "Google Landmarks Dataset v2", CVPR 2020, section 5.1), 1
+  exactly if the first min(R, K) are hits. Some divide by R even where R > K, by the hits found, or (as the code of
+  Roth et al., ICML 2020, does for mAP@1000) by the size of the class with the query counted in: compare only numbers
+  of the same definition. A hit beyond rank R counts here and not in `map_at_r`: never below that where K >= R.
+
+Where neighbours are tied, each score is its mean over all their orders (see `ties`).
 """
 
 from __future__ import annotations
@@ -14,165 +32,6 @@ import torch
 from .checks import check_labels
 from .neighbours import BlockedSimilarity, check_block_size
 from .ties import rank_with_ties
-
-
-def recall_at_k(neighbour_labels, query_labels, k, num_relevant=None):
-    """Share of queries with an item of their class among the first k.
-
-    Metric-learning Recall@K (the hit rate of information retrieval; Jegou et al., "Product Quantization for Nearest
-    Neighbor Search", PAMI 2011, and Oh Song et al., CVPR 2016):
-
-        R@K = 1/Q * sum over queries of [one of the first K neighbours has the query's label]
-
-    Args:
-        neighbour_labels: `(Q, K)` integer, nearest first, the query itself excluded.
-        query_labels: `(Q,)` integer.
-        k: 1 <= k <= K.
-        num_relevant: `(Q,)` integer, R of each query; those with 0 are left out. None: all queries count, and one
-            whose class has no other item is a miss.
-
-    Returns:
-        Float in [0, 1].
-
-    Raises:
-        TypeError: labels aren't integer tensors.
-        ValueError: shapes disagree, there is no query (to answer), or k is out of range.
-
-    Example:
-        >>> neighbour_labels = torch.tensor([[7, 3], [3, 7], [5, 5]])
-        >>> recall_at_k(neighbour_labels, torch.tensor([3, 3, 3]), k=1)  # 1 of 3
-        0.3333333333333333
-        >>> recall_at_k(neighbour_labels, torch.tensor([3, 3, 3]), k=2)
-        0.6666666666666666
-    """
-    hits, _ = _hits(neighbour_labels, query_labels, num_relevant)
-    if not 1 <= k <= neighbour_labels.shape[1]:
-        raise ValueError(f"k must be between 1 and the {neighbour_labels.shape[1]} neighbours given, got {k}")
-    return hits[:, :k].any(1).double().mean().item()
-
-
-def map_at_r(neighbour_labels, query_labels, num_relevant):
-    """Mean average precision at R (Musgrave et al., "A Metric Learning Reality Check", ECCV 2020, section 3.2).
-
-        MAP@R = mean over queries of  1/R * sum_{i=1..R} [neighbour i is a hit] * (hits among the first i) / i
-
-    1 exactly if the R nearest neighbours of every query are the R others of its class.
-
-    Args:
-        neighbour_labels: `(Q, K)` integer, nearest first, the query itself excluded; K at least the largest R.
-        query_labels: `(Q,)` integer.
-        num_relevant: `(Q,)` integer, R of each query ([`count_relevant`]); queries with 0 are left out.
-
-    Returns:
-        Float in [0, 1].
-
-    Raises:
-        TypeError: labels or num_relevant aren't integer tensors.
-        ValueError: shapes disagree, K is less than the largest R, or no query can be answered.
-
-    Example:
-        >>> neighbour_labels = torch.tensor([[3, 5, 3, 5]])
-        >>> map_at_r(neighbour_labels, torch.tensor([3]), torch.tensor([3]))  # (1/1 + 2/3) / 3
-        0.5555555555555555
-    """
-    hits, num_relevant = _hits(neighbour_labels, query_labels, num_relevant, extra_columns=0)
-    return (_sum_of_first(_precision_terms(hits), num_relevant) / num_relevant).mean().item()
-
-
-def map_at_r_published(neighbour_labels, query_labels, num_relevant):
-    """MAP@R as the published numbers of this method were computed: R + 1 items instead of R.
-
-    R there is the size of the query's class with the query counted in, while the query is not among its neighbours:
-
-        mean over queries of  1/(R+1) * sum_{i=1..R+1} [neighbour i is a hit] * (hits among the first i) / i
-
-    At most R / (R + 1), since only R hits exist: compare it only with numbers of the same definition, and use
-    [`map_at_r`] for everything else. It may be above or below `map_at_r`: a late hit at rank R + 1 counts.
-
-    Args:
-        neighbour_labels: `(Q, K)` integer, nearest first, the query itself excluded; K at least the largest R + 1.
-            Where a class is the whole gallery there is no neighbour R + 1: put any other label there.
-        query_labels: `(Q,)` integer.
-        num_relevant: `(Q,)` integer, R of each query, itself not counted; queries with 0 are left out.
-
-    Returns:
-        Float in [0, 1).
-
-    Raises:
-        TypeError: labels or num_relevant aren't integer tensors.
-        ValueError: shapes disagree, K is less than the largest R + 1, or no query can be answered.
-
-    Example:
-        >>> neighbour_labels = torch.tensor([[3, 5, 3, 5]])
-        >>> map_at_r_published(neighbour_labels, torch.tensor([3]), torch.tensor([3]))  # (1/1 + 2/3) / 4
-        0.41666666666666663
-    """
-    hits, num_relevant = _hits(neighbour_labels, query_labels, num_relevant, extra_columns=1)
-    return (_sum_of_first(_precision_terms(hits), num_relevant + 1) / (num_relevant + 1)).mean().item()
-
-
-def r_precision(neighbour_labels, query_labels, num_relevant):
-    """Share of hits among the first R neighbours, averaged over queries.
-
-        R-precision = mean over queries of  (hits among the first R) / R
-
-    Args:
-        neighbour_labels: `(Q, K)` integer, nearest first, the query itself excluded; K at least the largest R.
-        query_labels: `(Q,)` integer.
-        num_relevant: `(Q,)` integer, R of each query; queries with 0 are left out.
-
-    Returns:
-        Float in [0, 1], never below `map_at_r`.
-
-    Raises:
-        TypeError: labels or num_relevant aren't integer tensors.
-        ValueError: shapes disagree, K is less than the largest R, or no query can be answered.
-
-    Example:
-        >>> neighbour_labels = torch.tensor([[3, 5, 3, 5]])
-        >>> r_precision(neighbour_labels, torch.tensor([3]), torch.tensor([3]))
-        0.6666666666666666
-    """
-    hits, num_relevant = _hits(neighbour_labels, query_labels, num_relevant, extra_columns=0)
-    return (_sum_of_first(hits.double(), num_relevant) / num_relevant).mean().item()
-
-
-def map_at_k(neighbour_labels, query_labels, num_relevant, k=1000):
-    """Mean average precision of the first k neighbours.
-
-    As in retrieval of landmarks (Weyand et al., "Google Landmarks Dataset v2", CVPR 2020, section 5.1):
-
-        mAP@k = mean over queries of  1/min(R, k) * sum_{i=1..k} [neighbour i is a hit] * (hits among the first i) / i
-
-    1 exactly if the first min(R, k) neighbours of every query are hits. Some divide by R even where R > k, by the hits
-    found, or (as the code of Roth et al., ICML 2020, does for mAP@1000) by the size of the class with the query
-    counted in: compare only numbers of the same definition. [`map_at_r`] looks at R neighbours instead, so a hit
-    beyond rank R counts here and not there: never below `map_at_r` where k is at least the largest R.
-
-    Args:
-        neighbour_labels: `(Q, K)` integer, nearest first, the query itself excluded.
-        query_labels: `(Q,)` integer.
-        num_relevant: `(Q,)` integer, R of each query ([`count_relevant`]); queries with 0 are left out.
-        k: >= 1. K may be less than k only if the neighbours given are the whole gallery.
-
-    Returns:
-        Float in [0, 1].
-
-    Raises:
-        TypeError: labels or num_relevant aren't integer tensors.
-        ValueError: shapes disagree, k < 1, or no query can be answered.
-
-    Example:
-        >>> neighbour_labels = torch.tensor([[3, 5, 3, 5]])
-        >>> map_at_k(neighbour_labels, torch.tensor([3]), torch.tensor([2]))  # (1/1 + 2/3) / 2
-        0.8333333333333333
-        >>> map_at_k(neighbour_labels, torch.tensor([3]), torch.tensor([2]), k=1)  # (1/1) / 1
-        1.0
-    """
-    hits, num_relevant = _hits(neighbour_labels, query_labels, num_relevant, extra_columns=None)
-    if k < 1:
-        raise ValueError(f"k must be >= 1, got {k}")
-    return (_precision_terms(hits)[:, :k].sum(1) / num_relevant.clamp(max=k)).mean().item()
 
 
 def count_relevant(query_labels, gallery_labels=None, excluded=None):
@@ -223,7 +82,7 @@ def retrieval_scores(
     map_at=(),
     excluded=None,
 ):
-    """The scores of every single query, whose means are [`retrieval_metrics`]; same arguments.
+    """The scores of every single query, whose means are [`retrieval_metrics`]; same arguments, formulas in the module.
 
     Returns:
         Dict of `(Q,)` float64 tensors in [0, 1] on the queries' device, NaN for queries that can't be answered:
@@ -290,7 +149,7 @@ def retrieval_metrics(
         recall_at: The K of Recall@K, each >= 1. A K beyond the gallery's size means all of it (Recall@K is then 1).
         block_size: Queries at a time; None: as many as fit into 256 MiB.
         device: Where to compute; None: where the queries are.
-        map_at: The K of [`map_at_k`], each >= 1 (1000 is customary), from the same similarities; none by default.
+        map_at: The K of mAP@K, each >= 1 (1000 is customary), from the same similarities; none by default.
         excluded: `(n, 2)` integer, pairs of a query and a gallery item that it may not find, of
             `same_items(query_ids, gallery_ids)`; None: there are none.
 
@@ -372,42 +231,9 @@ def _block_scores(similarity, query_labels, gallery_labels, num_relevant, recall
     return scores
 
 
-def _precision_terms(hits):
-    """`[hit at rank i] * precision among the first i`, `(Q, K)` float64."""
-    ranks = torch.arange(1, hits.shape[1] + 1, device=hits.device)
-    return hits * hits.cumsum(1).double() / ranks
-
-
 def _sum_of_first(terms, count):
     """Sum of each row's first `count` entries, 1 <= count <= columns."""
     return terms.cumsum(1).gather(1, count[:, None] - 1).squeeze(1)
-
-
-def _hits(neighbour_labels, query_labels, num_relevant, extra_columns=None):
-    """Which neighbours are hits, `(Q, K)` bool, and R, for the queries that can be answered."""
-    neighbour_labels = check_labels(neighbour_labels, "neighbour_labels", ndim=2)
-    query_labels = check_labels(query_labels, "query_labels")
-    if len(neighbour_labels) != len(query_labels):
-        raise ValueError(
-            "neighbour_labels must have one row per query, got shape "
-            f"{tuple(neighbour_labels.shape)} for {len(query_labels)} query_labels"
-        )
-    hits = neighbour_labels == query_labels[:, None]
-    if num_relevant is None:
-        return hits, None
-    num_relevant = check_labels(num_relevant, "num_relevant")
-    if num_relevant.shape != query_labels.shape:
-        raise ValueError(f"num_relevant must have length {len(query_labels)}, got {len(num_relevant)}")
-    answerable = num_relevant > 0
-    if not answerable.any():
-        raise ValueError(f"none of the {len(query_labels)} queries can be answered: num_relevant is 0 for all")
-    most = int(num_relevant.max())
-    if extra_columns is not None and neighbour_labels.shape[1] < most + extra_columns:
-        raise ValueError(
-            f"neighbour_labels must have at least {most + extra_columns} columns (the largest R"
-            f"{' + 1' if extra_columns else ''}), got {neighbour_labels.shape[1]}"
-        )
-    return hits[answerable], num_relevant[answerable]
 
 
 def check_sets(query_embeddings, query_labels, gallery_embeddings, gallery_labels, device, excluded=None):
@@ -431,14 +257,10 @@ def _check_ranks(ranks, name):
 
 
 __all__ = [
+    "check_sets",
     "count_in_gallery",
     "count_relevant",
-    "map_at_k",
-    "map_at_r",
-    "map_at_r_published",
     "mean_scores",
-    "r_precision",
-    "recall_at_k",
     "retrieval_metrics",
     "retrieval_scores",
 ]

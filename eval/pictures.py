@@ -311,6 +311,7 @@ __all__ = [
     "GREY",
     "RIGHT_COLOUR",
     "WRONG_COLOUR",
+    "WRONG_SIGN",
     "ImageGrid",
     "choose_queries",
     "font",

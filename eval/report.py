@@ -16,28 +16,9 @@ from ..data_scripts.overlap import same_stored_images
 from ..files.atomic import write_json, write_text
 from .intervals import compare_paired
 from .markdown import code_span
+from .metric_definitions import definition_of
 from .metrics import count_in_gallery, retrieval_scores
 from .summary import embedding_metrics
-
-
-DEFINITIONS = {
-    "recall_at": "share of queries with an item of their class among the first K",
-    "map_at_r": "mean average precision at R, the other items of the class (Musgrave et al., ECCV 2020)",
-    "map_at_r_published": "the same over R + 1 items, as the published numbers of VPTSP are computed",
-    "r_precision": "share of hits among the first R",
-    "map_at": "mean average precision of the first K",
-    "nmi": "normalised mutual information of k-means clusters and classes",
-    "pairwise_f1": "F1 of pairs that share a cluster, against pairs that share a class",
-    "intra_class_distance": "root mean square distance within classes",
-    "inter_class_distance": "root mean square distance between the means of classes",
-    "intra_inter_ratio": "the former by the latter",
-    "spectral_decay": "KL divergence of the normalised singular values from uniform",
-    "num_queries": "queries that can be answered",
-    "num_unanswerable": "queries left out, since their class has no other item",
-    "num_in_gallery": "queries that are in the gallery too, where they may not find themselves",
-    "num_clusters": "clusters of k-means",
-}
-_FRACTIONS = ("recall_at", "map_at", "r_precision", "nmi", "pairwise_f1")
 
 
 def labelled_sets(queries, gallery=None):
@@ -185,7 +166,8 @@ def metrics_table(report):
         if with_intervals:
             low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
             cells.append("" if low is None else f"{_shown(name, low)} to {_shown(name, high)}")
-        lines.append(f"| {' | '.join([*cells, _definition(name)])} |")
+        definition = definition_of(name)
+        lines.append(f"| {' | '.join([*cells, definition.meaning if definition else ''])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -218,15 +200,10 @@ def _data_lines(report):
 
 
 def _shown(name, value):
-    if name.startswith(_FRACTIONS):
+    definition = definition_of(name)
+    if definition is not None and definition.in_percent:
         return f"{100 * value:.2f}"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
-def _definition(name):
-    if name in DEFINITIONS:
-        return DEFINITIONS[name]
-    return DEFINITIONS.get(name.rstrip("0123456789").rstrip("_"), "")
 
 
 __all__ = ["compare_stores", "comparison_table", "evaluate_stores", "labelled_sets", "metrics_table", "write_report"]

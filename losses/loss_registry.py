@@ -6,16 +6,17 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from ..names.registry import Registry
+from .constructors import construct
 from .pair_losses import HyperbolicLoss, RecallAtKLoss
+from .pml_losses import PmlLoss, check_pml_loss, find_class
 
 
 TAKES = ("embeddings", "features", "proxies")
@@ -37,12 +38,16 @@ class LossEntry(NamedTuple):
     min_images_per_class: int = 1
 
 
-LOSSES: dict[str, LossEntry] = {
-    "proxy_anchor": LossEntry(None, "proxies"),
-    "proxy_nca": LossEntry(None, "proxies"),
-    "recall_at_k": LossEntry(RecallAtKLoss, "embeddings", min_images_per_class=2),
-    "hyperbolic": LossEntry(HyperbolicLoss, "features", min_images_per_class=2),
-}
+LOSSES: Registry[LossEntry] = Registry(
+    "loss",
+    {
+        "proxy_anchor": LossEntry(None, "proxies"),
+        "proxy_nca": LossEntry(None, "proxies"),
+        "recall_at_k": LossEntry(RecallAtKLoss, "embeddings", min_images_per_class=2),
+        "hyperbolic": LossEntry(HyperbolicLoss, "features", min_images_per_class=2),
+    },
+    also="or pml.<Name>",
+)
 
 
 def register_loss(name, takes="embeddings", min_images_per_class=1):
@@ -62,11 +67,9 @@ def register_loss(name, takes="embeddings", min_images_per_class=1):
         raise ValueError(f"takes must be one of {', '.join(TAKES)}, got {takes!r}")
 
     def register(build):
-        known = LOSSES.get(name)
-        # a module that is run again may register its class again
-        if name.startswith("pml.") or (known and getattr(known.build, "__qualname__", "") != build.__qualname__):
+        if name.startswith("pml."):
             raise ValueError(f"there is a loss {name!r} already")
-        LOSSES[name] = LossEntry(build, takes, min_images_per_class)
+        LOSSES.register(name, LossEntry(build, takes, min_images_per_class))
         return build
 
     return register
@@ -80,13 +83,9 @@ def find_loss(name: str) -> LossEntry:
         ImportError: it is one of pytorch-metric-learning, which is not installed.
     """
     if name.startswith("pml."):
-        from .pml_losses import PmlLoss, find_class
-
         find_class(name, "losses")
         return LossEntry(PmlLoss, "embeddings")
-    if name not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)} or pml.<Name>, got {name!r}{nearest(name, LOSSES)}")
-    return LOSSES[name]
+    return LOSSES.find(name)
 
 
 def check_loss(config):
@@ -111,8 +110,6 @@ def check_loss(config):
     if config.miner is None and config.miner_kwargs:
         raise ValueError("miner_kwargs needs a miner, got None")
     if config.loss.startswith("pml."):
-        from .pml_losses import check_pml_loss
-
         check_pml_loss(config)
     elif entry.build is not None:
         _build(config)
@@ -124,57 +121,6 @@ def _build(config) -> nn.Module:
     if config.loss.startswith("pml."):
         return entry.build(config.loss, config.loss_kwargs, config.miner, config.miner_kwargs, **available)
     return construct(config.loss, entry.build, config.loss_kwargs or {}, available)
-
-
-def construct(name: str, build: Callable[..., Any], given: Mapping[str, Any], available: Mapping[str, Any]):
-    """`build(**given)`, with those of `available` that it needs beside.
-
-    Args:
-        name: Of what is built, for errors.
-        build: A class.
-        given: Keywords as the user gave them.
-        available: Keywords for parameters without a default that are not given.
-
-    Raises:
-        ValueError: `given` holds a keyword that the class does not take, one is missing, or a value is refused.
-    """
-    known = constructor_parameters(build)
-    for keyword in given:
-        if keyword not in known:
-            raise ValueError(
-                f"{name} has no keyword {keyword!r}{nearest(keyword, known)}; "
-                f"its keywords are {', '.join(known) or 'none'}"
-            )
-    needed = [keyword for keyword, default in known.items() if default is inspect.Parameter.empty]
-    filled = {keyword: available[keyword] for keyword in needed if keyword in available}
-    try:
-        return build(**{**filled, **given})
-    except Exception as error:  # a library's classes raise all kinds
-        raise ValueError(f"{name}: {error or type(error).__name__}") from error
-
-
-def constructor_parameters(build) -> dict[str, Any]:
-    """Name -> default of what a class's constructor takes, and of those that its `**kwargs` are passed on to."""
-    parameters = {}
-    for cls in build.__mro__:
-        if cls in (nn.Module, object):
-            break
-        own = inspect.signature(cls.__init__).parameters.values() if "__init__" in vars(cls) else ()
-        for parameter in own:
-            if parameter.name != "self" and parameter.kind in (
-                inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                inspect.Parameter.KEYWORD_ONLY,
-            ):
-                parameters.setdefault(parameter.name, parameter.default)
-        if own and not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in own):
-            break
-    return parameters
-
-
-def nearest(name, known) -> str:
-    """`; did you mean ...?`, or nothing."""
-    near = difflib.get_close_matches(str(name), list(known), n=3)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 class Criterion(nn.Module):

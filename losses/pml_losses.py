@@ -12,7 +12,8 @@ import inspect
 import torch
 from torch import nn
 
-from .loss_registry import construct, nearest
+from ..names.registry import nearest
+from .constructors import construct
 
 
 KINDS = ("losses", "miners", "distances", "reducers", "regularizers")

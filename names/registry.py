@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Generic, TypeVar
 
 
 Entry = TypeVar("Entry")
 
 
-def nearest(name, known: Iterable[str]) -> str:
-    """`; did you mean 'vpt' or 'vptsp_g'?`, or nothing where no known name is near."""
-    near = difflib.get_close_matches(str(name), [str(item) for item in known], n=2)
+def near_names(name, known: Iterable[str], most: int = 2, likeness: float = 0.6) -> list[str]:
+    """At most so many of the known names, the most alike first; none that is less alike than that (0 to 1)."""
+    return difflib.get_close_matches(str(name), [str(item) for item in known], n=most, cutoff=likeness)
+
+
+def nearest(name, known: Iterable[str], most: int = 2) -> str:
+    """`; did you mean 'vpt' or 'vptsp_g'?`, at most so many; nothing where no known name is near."""
+    near = near_names(name, known, most)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-class Registry(Generic[Entry]):
-    """Names and what they stand for, in the order in which they were registered.
+class Registry(Mapping[str, Entry], Generic[Entry]):
+    """Names and what they stand for, in the order of registering: a mapping that only `register` changes.
 
     Args:
         kind: What the names are of, for errors: `loss`, `data set`.
         entries: Where they are kept; shipped code has dicts of its own, which know nothing of this class.
+        also: What a name may be beside these, for the error of `find`: `or pml.<Name>`.
 
     Example:
         >>> metrics = Registry("metric")
@@ -36,14 +42,16 @@ class Registry(Generic[Entry]):
         ValueError: metric must be one of zero, got 'zeros'; did you mean 'zero'?
     """
 
-    def __init__(self, kind: str, entries: MutableMapping[str, Entry] | None = None):
+    def __init__(self, kind: str, entries: MutableMapping[str, Entry] | None = None, also: str = ""):
         self.kind = kind
         self.entries = {} if entries is None else entries
+        self._also = also and f" {also}"
 
     def register(self, name: str, entry: Entry | None = None):
         """Make an entry known: `register(name, entry)`, or `@register(name)` above a class or function.
 
-        What is registered again under its name by the same file (a module that is run twice) takes its own place.
+        What is registered again under its name by the same file (a module that is run twice) takes its own place. Of
+        an entry of several fields, the first says what it is: the class or function.
 
         Raises:
             ValueError: the name is another entry's.
@@ -66,11 +74,12 @@ class Registry(Generic[Entry]):
         """
         if name not in self.entries:
             known = ", ".join(self.entries) or "none"
-            raise ValueError(f"{self.kind} must be one of {known}, got {name!r}{nearest(name, self.entries)}")
+            near = nearest(name, self.entries)
+            raise ValueError(f"{self.kind} must be one of {known}{self._also}, got {name!r}{near}")
         return self.entries[name]
 
-    def __contains__(self, name):
-        return name in self.entries
+    def __getitem__(self, name):
+        return self.entries[name]
 
     def __iter__(self):
         return iter(self.entries)
@@ -78,14 +87,11 @@ class Registry(Generic[Entry]):
     def __len__(self):
         return len(self.entries)
 
-    def items(self):
-        """Pairs of name and entry."""
-        return self.entries.items()
-
 
 def _origin(entry):
     """What tells an entry from another of its name: the qualified name of a class or function, others by value."""
-    return getattr(entry, "__qualname__", entry)
+    made = entry[0] if isinstance(entry, tuple) else entry
+    return getattr(made, "__qualname__", made)
 
 
-__all__ = ["Registry", "nearest"]
+__all__ = ["Registry", "near_names", "nearest"]

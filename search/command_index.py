@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from ..data_scripts.data_errors import DataError
+from .index import RetrievalIndex
+from .index_files import find_info
 from .inputs import is_main_rank, model_or_store, stores_of
-from .vector_index import edit_index, is_milvus
+from .milvus import MilvusIndex
+from .open_index import edit_index, is_milvus
 
 
 def run(options):
@@ -46,14 +49,9 @@ def _build(store, options):
     content = (store.ids, store.embeddings, {"class_name": store.class_names})
     origin = {"model": store.info.model, "image_root": store.info.image_root}
     if is_milvus(options.index):
-        from .milvus import MilvusIndex
-
         index = MilvusIndex.build(options.index, *content, **origin)
         print(f"{options.index}: {len(index):,} items")
         return
-    from .index import RetrievalIndex
-    from .index_files import find_info
-
     if find_info(options.index) is not None:  # now, and not after hours of training
         raise DataError(f"{options.index} holds an index: --add adds to it; give another folder for a new one")
     index = RetrievalIndex.build(

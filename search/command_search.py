@@ -6,7 +6,7 @@ import json
 
 from ..data_scripts.data_errors import DataError
 from .inputs import load_embedder
-from .vector_index import is_milvus, open_index
+from .open_index import is_milvus, open_index
 
 
 def run(options):

@@ -351,6 +351,7 @@ def _as_matrix(column, embedding_dim):
 
 __all__ = [
     "EMBEDDING_DTYPES",
+    "STORE_FILE",
     "EmbeddingStore",
     "StoreInfo",
     "begin_store",

@@ -1,13 +1,12 @@
 """What all indexes of embeddings have in common: who made the embeddings, search by image, results.
 
 [`RetrievalIndex`] holds them in a faiss index and a table, in one folder; [`MilvusIndex`] in a Milvus server or file.
-[`open_index`] opens either.
+`open_index` opens either.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from ..data_scripts.data_errors import some
@@ -231,65 +230,6 @@ def check_texts(values, name, max_bytes=None):
     return values
 
 
-@contextmanager
-def edit_index(place, timeout=60.0):
-    """Open an index to change it, and keep what was changed.
-
-        with edit_index("runs/photos/index") as index:
-            index.add(ids, embeddings, {"class_name": names})
-
-    An index in a folder is locked from opening to saving, so that of two processes the second goes on from what the
-    first has saved. It is saved at the end of the block, if it was changed and the block didn't raise. Milvus writes
-    each change as it is made.
-
-    Args:
-        place: As for [`open_index`].
-        timeout: Seconds to wait for another process that is changing the index.
-
-    Yields:
-        The index.
-
-    Raises:
-        InUseError: another process was changing it all that time.
-        DataError: there is no index.
-    """
-    if is_milvus(place):
-        index = open_index(place)
-        try:
-            yield index
-        finally:
-            index.close()
-        return
-    from .index import RetrievalIndex
-
-    with RetrievalIndex.edit(place, timeout) as index:
-        yield index
-
-
-def open_index(place, embedder=None, **options):
-    """Open an index that was built before.
-
-    Args:
-        place: Folder of a [`RetrievalIndex`], or what [`MilvusIndex`] takes: a file `*.db` or the address of a
-            server, `http://host:19530`.
-        embedder: The model that searches by image will use; it must be the one that made the embeddings.
-        **options: As for the class's `open`.
-    """
-    if is_milvus(place):
-        from .milvus import MilvusIndex
-
-        return MilvusIndex.open(place, embedder, **options)
-    from .index import RetrievalIndex
-
-    return RetrievalIndex.open(place, embedder, **options)
-
-
-def is_milvus(place):
-    """Whether this is the place of a Milvus collection: a file `*.db` or an address, perhaps with `#collection`."""
-    place = str(place)
-    return place.startswith(("http://", "https://")) or place.partition("#")[0].endswith(".db")
-
-
 __all__ = [
     "RESERVED_COLUMNS",
     "Hit",
@@ -297,7 +237,4 @@ __all__ = [
     "VectorIndex",
     "check_items",
     "check_texts",
-    "edit_index",
-    "is_milvus",
-    "open_index",
 ]

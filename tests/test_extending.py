@@ -16,6 +16,11 @@ from PIL import Image
 from transformers import Aimv2VisionConfig, Aimv2VisionModel
 
 from vptsp import (
+    DATASETS,
+    FAMILIES,
+    LOSSES,
+    METRICS,
+    TUNINGS,
     DataError,
     VPTSPConfig,
     VPTSPForMetricLearning,
@@ -23,10 +28,16 @@ from vptsp import (
     backbones_vptsp,
     load_splits,
     modeling_vptsp,
+    register_dataset,
+    register_family,
+    register_loss,
+    register_metric,
+    register_tuning,
 )
-from vptsp.data_scripts import dataset_registry as registry
-from vptsp.eval import metric_registry
-from vptsp.losses import loss_registry as loss_registry_vptsp
+from vptsp.data_scripts.dataset_registry import builder_class
+from vptsp.eval.metric_registry import registered_metrics
+from vptsp.losses.loss_registry import check_loss
+from vptsp.names.registry import Registry
 
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -34,13 +45,15 @@ FILES = dict(re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", PAGE, re.DOTAL
 EXTENSIONS = ("normalized_softmax", "scale_and_shift", "aimv2", "swatches", "worst_class_recall")
 
 
-REGISTRIES = (
-    loss_registry_vptsp.LOSSES,
-    modeling_vptsp.TUNINGS,
-    backbones_vptsp.FAMILIES,
-    registry.DATASETS,
-    metric_registry.METRICS,
+# each with the name that the page registers, by what, and what it is the name of
+REGISTERED = (
+    (LOSSES, "normalized_softmax", register_loss, "loss"),
+    (TUNINGS, "scale_and_shift", register_tuning, "tuning"),
+    (FAMILIES, "aimv2_vision_model", register_family, "backbone family"),
+    (DATASETS, "swatches", register_dataset, "data set"),
+    (METRICS, "worst_class_recall", register_metric, "metric"),
 )
+REGISTRIES = tuple(row[0] for row in REGISTERED)
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +66,8 @@ def page_files(tmp_path, monkeypatch):
     before = [dict(registered) for registered in REGISTRIES]
     yield
     for registered, entries in zip(REGISTRIES, before, strict=True):
-        registered.clear()
-        registered.update(entries)
+        registered.entries.clear()
+        registered.entries.update(entries)
     for name in (*EXTENSIONS, "my_run"):
         sys.modules.pop(name, None)
 
@@ -90,7 +103,7 @@ def test_loss():
 
 def test_multi_similarity_from_the_page():
     pytest.importorskip("pytorch_metric_learning")
-    loss_registry_vptsp.check_loss(VPTSPConfig(**yaml.safe_load(FILES["multi_similarity.yaml"])))
+    check_loss(VPTSPConfig(**yaml.safe_load(FILES["multi_similarity.yaml"])))
 
 
 def test_tuning_method(backbone_folder, tmp_path):
@@ -128,7 +141,7 @@ def test_tuning_method(backbone_folder, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     loaded = VPTSPModel.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(loaded(pixel_values).embeddings, model(pixel_values).embeddings)
-    modeling_vptsp.TUNINGS.clear()
+    TUNINGS.entries.clear()
     with pytest.raises(ValueError, match="got 'scale_and_shift': import the file that registers it first"):
         VPTSPModel.from_pretrained(tmp_path / "saved")
 
@@ -190,18 +203,37 @@ def test_metric():
     importlib.import_module("worst_class_recall")
     embeddings = F.normalize(torch.tensor([[1, 0.0], [1, 0.1], [0.9, 0.2], [0, 1.0]]), dim=-1)
     labels = torch.tensor([5, 5, 7, 7])  # the third finds the second, the fourth the third
-    assert metric_registry.registered_metrics(embeddings, labels) == {"worst_class_recall": 0.5}
-    found = metric_registry.registered_metrics(embeddings, labels, embeddings[:2], labels[:2])
+    assert registered_metrics(embeddings, labels) == {"worst_class_recall": 0.5}
+    found = registered_metrics(embeddings, labels, embeddings[:2], labels[:2])
     assert found == {"worst_class_recall": 0.0}
 
 
+def test_all_are_registered_alike():
+    before = [len(registered) for registered in REGISTRIES]
+    for name in EXTENSIONS:
+        importlib.import_module(name)
+    assert [len(registered) for registered in REGISTRIES] == [count + 1 for count in before]
+    for name in EXTENSIONS:  # a file that is run again takes its own place
+        importlib.reload(sys.modules[name])
+    assert [len(registered) for registered in REGISTRIES] == [count + 1 for count in before]
+    for registered, name, _, kind in REGISTERED:
+        assert type(registered) is Registry and registered.kind == kind
+        assert registered.find(name) is registered[name]
+        with pytest.raises(ValueError, match=rf"{kind} must be one of .*, got '{name}s'; did you mean '{name}'"):
+            registered.find(f"{name}s")
+    # the shipped code looks into the same dicts
+    assert dict(TUNINGS) == modeling_vptsp.TUNINGS
+    assert dict(FAMILIES) == backbones_vptsp.FAMILIES and "vit" in FAMILIES
+
+
 def test_names_are_not_taken_twice():
-    importlib.import_module("scale_and_shift")
-    importlib.import_module("worst_class_recall")
-    with pytest.raises(ValueError, match="there is a tuning 'scale_and_shift' already"):
-        modeling_vptsp.register_tuning("scale_and_shift")(print)
-    with pytest.raises(ValueError, match="there is a metric 'worst_class_recall' already"):
-        metric_registry.register_metric("worst_class_recall")(print)
+    for name in EXTENSIONS:
+        importlib.import_module(name)
+    folder = builder_class("folder")
+    for _, name, register, kind in REGISTERED:
+        further = (name, "another") if register is register_dataset else (name,)
+        with pytest.raises(ValueError, match=f"there is a {kind} '{name}' already"):
+            register(*further)(folder)
 
 
 def test_all_of_them_in_one_run(swatch_folder, tmp_path, monkeypatch):

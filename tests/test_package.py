@@ -1,8 +1,12 @@
 """What the package offers by name, and the command `vptsp`."""
 
+import ast
+import graphlib
 import importlib
+import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +25,32 @@ def test_every_public_name_exists():
 def test_every_public_name_is_public_where_it_comes_from():
     for name, module in vptsp._EXPORTS.items():
         assert name in importlib.import_module(f"vptsp.{module}").__all__, (name, module)
+
+
+def test_every_module_offers_what_it_says():
+    modules = [info.name for info in pkgutil.walk_packages(vptsp.__path__, "vptsp.") if not info.ispkg]
+    assert len(modules) > 100 and "vptsp.data_scripts.benchmarks.cub" in modules
+    for module in map(importlib.import_module, modules):
+        names = getattr(module, "__all__", [])
+        assert len(names) == len(set(names)), module.__name__
+        assert [name for name in names if not hasattr(module, name)] == [], module.__name__
+
+
+def test_no_files_import_each_other_in_circles():
+    """Imports anywhere in a file count, but those of the package itself, which is lazy."""
+    root = Path(vptsp.__path__[0])
+    imports = {}
+    for module in (info.name for info in pkgutil.walk_packages(vptsp.__path__, "vptsp.") if not info.ispkg):
+        tree = ast.parse((root / f"{module.removeprefix('vptsp.').replace('.', '/')}.py").read_text(encoding="utf-8"))
+        imports[module] = found = set()
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
+            above = module.rsplit(".", node.level)[0] if node.level else ""
+            place = ".".join(filter(None, (above, node.module)))
+            found |= {place, *(f"{place}.{alias.name}" for alias in node.names)}
+    ordered = list(
+        graphlib.TopologicalSorter({name: found & imports.keys() for name, found in imports.items()}).static_order()
+    )
+    assert ordered.index("vptsp.losses.pml_losses") < ordered.index("vptsp.losses.loss_registry")
 
 
 def test_importing_costs_nothing():

@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_vptsp import VPTSPConfig
+from ..eval.metric_definitions import MetricDefinition, definition_of
 
 
 CITATION = """\
@@ -22,25 +23,6 @@ CITATION = """\
 }"""
 
 TAGS = ["vptsp", "image-retrieval", "metric-learning", "visual-prompt-tuning"]
-
-# Pattern of a metric's name -> what it is called, and what it is.
-METRICS = {
-    r"recall_at_(\d+)": ("R@{}", "share of queries with an item of their class among the {} nearest"),
-    r"map_at_r": (
-        "MAP@R",
-        "precision at the ranks of the hits among the first R, summed and divided by R, the number of other items of "
-        "the query's class (Musgrave et al., ECCV 2020)",
-    ),
-    r"map_at_r_published": (
-        "MAP@R, as published",
-        "the same over the first R + 1 and divided by R + 1, as in the tables of the VPTSP paper; compare only these",
-    ),
-    r"r_precision": ("R-precision", "share of the first R that are of the query's class"),
-    r"map_at_(\d+)": (
-        "mAP@{}",
-        "precision at the ranks of the hits among the first {}, summed and divided by R or, if that is less, by {}",
-    ),
-}
 
 TRAINING_FIELDS = (
     "num_train_epochs",
@@ -154,24 +136,23 @@ def _metadata(model, results, title) -> dict:
                 dataset_name=dataset.get("repo") or dataset.get("name", "unknown"),
                 dataset_revision=dataset.get("revision"),
                 metric_type=metric,
-                metric_name=called,
+                metric_name=definition.title,
                 metric_value=round(value, 6),
             )
-            for metric, (called, _, value) in scored.items()
+            for metric, (definition, value) in scored.items()
         ]
     return values
 
 
-def _metrics_of(results, prefix) -> dict[str, tuple[str, str, float]]:
-    """Metric -> what it is called, what it is, its value; of those known under `{prefix}_` that have a value."""
+def _metrics_of(results, prefix) -> dict[str, tuple[MetricDefinition, float]]:
+    """Name -> what it is, and its value; of the retrieval metrics under `{prefix}_` that have a value."""
     found = {}
     for key, value in results.items():
-        metric = key.removeprefix(f"{prefix}_")
-        if not isinstance(value, (int, float)) or not math.isfinite(value):  # None as `all_results.json` has it
-            continue
-        for pattern, texts in METRICS.items():
-            if metric != key and (match := re.fullmatch(pattern, metric)):
-                found[metric] = (*(text.replace("{}", "".join(match.groups())) for text in texts), value)
+        name = key.removeprefix(f"{prefix}_")
+        definition = None if name == key else definition_of(name)
+        has_value = isinstance(value, (int, float)) and math.isfinite(value)  # None as `all_results.json` has it
+        if has_value and definition is not None and definition.kind == "retrieval":
+            found[name] = (definition, value)
     return found
 
 
@@ -233,10 +214,10 @@ def _scores(results, training_args) -> str | None:
     tuned, frozen = _metrics_of(results, "final"), _metrics_of(results, "frozen")
     if not tuned:
         return None
-    rows = [
-        f"| {called} | {_percent(frozen[metric][2]) if metric in frozen else ''} | {_percent(value)} | {meaning} |"
-        for metric, (called, meaning, value) in tuned.items()
-    ]
+    rows = []
+    for name, (definition, value) in tuned.items():
+        alone = _percent(frozen[name][1]) if name in frozen else ""
+        rows.append(f"| {definition.title} | {alone} | {_percent(value)} | {definition.meaning} |")
     count = results.get("final_num_queries")
     has_gallery = "gallery_images" in results.get("dataset", {})
     text = "Cosine similarity; "

@@ -12,14 +12,13 @@ import shutil
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from ..data_scripts.image_files import RESULTS_NAME
 from ..files.atomic import sync_path
-from ..files.locks import InUseError, locked
+from ..files.locks import LOCK_FILE, InUseError, locked
 from .run_errors import CheckpointWriteError
 
 
-RESULTS_NAME = "all_results.json"
 CONFIG_NAME = "config.json"
-LOCK_NAME = ".lock"
 PICTURES = tuple(
     f"pictures/{name}.png" for name in ("attention", "confusion", "curves", "failures", "map", "neighbours", "proxies")
 )
@@ -80,7 +79,7 @@ def output_held(args):
 def _lock(folder, shown):
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-    return locked(folder / LOCK_NAME, f"output_dir {shown}")
+    return locked(folder / LOCK_FILE, f"output_dir {shown}")
 
 
 # ---- Whose it is

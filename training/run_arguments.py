@@ -5,13 +5,13 @@ Light to import, so that a wrong option is refused at once.
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 
 from ..data_scripts.data_arguments import DataArguments, check_data_arguments, check_output_apart
 from ..files.yaml_files import YamlError, read_yaml
+from ..names.registry import nearest
 from .command_help import documented_fields
 from .output_folder import check_output_folder
 
@@ -122,8 +122,7 @@ def read_config(path, known):
         raise ConfigError(f"the configuration {path} must hold 'field: value' lines, got {type(values).__name__}")
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            raise ConfigError(f"{path}: there is no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ConfigError(f"{path}: there is no field {name!r}{nearest(name, known, most=1)}")
     return values
 
 

@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
+from ..data_scripts.image_files import RESULTS_NAME
 from ..files.atomic import atomic_path, write_json
 from .model_card import TAGS, retriever_card
-from .output_folder import RESULTS_NAME
 
 
 logger = logging.getLogger(__name__)

@@ -28,6 +28,7 @@ from ..sources import (
     list_path,
     locate,
     refuse_repeats,
+    tar_names,
 )
 from .cars_labels import read_annotations
 from .cars_names import CAR_NAMES, car_number
@@ -95,12 +96,8 @@ class Cars196(ImageDatasetBuilder):
         )
 
 
-def _tar_names(name: str) -> tuple[str, ...]:
-    return tuple(f"{name}{ending}" for ending in (".tgz", ".tar.gz", ".tar"))
-
-
 def _folder_or_archive(root, name: str):
-    return root / name if (root / name).is_dir() else find_file([root], _tar_names(name))
+    return root / name if (root / name).is_dir() else find_file([root], tar_names(name))
 
 
 def _find(root):
@@ -122,7 +119,7 @@ def _find(root):
 
 
 def _of_archive(archive):
-    if archive.name in (*_tar_names("cars_train"), *_tar_names("cars_test")):
+    if archive.name in (*tar_names("cars_train"), *tar_names("cars_test")):
         raise DataError(f"{archive} is one part of the images: give the folder that holds all, {archive.parent}")
     if not (archive.parent / LABELS).is_file():
         raise DataError(f"{LABELS}, which has the classes of {archive}, is missing: expected it beside the archive")

@@ -14,7 +14,7 @@ from ..builder import BenchmarkConfig, ImageDatasetBuilder
 from ..class_folders import visible_folders
 from ..data_errors import DataError
 from ..listing import SplitCounts, SplitListing
-from ..sources import Entry, archive_images, find_file, folder_images, list_benchmark, locate
+from ..sources import Entry, archive_images, find_file, folder_images, list_benchmark, locate, tar_names
 
 
 __all__ = ["CUB200", "CUB_COUNTS"]
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 CUB_COUNTS = {"train": SplitCounts(5864, 100), "test": SplitCounts(5924, 100)}
 LAST_TRAIN_CLASS = 100
 _CLASS_FOLDER = re.compile(r"(\d{3})\..+")
-_ARCHIVES = ("CUB_200_2011.tgz", "CUB_200_2011.tar.gz", "CUB_200_2011.tar")
+_ARCHIVES = tar_names("CUB_200_2011")
 
 
 class CUB200(ImageDatasetBuilder):

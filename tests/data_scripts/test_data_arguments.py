@@ -1,13 +1,24 @@
 import importlib
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from data_fixtures import write_archive, write_classes, write_files, write_image
 from transformers import HfArgumentParser
 
-from vptsp import DATASETS, DataArguments, DataError, check_data_arguments, load_splits
+from vptsp import (
+    DATASETS,
+    DataArguments,
+    DataError,
+    ImageFolders,
+    check_data_arguments,
+    load_splits,
+    register_dataset,
+)
+from vptsp.data_scripts.builder import ClassSplitConfig
+from vptsp.data_scripts.data_arguments import BUILDER_OPTIONS
+from vptsp.data_scripts.dataset_registry import DatasetEntry, builder_class
 
 
 def parse(*words):
@@ -76,11 +87,35 @@ def test_registry_agrees_with_the_builders():
         assert set(entry.options) == set(builder.BUILDER_CONFIG_CLASS.option_names()), name
         config, args = builder.BUILDER_CONFIG_CLASS(), DataArguments()
         assert all(getattr(config, option) == getattr(args, option) for option in entry.options), name
+        for option in entry.options:  # written once: the very same field
+            own = builder.BUILDER_CONFIG_CLASS.__dataclass_fields__[option]
+            assert own is DataArguments.__dataclass_fields__[option], (name, option)
         assert entry.description
+    assert {option for entry in DATASETS.values() for option in entry.options} == set(BUILDER_OPTIONS)
+
+
+def test_a_builder_is_registered_with_its_own_options(monkeypatch):
+    monkeypatch.setattr(DATASETS, "entries", dict(DATASETS))
+
+    @dataclass
+    class TintConfig(ClassSplitConfig):
+        tint: str = "red"
+
+    @register_dataset("tints", "tints", "folder or archive", ("tints.txt",))
+    class Tints(ImageFolders):
+        BUILDER_CONFIG_CLASS = TintConfig
+
+    options = ("train_classes", "test_classes", "test_share", "class_split", "split_seed", "tint")
+    assert DATASETS["tints"] == DatasetEntry(Tints, "tints", options, "folder or archive", ("tints.txt",))
+    assert builder_class("tints") is Tints
+    with pytest.raises(DataError, match=r"'tints' has no option 'layout'; its options are train_classes, .*, tint$"):
+        load_splits("tints", layout="auto")
+    with pytest.raises(ValueError, match="there is a data set 'digits' already"):
+        register_dataset("digits", "others")(Tints)
 
 
 def test_load_splits_errors(tmp_path):
-    with pytest.raises(DataError, match=r"unknown dataset_name 'digit', did you mean 'digits'\? There are: folder \("):
+    with pytest.raises(DataError, match=r"unknown dataset_name 'digit'; did you mean 'digits'\? There are: folder \("):
         load_splits("digit")
     with pytest.raises(DataError, match=r"'folder' has no option 'colour'; its options are train_classes, .*layout"):
         load_splits("folder", tmp_path, colour="red")
@@ -93,7 +128,7 @@ def test_early_check(tmp_path):
     write_classes(tmp_path / "birds/CUB_200_2011/images", {"001.a": 1})
     check_data_arguments(DataArguments(dataset_name="cub", data_dir=str(tmp_path / "birds")))
     for values, message in (
-        ({"dataset_name": "cubs"}, r"unknown dataset_name 'cubs', did you mean 'cub'\?"),
+        ({"dataset_name": "cubs"}, r"unknown dataset_name 'cubs'; did you mean 'cub'\?"),
         ({}, "data_dir is missing: the data set 'folder' needs"),
         ({"data_dir": str(tmp_path / "absent")}, "absent does not exist"),
         ({"data_dir": str(write_image(tmp_path / "photo.png"))}, "must be a folder"),

@@ -16,7 +16,16 @@ from image_fixtures import encoded, photo
 from PIL import EpsImagePlugin, Image, features
 from transformers import ViTImageProcessorPil
 
-from vptsp import DataArguments, EvalTransform, ImageDataset, ImageError, TrainTransform, load_splits, open_image
+from vptsp import (
+    DataArguments,
+    EvalTransform,
+    ImageDataset,
+    ImageError,
+    TrainTransform,
+    image_datasets,
+    load_splits,
+    open_image,
+)
 from vptsp.data_scripts.command_check import main as check_data
 from vptsp.data_scripts.decoding import EncodedImage
 from vptsp.data_scripts.image_files import is_image_name, list_images
@@ -129,11 +138,11 @@ def test_the_limit_is_a_setting(tmp_path, capsys):
     write_image(root / "b/large.png", (40, 30))
     args = DataArguments(data_dir=str(root), data_cache_dir=str(tmp_path / "cache"), max_image_pixels=1199)
     with pytest.raises(ImageError, match=r"large.png: .*40 x 30 are 1,200 pixels, more than max_image_pixels 1,199"):
-        args.image_datasets()["test"][2]
+        image_datasets(args)["test"][2]
     skipping = DataArguments(
         data_dir=str(root), data_cache_dir=str(tmp_path / "cache"), max_image_pixels=1199, skip_corrupt=True
     )
-    assert not skipping.image_datasets()["test"][2]["readable"]
+    assert not image_datasets(skipping)["test"][2]["readable"]
     stream = load_splits("folder", root, streaming=True)["test"]
     images = StreamedImages(stream, EvalTransform(8, 8), max_image_pixels=1199)
     (keys,) = images.evaluation_batches(3)

@@ -310,8 +310,10 @@ def test_pictures_leave_the_query_out():
 
 def test_registered_metrics_are_told_or_it_is_said(monkeypatch, caplog):
     seen = []
-    monkeypatch.setitem(METRICS, "told", lambda q, ql, g=None, gl=None, excluded=None: seen.append(excluded) or 1)
-    monkeypatch.setitem(METRICS, "not_told", lambda q, ql, g=None, gl=None: 2)
+    monkeypatch.setitem(
+        METRICS.entries, "told", lambda q, ql, g=None, gl=None, excluded=None: seen.append(excluded) or 1
+    )
+    monkeypatch.setitem(METRICS.entries, "not_told", lambda q, ql, g=None, gl=None: 2)
     inputs = (noise(2), torch.arange(2), noise(2), torch.arange(2))
     assert {"told": 1.0, "not_told": 2.0}.items() <= registered_metrics(*inputs).items()
     assert seen == [None]

@@ -250,7 +250,7 @@ def test_model_gives_the_loss_what_it_takes(loss):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr("vptsp.losses.loss_registry.LOSSES", dict(LOSSES))
+    monkeypatch.setattr(LOSSES, "entries", dict(LOSSES))
 
 
 def test_own_loss_between_images_with_parameters(registry, tmp_path, backbone_folder):

@@ -5,7 +5,7 @@ import doctest
 import pytest
 
 from vptsp.names import registry
-from vptsp.names.registry import Registry, nearest
+from vptsp.names.registry import Registry, near_names, nearest
 
 
 def test_examples():
@@ -16,7 +16,10 @@ def test_names_keep_their_order_and_their_entries():
     letters = Registry("letter", {"b": 2})
     assert letters.register("a", 1) == 1
     assert list(letters) == ["b", "a"] and len(letters) == 2 and "a" in letters and "c" not in letters
-    assert dict(letters.items()) == {"b": 2, "a": 1}
+    assert dict(letters.items()) == letters == {"b": 2, "a": 1}
+    assert letters["b"] == 2
+    with pytest.raises(TypeError, match="does not support item assignment"):  # there is one way
+        letters["c"] = 3
 
 
 def test_a_name_is_not_given_twice_but_a_file_may_run_twice():
@@ -31,6 +34,11 @@ def test_a_name_is_not_given_twice_but_a_file_may_run_twice():
     losses.register("ours", make(1))
     losses.register("ours", make(2))  # the same qualified name: run again
     assert losses.find("ours")() == 2
+    losses.register("rows", (make(1), "embeddings"))  # of an entry of several fields, the first tells
+    losses.register("rows", (make(2), "proxies"))
+    assert losses["rows"][0]() == 2 and losses["rows"][1] == "proxies"
+    with pytest.raises(ValueError, match="there is a loss 'rows' already"):
+        losses.register("rows", (len, "proxies"))
     with pytest.raises(ValueError, match="there is a loss 'ours' already"):
         losses.register("ours", len)
 
@@ -42,3 +50,8 @@ def test_unknown_names_come_with_near_ones():
     assert nearest("zzz", losses) == ""
     with pytest.raises(ValueError, match=r"loss must be one of none, got 'x'"):
         Registry("loss").find("x")
+    with pytest.raises(ValueError, match=r"loss must be one of a or pml.<Name>, got 'x'$"):
+        Registry("loss", {"a": 1}, also="or pml.<Name>").find("x")
+    assert near_names("Aple", ["Apple", "Ape", "Pear"], likeness=0.5) == ["Apple", "Ape"]
+    assert near_names(3, [30, 4], likeness=0.9) == []
+    assert nearest("Aple", ["Ape", "Apple"], most=1) == "; did you mean 'Apple'?"

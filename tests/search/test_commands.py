@@ -263,7 +263,7 @@ def test_what_does_not_fit_is_refused(store, retriever, photos, tmp_path, capsys
         ("give either --model (and images) or --store, got both", {**evaluate, "model": "m", "store": store}),
         ("model: there is no folder ./absent", {**embed, "model": "./absent", "images": photos}),
         ("there is no folder", {**embed, "model": retriever, "images": tmp_path / "absent"}),
-        ("unknown dataset_name 'foldr', did you mean", {**embed, "model": retriever, "dataset_name": "foldr"}),
+        ("unknown dataset_name 'foldr'; did you mean", {**embed, "model": retriever, "dataset_name": "foldr"}),
         ("data_dir is missing", {**evaluate, "model": retriever, "dataset_name": "cub"}),
         ("give either --model (and images) or --store, got neither", index),
         ("--images and the options of data sets go with --model", {**index, "store": store, "images": photos}),

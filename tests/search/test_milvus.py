@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vptsp import DataError, IndexMismatchError, RetrievalIndex, open_index
-from vptsp.search.vector_index import is_milvus
+from vptsp.search.open_index import is_milvus
 
 
 pytest.importorskip("pymilvus")

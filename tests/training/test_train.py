@@ -164,7 +164,7 @@ def test_earlier_results_are_not_overwritten(arguments, tmp_path, capsys):
     "options, message",
     [
         (["--data_dir", "nowhere"], "nowhere"),
-        (["--dataset_name", "cob"], "unknown dataset_name 'cob', did you mean 'cub'"),
+        (["--dataset_name", "cob"], "unknown dataset_name 'cob'; did you mean 'cub'"),
         (["--backbone", "./no-such-folder"], "backbone: there is no folder ./no-such-folder"),
         (["--backbone", "a b"], "backbone is neither a folder nor a Hub name: 'a b'"),
         (["--backbone_config", "{", "--backbone", "x/y"], "backbone_config must be JSON with a model_type"),

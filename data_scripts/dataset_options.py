@@ -1,0 +1,109 @@
+"""The options that data sets take: each stands here once, with its default and its description.
+
+A builder's configuration inherits the options of its data set, `DataArguments` those of all data sets, and the
+registry takes their names from here. Nothing here imports torch or `datasets`.
+"""
+
+from dataclasses import dataclass, field, fields
+
+from .class_folders import LAYOUTS
+from .class_split import CLASS_SPLITS
+
+
+__all__ = [
+    "BenchmarkOptions",
+    "ClassSplitOptions",
+    "DatasetOptions",
+    "DigitsOptions",
+    "HubOptions",
+    "LayoutOptions",
+    "option_names",
+]
+
+
+@dataclass
+class ClassSplitOptions:
+    """Options of data sets whose classes are split here; see `class_split.split_classes`.
+
+    Attributes:
+        train_classes: Also one string: the path of a text file.
+        test_classes: The same.
+    """
+
+    train_classes: list[str] | None = field(
+        default=None, metadata={"help": "Names of the training classes, or a .txt file with one per line."}
+    )
+    test_classes: list[str] | None = field(
+        default=None, metadata={"help": "Names of the test classes, or a .txt file with one per line."}
+    )
+    test_share: float = field(default=0.5, metadata={"help": "Share of the classes that test, without class lists."})
+    class_split: str = field(
+        default="first", metadata={"help": f"Which classes train, without class lists: {', '.join(CLASS_SPLITS)}."}
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of class_split random."})
+
+
+@dataclass
+class LayoutOptions(ClassSplitOptions):
+    """Options of data sets that may come with splits of their own.
+
+    Attributes:
+        layout: `auto`, `classes`, `train_test` or `query_gallery`.
+    """
+
+    layout: str = field(
+        default="auto",
+        metadata={"help": f"Layout of class folders, or splits of a Hub data set: {', '.join(LAYOUTS)}."},
+    )
+
+
+@dataclass
+class DigitsOptions(ClassSplitOptions):
+    """Options of `Digits`.
+
+    Attributes:
+        digit_size: At 8 they are the scans themselves, above they are enlarged (bicubic).
+    """
+
+    digit_size: int = field(default=32, metadata={"help": "Side in pixels that the digits are enlarged to."})
+
+
+@dataclass
+class BenchmarkOptions:
+    """Options of the data sets that have a published split."""
+
+    verify_counts: bool = field(
+        default=True, metadata={"help": "Whether a benchmark must have the published numbers of images and classes."}
+    )
+
+
+@dataclass
+class HubOptions(LayoutOptions):
+    """Options of `HubImages`.
+
+    Attributes:
+        dataset_revision: A commit pins the data.
+        label_column: `ClassLabel`, integers or strings.
+        train_split: Whose classes are split, where they are; None for `train`, or the only split there is.
+        test_split: Of the layout `train_test`; None for `test`.
+    """
+
+    dataset_repo: str | None = field(default=None, metadata={"help": "Data set repository on the Hub, as owner/name."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
+    image_column: str = field(default="image", metadata={"help": "Column of images in a Hub data set."})
+    label_column: str = field(default="label", metadata={"help": "Column of labels in a Hub data set."})
+    train_split: str | None = field(
+        default=None, metadata={"help": "Split of a Hub data set that trains, or several as in train+validation."}
+    )
+    test_split: str | None = field(default=None, metadata={"help": "Split of a Hub data set that tests, or several."})
+
+
+@dataclass
+class DatasetOptions(HubOptions, BenchmarkOptions, DigitsOptions):
+    """The options of all data sets of this package."""
+
+
+def option_names(options: type) -> tuple[str, ...]:
+    """The names of the options that one of these classes holds."""
+    return tuple(item.name for item in fields(options))
