@@ -154,11 +154,6 @@ def partial_checkpoint(root, step) -> Path:
     return Path(root) / f".{checkpoint_name(step)}.partial"
 
 
-def is_checkpoint_folder(folder) -> bool:
-    """Whether a folder is, or is becoming, a checkpoint."""
-    return checkpoint_step(folder) is not None or _hidden_kind(folder) == "partial"
-
-
 def prepare_root(root):
     """Make sure that checkpoints can be written to `root`, and clear away what an interrupted run left half done.
 

@@ -71,7 +71,7 @@ def make_trainer(backbone, folder, **options):
 
 def normalised_by(trainer, pixels):
     batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    return trainer._prepare_inputs({"pixel_values": batch})["pixel_values"][0]
+    return trainer.on_device({"pixel_values": batch})["pixel_values"][0]
 
 
 # ---- One way for all
