@@ -13,7 +13,7 @@ from transformers import HfArgumentParser, PreTrainedConfig
 from ..configuration_vptsp import VPTSPConfig
 from ..data_scripts.data_arguments import DataArguments, check_data_arguments, check_output_apart
 from ..files.yaml_files import YamlError, read_yaml
-from ..loading_vptsp import open_config, resized_config
+from ..loading_vptsp import find_backbone, resized_config
 from ..losses.loss_registry import check_loss
 from .arguments import EVAL_METRICS, VPTSPTrainingArguments
 from .command_help import USAGE, options_text
@@ -174,7 +174,7 @@ def check_run(model_fields, training_args, data_args, run_args):
         _check_backbone_name(str(backbone))
     try:
         if backbone is not None and Path(backbone).is_dir():
-            model_fields = {**model_fields, "backbone_config": open_config(backbone)}
+            model_fields = {**model_fields, "backbone_config": find_backbone(backbone).config}
         config = VPTSPConfig(**model_fields)
         if config.backbone_config is not None:
             resized_config(config.backbone_config, data_args.image_size)
