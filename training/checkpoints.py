@@ -224,7 +224,10 @@ def delete_checkpoints(folders):
 
 
 def _delete(folder):
-    """Delete a checkpoint; if that is cut short, no half of it is left under its name."""
+    """Delete a checkpoint; if that is cut short, no half of it is left under its name. A retriever stays."""
+    if (folder / "config.json").is_file() and not (folder / RUN_NAME).is_file():
+        logger.warning("%s is not deleted: it holds a model, but is no checkpoint", folder)
+        return
     doomed = folder.with_name(f".{folder.name}.deleted")
     folder.rename(doomed)
     _remove(doomed)

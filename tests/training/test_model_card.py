@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_vit_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
+from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
+from vptsp.training.checkpoints import delete_checkpoints
 from vptsp.training.model_card import retriever_card, without_tokens
 
 
@@ -97,6 +99,16 @@ def test_sizes_are_those_of_the_file(model, tmp_path):
     assert f"backbone and all: {4 * total / 1e6:.2f} MB" in retriever_card(model).text
 
 
+def test_a_backbone_without_a_name_is_counted_as_saved_before_it_is(tmp_path):
+    model = VPTSPForMetricLearning(VPTSPConfig(backbone_config=tiny_vit_config(), num_classes=3))
+    total = sum(parameter.numel() for parameter in model.retriever.parameters())
+    expected = f"Saved are backbone and all: {4 * total / 1e6:.2f} MB"
+    assert expected in retriever_card(model).text
+    model.retriever.save_pretrained(tmp_path)
+    assert sum(tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values()) == total
+    assert expected in retriever_card(model).text
+
+
 def test_paths_of_this_machine_stay_out(model, backbone_folder):
     card = retriever_card(model)
     assert str(backbone_folder) not in str(card)
@@ -147,6 +159,8 @@ def test_what_is_saved_does_not_depend_on_what_a_folder_is_called(model, tmp_pat
     trainer.save_weights(tmp_path / "last")  # as checkpoints have it
     assert "proxies.original_proxies" in load_file(tmp_path / "last" / "model.safetensors")
     assert not (tmp_path / "last" / "README.md").exists()
+    delete_checkpoints([folder])  # as rotation does with what it finds under such a name
+    assert (folder / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
