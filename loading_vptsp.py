@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, DeiTConfig, PreTrainedConfig, ViTConfig
+from transformers import CONFIG_MAPPING, AutoModel, DeiTConfig, PreTrainedConfig, ViTConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .backbones_vptsp import family_of
@@ -222,22 +222,6 @@ _RENAMED = {"vit": _VIT_NAMES, "deit": _VIT_NAMES, "dinov2": _ATTENTION_NAMES}
 _UNUSED_PARTS = ("mask_token", "position_ids")
 
 
-def pinned_revision(name, revision=None, **hub_kwargs):
-    """Commit that a branch or tag of a Hub repository stands for now; for a local folder, `revision` as it is.
-
-    Args:
-        name: Hub name or local folder.
-        revision: Commit, tag or branch; None for the default branch.
-        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
-    """
-    if Path(name).is_dir():
-        return revision
-    config_file = cached_file(name, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
-    _, _, in_snapshot = Path(config_file).as_posix().rpartition("/snapshots/")  # the layout of the Hub's cache
-    commit = in_snapshot.partition("/")[0]
-    return commit if re.fullmatch(r"[0-9a-f]{40}", commit) else revision
-
-
 def read_weights(path) -> dict[str, torch.Tensor]:
     """Tensors of a safetensors file.
 
@@ -248,6 +232,67 @@ def read_weights(path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or not in safetensors' format ({error})") from error
+
+
+class FoundBackbone(NamedTuple):
+    """A pretrained backbone that is there: where, in which version, and its configuration.
+
+    Attributes:
+        source: Hub name or local folder.
+        revision: Commit on the Hub.
+        config: Of the transformers model that its weights belong in.
+        is_timm: Whether the checkpoint is timm's.
+    """
+
+    source: str
+    revision: str | None
+    config: PreTrainedConfig
+    is_timm: bool
+
+    def config_at(self, image_size=None) -> PreTrainedConfig:
+        """A copy of its configuration, for images of a size in pixels; None for what it was trained with.
+
+        Raises:
+            ValueError: the backbone is not for images of this size.
+        """
+        if image_size in (None, self.config.image_size):
+            return copy.deepcopy(self.config)
+        logger.warning(
+            f"{self.source} was trained with images of {self.config.image_size} pixels and is used with {image_size}: "
+            "its position embeddings are interpolated"
+        )
+        return resized_config(self.config, image_size)
+
+
+def find_backbone(source, revision=None, **hub_kwargs) -> FoundBackbone:
+    """Look a pretrained backbone up, and read its configuration, once.
+
+    Args:
+        source: Hub name or local folder of a checkpoint, of transformers or of timm.
+        revision: Commit, tag or branch on the Hub; None for the default branch.
+        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
+
+    Raises:
+        OSError: the checkpoint is not to be had.
+        ValueError: the backbone is not supported, or its configuration is damaged.
+    """
+    path, values = _read_config(source, revision, **hub_kwargs)
+    if path is None:
+        raise OSError(f"the folder {source} holds no {CONFIG_NAME}")
+    if not Path(source).is_dir():
+        _, _, in_snapshot = Path(path).as_posix().rpartition("/snapshots/")  # the layout of the Hub's cache
+        commit = in_snapshot.partition("/")[0]
+        revision = commit if re.fullmatch(r"[0-9a-f]{40}", commit) else revision
+    if is_timm_config(values):
+        config = timm_backbone_config(values, source)
+    elif (model_type := values.get("model_type")) in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[model_type].from_dict(values)
+    else:
+        raise ValueError(
+            f"{path} must hold a model_type that transformers knows, got {model_type!r}; custom code is not run"
+        )
+    family_of(config)
+    return FoundBackbone(str(source), revision, config, is_timm_config(values))
 
 
 def read_timm_config(source, revision=None, **hub_kwargs) -> dict | None:
@@ -262,58 +307,34 @@ def read_timm_config(source, revision=None, **hub_kwargs) -> dict | None:
         OSError: there is no such repository, or it is not to be had.
         ValueError: the file is not JSON.
     """
-    path = cached_file(source, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
-    if path is None:  # a folder without one
-        return None
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} can't be read: it is not JSON ({error})") from error
+    _, values = _read_config(source, revision, **hub_kwargs)
     return values if is_timm_config(values) else None
 
 
-def open_config(source, revision=None, image_size=None, **hub_kwargs) -> PreTrainedConfig:
-    """Configuration of a pretrained backbone.
-
-    Args:
-        source: Hub name or local folder of a checkpoint, of transformers or of timm.
-        revision: Commit, tag or branch on the Hub.
-        image_size: Side of the images, in pixels; None for what the backbone was trained with.
-        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
-
-    Raises:
-        OSError: the checkpoint is not to be had.
-        ValueError: the backbone is not supported, or not for images of this size.
-    """
-    timm_config = read_timm_config(source, revision, **hub_kwargs)
-    if timm_config is not None:
-        config = timm_backbone_config(timm_config, source)
-    else:
-        config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False, **hub_kwargs)
-    family_of(config)
-    if image_size in (None, config.image_size):
-        return config
-    logger.warning(
-        f"{source} was trained with images of {config.image_size} pixels and is used with {image_size}: its position "
-        "embeddings are interpolated"
-    )
-    return resized_config(config, image_size)
+def _read_config(source, revision, **hub_kwargs):
+    """Path and content of `config.json`; None and nothing for a folder without one."""
+    path = cached_file(source, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
+    if path is None:
+        return None, {}
+    try:
+        return path, json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read: it is not JSON ({error})") from error
 
 
-def open_backbone(source, revision=None, **hub_kwargs) -> nn.Module:
+def open_backbone(found, **hub_kwargs) -> nn.Module:
     """A pretrained backbone with its weights, in the dtype of its checkpoint.
 
     Args:
-        source: Hub name or local folder of a checkpoint, of transformers or of timm.
-        revision: Commit, tag or branch on the Hub.
+        found: [`FoundBackbone`].
         **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
 
     Raises:
-        OSError: the checkpoint is not to be had.
-        ValueError: the backbone is not supported, or tensors are missing (of timm's: or unknown, or misshapen).
+        OSError: the weights are not to be had.
+        ValueError: tensors are missing (of timm's: or unknown, or misshapen), or damaged.
     """
-    config = open_config(source, revision, **hub_kwargs)
-    if read_timm_config(source, revision, **hub_kwargs) is not None:
+    source, revision, config, is_timm = found
+    if is_timm:
         return _open_timm_backbone(source, revision, config, **hub_kwargs)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the weights of a pooler or a classifier are not missed; others are named below
@@ -363,7 +384,7 @@ def _open_timm_backbone(source, revision, config, **hub_kwargs):
     return backbone.eval()
 
 
-def load_backbone(config, folder=None, **hub_kwargs):
+def load_backbone(config, folder=None, found=None, **hub_kwargs):
     """Weights of the backbone named in `config.backbone`, in the dtype of their checkpoint, which must be safetensors,
     for the image size of `config.backbone_config`.
 
@@ -372,6 +393,7 @@ def load_backbone(config, folder=None, **hub_kwargs):
             of one on the Hub, and the fingerprint of the weights (as they are in the checkpoint).
         folder: Local folder of the retriever that names the backbone. A local backbone is looked for relative to it,
             then relative to the working directory.
+        found: The backbone, where it was looked up already.
         **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
 
     Returns:
@@ -387,14 +409,14 @@ def load_backbone(config, folder=None, **hub_kwargs):
     if folder is not None and (Path(folder) / source).is_dir():
         source = str(Path(folder) / source)
     try:
-        config.backbone_revision = pinned_revision(source, config.backbone_revision, **hub_kwargs)
-        backbone = open_backbone(source, config.backbone_revision, **hub_kwargs)
+        found = found or find_backbone(source, config.backbone_revision, **hub_kwargs)
+        backbone = open_backbone(found, **hub_kwargs)
     except OSError as error:
         raise OSError(
             f"the backbone {config.backbone!r} could not be loaded: it is neither a folder here nor to be had from "
             f"the Hub, or holds no {SAFE_WEIGHTS_NAME}. Give its place with backbone=... ({error})"
         ) from error
-    config.backbone = source
+    config.backbone, config.backbone_revision = source, found.revision
     weights, expected = backbone.state_dict(), config.backbone_fingerprint
     if expected is None:
         config.backbone_fingerprint = backbone_fingerprint(weights)
@@ -478,7 +500,7 @@ def backbone_has(config, fingerprint) -> bool:
     """
     if fingerprint is None or fingerprint.startswith(FINGERPRINT_PREFIX) or config.backbone is None:
         return False
-    backbone = open_backbone(config.backbone, config.backbone_revision)
+    backbone = open_backbone(find_backbone(config.backbone, config.backbone_revision))
     return has_fingerprint(backbone.state_dict(), fingerprint, backbone.config.model_type)
 
 

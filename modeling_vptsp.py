@@ -39,11 +39,10 @@ from .backbones_vptsp import (
 from .configuration_vptsp import VPTSPConfig
 from .loading_vptsp import (
     backbone_fingerprint,
+    find_backbone,
     load_backbone,
     name_before,
     name_today,
-    open_config,
-    pinned_revision,
     read_weights,
     refuse_local_backbone,
     relative_to,
@@ -530,12 +529,14 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         known = {field.name for field in fields(VPTSPConfig)}
         if unknown := set(kwargs) - known:
             raise ValueError(f"VPTSPConfig has no field {_listed(unknown)}")
-        revision = pinned_revision(backbone, revision, **hub_kwargs)
-        backbone_config = open_config(backbone, revision, image_size, **hub_kwargs)
+        found = find_backbone(backbone, revision, **hub_kwargs)
         config = VPTSPConfig(
-            backbone_config=backbone_config, backbone=str(backbone), backbone_revision=revision, **kwargs
+            backbone_config=found.config_at(image_size),
+            backbone=found.source,
+            backbone_revision=found.revision,
+            **kwargs,
         )
-        weights = load_backbone(config, **hub_kwargs)
+        weights = load_backbone(config, found=found, **hub_kwargs)
         model = cls(config)
         backbone = model.retriever.backbone
         new = {name: tensor for name, tensor in backbone.state_dict().items() if is_lora(name)}

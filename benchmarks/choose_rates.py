@@ -44,7 +44,7 @@ def hold_back_classes(config, overrides, output):
         DataError: the data set takes no lists of classes.
     """
     from vptsp.data_scripts.dataset_registry import refuse_unknown_options
-    from vptsp.train import parse_arguments
+    from vptsp.training.run_arguments import parse_arguments
 
     _, _, data_args, _ = parse_arguments(run_command(config, 0, output, overrides))
     refuse_unknown_options(data_args.dataset_name, ("train_classes", "test_classes"))

@@ -5,7 +5,8 @@ Scikit-learn's 1,797 scanned digits in three groups of classes that never meet:
 1. a small vision transformer is trained from scratch on the digits 0 to 2, as a stand-in for a pretrained backbone;
 2. VPTSP-G tunes prompts on the frozen backbone, on the digits 3 to 6 (`configs/quickstart.yaml`, through `train.py`);
 3. retrieval is scored on the digits 7 to 9, which neither has seen: the backbone alone against the tuned retriever;
-4. a new process loads what was saved, by `AutoModel.from_pretrained`, and draws queries with their neighbours;
+4. a new process (`retrieve.py`) loads what was saved, by `AutoModel.from_pretrained`, and draws queries with their
+   neighbours;
 5. the images that it embedded are indexed, for `vptsp app`.
 """
 
@@ -36,50 +37,6 @@ BACKBONE_ARGUMENTS = {
     "num_attention_heads": 4,
     "num_train_epochs": 30,
 }
-
-# What a user of a shared retriever writes; it runs in a process of its own.
-RETRIEVE = """
-import sys
-from pathlib import Path
-import torch
-from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel
-from vptsp import load_splits
-from vptsp.data_scripts.images import open_image
-from vptsp import choose_queries, nearest_neighbours, save_neighbour_grid
-
-folder, seed = sys.argv[1], int(sys.argv[2])
-processor = AutoImageProcessor.from_pretrained(folder)
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-
-test = load_splits("digits", train_classes=["3", "4", "5", "6"], test_classes=["7", "8", "9"])["test"]
-images = [open_image(row["image"]["bytes"]) for row in test]
-labels = torch.tensor(test["label"])
-names = test.features["label"].names
-with torch.inference_mode():
-    batches = [processor(images[i : i + 64], return_tensors="pt") for i in range(0, len(images), 64)]
-    embeddings = torch.cat([model(**batch).embeddings for batch in batches])
-
-similarity, index = nearest_neighbours(embeddings, k=8)
-chosen = choose_queries(labels, 6, seed=seed)
-save_neighbour_grid(
-    f"{folder}/pictures/neighbours.png",
-    query_images=[images[q] for q in chosen],
-    neighbour_images=[[images[n] for n in index[q]] for q in chosen],
-    query_names=[names[labels[q]] for q in chosen],
-    neighbour_names=[[names[labels[n]] for n in index[q]] for q in chosen],
-    similarity=similarity[chosen],
-    correct=labels[index[chosen]] == labels[chosen][:, None],
-    title="Digits that neither backbone nor prompts were trained on",
-)
-recall = (labels[index[:, 0]] == labels).double().mean().item()
-print(f"reloaded          recall_at_1 {100 * recall:.2f}")
-
-for row in test:  # as files, for the search page
-    path = Path(folder, "images", row["image"]["path"].removeprefix("digits/"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(row["image"]["bytes"])
-"""
 
 
 def options(values: dict) -> list[str]:
@@ -118,10 +75,8 @@ def main(argv=None) -> None:
         "python train.py configs/quickstart.yaml " + " ".join(words),
     )
 
-    run(
-        [sys.executable, "-c", RETRIEVE, str(output), seed],
-        "python -c '... AutoModel.from_pretrained(..., trust_remote_code=True) ...'",
-    )
+    words = [str(output), "--seed", seed]
+    run([sys.executable, "-m", "vptsp.examples.retrieve", *words], "python examples/retrieve.py " + " ".join(words))
 
     shutil.rmtree(output / "index", ignore_errors=True)  # of an earlier run
     places = {"images": "images", "embeddings_cache": "embeddings", "index": "index"}

@@ -129,7 +129,8 @@ def build_trainer(splits, backbone, request, fate=None):
     if "patience" in request:
         callbacks.append(EarlyStoppingCallback(request["patience"]))
     test = ImageDataset(splits["test"], EvalTransform(18, 16))
-    return VPTSPTrainer(model=model, args=args, train_dataset=train, eval_dataset=test, callbacks=callbacks)
+    settings = request.get("data_settings")
+    return VPTSPTrainer(model, args, train, test, data_settings=settings, callbacks=callbacks)
 
 
 def run(splits, backbone, request, rank):

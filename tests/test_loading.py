@@ -1,7 +1,9 @@
 """What is loaded is all that was saved, and nothing else: tensors, shapes, dtypes, names, damaged files."""
 
+import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,6 +197,29 @@ def test_damaged_files_are_named(retriever, tmp_path, backbone_folder):
     (tmp_path / "backbone" / "config.json").write_text('{"model_type": "vit", ')
     with pytest.raises(ValueError, match=r"backbone/config\.json can't be read"):
         VPTSPModel.from_backbone(tmp_path / "backbone")
+
+
+@pytest.mark.parametrize("load", ["from_backbone", "from_pretrained"])
+def test_a_backbone_s_configuration_is_read_once(retriever, tmp_path, backbone_folder, monkeypatch, load):
+    retriever.save_pretrained(tmp_path)
+    read, opened = [], io.open
+
+    def note(file, *args, **kwargs):
+        read.append(str(file))
+        return opened(file, *args, **kwargs)
+
+    monkeypatch.setattr("io.open", note)
+    monkeypatch.setattr("builtins.open", note)
+    getattr(VPTSPModel, load)(backbone_folder if load == "from_backbone" else tmp_path)
+    config = (backbone_folder / "config.json").resolve()
+    assert [Path(path).resolve() for path in read if path.endswith("config.json")].count(config) == 1
+
+
+@pytest.mark.parametrize("text, problem", [("{}", "None"), ('{"model_type": "vitt"}', "'vitt'")])
+def test_a_backbone_of_no_known_type_is_named(tmp_path, text, problem):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"config.json must hold a model_type that transformers knows, got {problem}"):
+        VPTSPModel.from_backbone(tmp_path)
 
 
 def test_missing_shard_of_a_backbone_is_named(backbone_folder, tmp_path):

@@ -154,11 +154,6 @@ def partial_checkpoint(root, step) -> Path:
     return Path(root) / f".{checkpoint_name(step)}.partial"
 
 
-def is_checkpoint_folder(folder) -> bool:
-    """Whether a folder is, or is becoming, a checkpoint."""
-    return checkpoint_step(folder) is not None or _hidden_kind(folder) == "partial"
-
-
 def prepare_root(root):
     """Make sure that checkpoints can be written to `root`, and clear away what an interrupted run left half done.
 
@@ -229,7 +224,10 @@ def delete_checkpoints(folders):
 
 
 def _delete(folder):
-    """Delete a checkpoint; if that is cut short, no half of it is left under its name."""
+    """Delete a checkpoint; if that is cut short, no half of it is left under its name. A retriever stays."""
+    if (folder / "config.json").is_file() and not (folder / RUN_NAME).is_file():
+        logger.warning("%s is not deleted: it holds a model, but is no checkpoint", folder)
+        return
     doomed = folder.with_name(f".{folder.name}.deleted")
     folder.rename(doomed)
     _remove(doomed)

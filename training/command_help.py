@@ -1,139 +1,92 @@
-"""`train.py --help` without waiting for PyTorch: options are read from the source of the classes that define them.
+"""What `train.py --help` and `--help-all` print.
 
-The options of a run are fields of dataclasses, two of which come with `transformers` and so with several seconds of
-imports. Their names, types, defaults and descriptions stand in the source, though, as plain assignments.
+The first is a text, since the classes whose fields are the options take PyTorch and transformers, and so seconds, to
+import; the tests compare its options and defaults with these classes. The second is made of them.
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
-import importlib.util
+import re
 import shutil
-from dataclasses import MISSING, fields
-from pathlib import Path
-from typing import NamedTuple
+import textwrap
+from dataclasses import MISSING
 
 
-ROOT = Path(__file__).parent.parent
+USAGE = "%(prog)s [CONFIG.yaml or PRESET] [--OPTION VALUE ...]"
+
+HELP = """\
+usage: train.py [CONFIG.yaml or PRESET] [--OPTION VALUE ...]
+
+Tune prompts for image retrieval on a frozen vision transformer. Options win over the file; defaults are in brackets.
+
+data
+  --dataset_name NAME               folder, cub, cars, sop, inshop, inaturalist, hub or digits [folder]
+  --data_dir PLACE                  folder of the data set, or a benchmark's archive
+  --train_classes NAME ...          classes that train, or a .txt file of them
+  --test_classes NAME ...           classes that test, likewise
+  --test_share SHARE                of the classes that test, where nothing says which [0.5]
+  --streaming true                  read the data as a stream, write no tables
+  --skip_corrupt true               leave out images that can't be read, and list them
+  --image_size PIXELS               side of what the model sees [224]
+  --crop_scale_min SHARE            smallest part of an image that a training crop covers [0.08]
+model
+  --backbone NAME                   vision transformer, from the Hub or a folder
+  --num_prompts N                   prompt tokens of the first layer [10]
+  --embedding_dim N                 width of the embeddings [384]
+  --bitfit false                    leave the backbone's biases as they are
+  --adapter_layers N                last layers with an adapter [0]
+  --lora_rank N                     of LoRA matrices beside the backbone's linear layers [0]
+  --tune_backbone true              tune all of it
+  --save_backbone true              save it along, so that the retriever needs no other repository
+proxies and loss
+  --proxy_update HOW                of semantic proxies: gru_relu, gru, mean or none [gru_relu]
+  --num_class_prompts N             prompt tokens that each class has of its own [3]
+  --class_prompt_store WHERE        dense, offloaded or auto [auto]
+  --loss NAME                       proxy_anchor, proxy_nca, recall_at_k, hyperbolic, pml.NAME [proxy_anchor]
+  --loss_alpha X                    scale of proxy losses [32.0]
+  --loss_delta X                    margin of proxy losses [0.1]
+training
+  --num_train_epochs N              times that every class is seen [3.0]
+  --per_device_train_batch_size N   images in a batch [64]
+  --images_per_class K              images of each class in it [2]
+  --learning_rate X                 [0.0005]
+  --proxy_learning_rate X           of the original proxies [0.01]
+  --warmup_steps N                  before the rates fall along a cosine [0]
+  --optim NAME                      optimiser [adamw_torch_fused]
+  --weight_decay X                  [0.0]
+  --bf16 true                       compute in bfloat16
+  --dataloader_num_workers N        processes that read images [0]
+  --seed N                          [42]
+results
+  --output_dir FOLDER               retriever, scores, model card, pictures, checkpoints [runs/vptsp]
+  --resume_from_checkpoint true     go on with the run that is there
+  --overwrite_output true           replace the run that is there
+  --final_metrics all               what the last evaluation computes: retrieval or all [all]
+  --picture_queries N               queries in the pictures of neighbours, 0: no pictures [8]
+  --push_to_hub true                upload retriever, scores and card, as --hub_model_id
+
+--help-all lists the others.
+"""
 
 
-class Option(NamedTuple):
-    """An option as the help shows it."""
-
-    name: str
-    kind: str
-    default: str
-    text: str
-
-
-def options_in_source(path, class_name):
-    """Fields of a dataclass, read from its source: annotated assignments, described in metadata or docstring.
-
-    Args:
-        path: Python file.
-        class_name: Class in it.
-
-    Returns:
-        List of [`Option`], without class variables and fields that `__init__` does not take.
-    """
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    cls = next(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == class_name)
-    documented = documented_fields(ast.get_docstring(cls, clean=False) or "")
-    options = []
-    for node in cls.body:
-        if not isinstance(node, ast.AnnAssign) or ast.unparse(node.annotation).startswith("ClassVar"):
-            continue
-        name, given = node.target.id, _field_arguments(node.value)
-        if ast.unparse(given.get("init", ast.Constant(True))) == "False":
-            continue
-        default = given.get("default", given.get("default_factory"))
-        text = _help_in(given.get("metadata")) or documented.get(name, "")
-        kind = ast.unparse(node.annotation).strip("'")
-        options.append(Option(name, kind, "" if default is None else _shown(default), text))
-    return options
-
-
-def documented_fields(docstring) -> dict[str, str]:
-    """Field -> text, from the `Args` section of a class's docstring."""
-    texts, name = {}, None
-    for line in docstring.partition("Args:")[2].partition("Raises:")[0].splitlines():
-        if line.startswith(" " * 8) and not line.startswith(" " * 9):
-            name, _, text = line.strip().partition(": ")
-            texts[name] = text
-        elif name is not None and line.strip():
-            texts[name] += " " + line.strip()
-    return texts
-
-
-def _field_arguments(value):
-    """Keyword arguments of `field(...)`, or a plain default as one."""
-    if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field"):
-        return {keyword.arg: keyword.value for keyword in value.keywords}
-    return {} if value is None else {"default": value}
-
-
-def _help_in(metadata):
-    if not isinstance(metadata, ast.Dict):
-        return ""
-    values = dict(zip((ast.unparse(key) for key in metadata.keys), metadata.values, strict=True))
-    text = values.get("'help'")
-    try:
-        return " ".join(str(ast.literal_eval(text)).split())
-    except (TypeError, ValueError):  # no text, or one that is put together at run time
-        return ""
-
-
-def _shown(default):
-    return ast.unparse(default.body if isinstance(default, ast.Lambda) else default)
-
-
-def _options_of(dataclass):
-    """Fields of a dataclass that is cheap to import."""
-    for item in fields(dataclass):
-        default = item.default if item.default is not MISSING else getattr(item, "default_factory", MISSING)()
-        yield Option(item.name, str(item.type), repr(default), item.metadata.get("help", ""))
-
-
-def option_groups(derived, run_arguments):
-    """Title -> options, of all classes that a run is configured by.
+def options_text(groups) -> str:
+    """The page of `--help-all`.
 
     Args:
-        derived: Names of model fields that can't be set.
-        run_arguments: The dataclass of what belongs to no other group.
+        groups: Title -> fields of dataclasses, with `help` in their metadata.
     """
-    from ..data_scripts.data_arguments import DataArguments
-
-    source = Path(importlib.util.find_spec("transformers").origin).parent / "training_args.py"
-    model = options_in_source(ROOT / "configuration_vptsp.py", "VPTSPConfig")
-    own = options_in_source(ROOT / "training" / "arguments.py", "VPTSPTrainingArguments")
-    own_names = {option.name for option in own}
-    inherited = options_in_source(source, "TrainingArguments")
-    return {
-        "the model": [option for option in model if option.name not in derived],
-        "the data": list(_options_of(DataArguments)),
-        "the run": [*own, *_options_of(run_arguments)],
-        "the run, from transformers.TrainingArguments": [o for o in inherited if o.name not in own_names],
-    }
-
-
-def help_text(prog, usage, description, groups) -> str:
-    """The page that `--help` prints."""
-
-    def formatter(prog):
-        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=8, width=_width())
-
-    parser = argparse.ArgumentParser(prog=prog, usage=usage, description=description, formatter_class=formatter)
-    for title, options in groups.items():
-        group = parser.add_argument_group(title)
-        for option in options:
-            text = f"{option.text} ({option.kind}; default: {option.default})".strip()
-            group.add_argument(f"--{option.name}", metavar="", help=text.replace("%", "%%"))
-    return parser.format_help()
+    width = min(shutil.get_terminal_size().columns, 110)
+    lines = [f"usage: {USAGE.replace('%(prog)s', 'train.py')}"]
+    for title, items in groups.items():
+        lines += ["", f"{title}:"]
+        for item in items:
+            kind = re.sub(r"\b\w+\.", "", getattr(item.type, "__name__", str(item.type)))
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            text = " ".join(item.metadata.get("help", "").replace("%%", "%").split())
+            text = f"{text} ({kind}; default: {getattr(default, 'value', default)})".strip()
+            lines.append(f"  --{item.name}")
+            lines += textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines) + "\n"
 
 
-def _width():
-    return min(shutil.get_terminal_size().columns, 110)
-
-
-__all__ = ["Option", "documented_fields", "help_text", "option_groups", "options_in_source"]
+__all__ = ["HELP", "USAGE", "options_text"]

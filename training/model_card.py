@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_vptsp import VPTSPConfig
 from ..eval.metric_definitions import MetricDefinition, definition_of
+from .tuned_counts import tuned_counts
 
 
 CITATION = """\
@@ -242,16 +243,11 @@ def _percent(value) -> str:
 
 
 def _tuned(model) -> str:
-    retriever = model.retriever
-    state, tuned = retriever.state_dict(), retriever.tuned_names()
-    shipped = state if model.config.save_backbone else tuned
-    count = sum(state[name].numel() for name in tuned)
-    total = sum(tensor.numel() for tensor in state.values())
-    megabytes = sum(state[name].numel() * state[name].element_size() for name in shipped) / 1e6
-    what = "backbone and all" if model.config.save_backbone else "only these"
+    counts = tuned_counts(model)
+    what = "backbone and all" if counts["shipped_parameters"] == counts["retriever_parameters"] else "only these"
     return (
-        f"## Size\n\nTuned are {count:,} of {total:,} parameters ({count / total:.2%}). Saved are {what}: "
-        f"{megabytes:.2f} MB in safetensors."
+        f"## Size\n\nTuned are {counts['tuned_parameters']:,} of {counts['retriever_parameters']:,} parameters "
+        f"({counts['tuned_share']:.2%}). Saved are {what}: {counts['shipped_megabytes']:.2f} MB in safetensors."
     )
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from accelerate.utils import gather_object
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
-from transformers.trainer_utils import SaveStrategy
 
 from ..files.atomic import write_json
 from ..loading_vptsp import backbone_has
@@ -41,9 +39,10 @@ from .interruption import InterruptionCallback
 from .output_folder import output_held
 from .run_errors import CheckpointError, CheckpointWriteError, TrainingError
 from .run_record import record_run, run_differences
+from .trainer_hooks import HookedTrainer
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(HookedTrainer):
     """`transformers.Trainer` with checkpoints that are whole, safe to read, and enough to go on bit for bit.
 
     What differs from its own: folders are put together aside and renamed (`training/checkpoints.py`); optimiser,
@@ -51,15 +50,19 @@ class ResumableTrainer(Trainer):
     the log goes on too; a checkpoint of another run is refused; Ctrl-C and SIGTERM save before they stop
     (`training/interruption.py`).
 
-    Attributes:
+    What is in a checkpoint of the model, a subclass writes (`save_weights(folder)`) and reads (`load_checkpoint`,
+    `load_best`).
+
+    Args:
+        *args: As for `Trainer`.
         data_settings: Dict of JSON values that say which data the run has, beyond what the data sets can tell; a run
             that goes on must have the same. None compares the data sets alone.
+        **kwargs: As for `Trainer`.
     """
 
-    data_settings: dict | None = None
-
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, data_settings=None, **kwargs):
         super().__init__(*args, **kwargs)
+        self._data_settings = data_settings
         self._resumed_from = None
         self._record = None
         self._earlier_checkpoints = []
@@ -67,7 +70,7 @@ class ResumableTrainer(Trainer):
         if self.optimizer is not None:
             options = {name: repr(value) for name, value in self.optimizer.defaults.items()}
             self._given_optimizer = {"class": type(self.optimizer).__name__, "options": options}
-        self._started, self._earlier_seconds = time.time(), 0.0
+        self._started = time.time()
         self._interruption = InterruptionCallback()
         for callback in (_CarryOn(self), self._interruption, _EpochEndFirst()):
             self.add_callback(callback)
@@ -105,17 +108,15 @@ class ResumableTrainer(Trainer):
 
     # ---- Writing
 
-    def _save_checkpoint(self, model, trial):
+    def save_checkpoint(self):
         """Write a checkpoint aside, rename it, then delete those that are too many."""
-        if self.hp_search_backend is None and trial is None:
-            self.store_flos()
-        root, step = Path(self._get_output_dir(trial)), self.state.global_step
+        self.store_flos()
+        root, step = Path(self.args.output_dir), self.state.global_step
         final, partial = root / checkpoint_name(step), partial_checkpoint(root, step)
         if self.state.best_global_step == step:
             self.state.best_model_checkpoint = str(final)
         progress = gather_object([self._progress()])
         try:
-            self._together(self.save_model, str(partial), _internal_call=True)
             self._together(self._write_checkpoint, partial, progress, writer_only=True)
         except CheckpointWriteError as error:
             if self.args.should_save:
@@ -123,12 +124,11 @@ class ResumableTrainer(Trainer):
             raise write_failure(final, error) from error
         self._earlier_checkpoints = [folder for folder in self._earlier_checkpoints if folder.name != final.name]
         self.delete_replaced()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
         keep = [final, self.state.best_model_checkpoint]
         self._together(rotate, root, self.args.save_total_limit, keep, writer_only=True)
 
     def _write_checkpoint(self, partial, progress):
+        self.save_weights(partial)
         if not self.args.save_only_model or self._interruption.is_stopping:
             scaler = getattr(self.accelerator, "scaler", None)
             optimizer = {
@@ -156,26 +156,12 @@ class ResumableTrainer(Trainer):
         self._together(delete_checkpoints, self._earlier_checkpoints, writer_only=True)
         self._earlier_checkpoints = []
 
-    def _determine_best_metric(self, metrics, trial):
-        """As `Trainer` does, which would pass over what is not a number, and end with no best checkpoint at all."""
-        if self.args.metric_for_best_model is not None:
-            name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
-            chooses = self.args.load_best_model_at_end or self.args.save_strategy == SaveStrategy.BEST
-            if chooses and math.isnan(metrics.get(name, 0.0)):
-                raise TrainingError(
-                    f"metric_for_best_model: {name} is nan at step {self.state.global_step}, so no checkpoint can be "
-                    "the best: give another metric or test set, or load_best_model_at_end false"
-                )
-        return super()._determine_best_metric(metrics, trial)
-
     def _progress(self):
         """Where this process is, beyond what model, optimiser and `TrainerState` say."""
         return {
             "random": random_state(self.args.device),
-            "running_loss": self._tr_loss.item(),
-            "total_loss": self._total_loss_scalar,
-            "last_logged_step": self._globalstep_last_logged,
-            "seconds": self._earlier_seconds + time.time() - self._started,
+            **self.running_sums,
+            "seconds": self.earlier_seconds + time.time() - self._started,
         }
 
     def _run_record(self):
@@ -185,7 +171,7 @@ class ResumableTrainer(Trainer):
                 self.model,
                 self.train_dataset,
                 self.eval_dataset,
-                **({} if self.data_settings is None else {"data": self.data_settings}),
+                **({} if self._data_settings is None else {"data": self._data_settings}),
                 image_processor=self._image_processor_record(),
                 optimizer=self._optimizer_record(),
             )
@@ -279,13 +265,10 @@ class ResumableTrainer(Trainer):
             )
         return None if found is None else str(found)
 
-    def _init_training_state(self, max_steps, steps_per_epoch, num_epochs, resume_from_checkpoint, trial):
-        epochs_done, batches_done = super()._init_training_state(
-            max_steps, steps_per_epoch, num_epochs, resume_from_checkpoint, trial
-        )
-        if resume_from_checkpoint is None:
-            return epochs_done, batches_done
-        self.state.best_model_checkpoint = self._best_checkpoint(resume_from_checkpoint)
+    def resumed_position(self, folder, max_steps, num_epochs, position):
+        """Set the state to that of a run that goes on here and now; epochs, and batches of the next, that are done."""
+        epochs_done, batches_done = position
+        self.state.best_model_checkpoint = self._best_checkpoint(folder)
         self.state.compute_steps(self.args, max_steps)  # when to log, evaluate and save may have changed
         if any(_has_stopped(callback) for callback in self.callback_handler.callbacks):
             return num_epochs, 0
@@ -297,34 +280,28 @@ class ResumableTrainer(Trainer):
             batches_done = round(part * max_steps * self.args.gradient_accumulation_steps)
         return epochs_done, batches_done
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        saved = load_tree(checkpoint, OPTIMIZER_NAME)
+    def load_optimizer(self, folder):
+        saved = load_tree(folder, OPTIMIZER_NAME)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.lr_scheduler.load_state_dict(saved["scheduler"])
         if saved["scaler"] is not None and getattr(self.accelerator, "scaler", None) is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
 
-    def _load_progress(self, checkpoint):
+    def _load_progress(self, folder):
         """This process's `_progress`; where there were fewer processes then, that of one of them."""
-        saved = load_tree(checkpoint, PROGRESS_NAME)
+        saved = load_tree(folder, PROGRESS_NAME)
         return saved[self.args.process_index % len(saved)]
 
-    def _load_rng_state(self, checkpoint):
-        set_random_state(self._load_progress(checkpoint)["random"], self.args.device)
+    def load_random_state(self, folder):
+        set_random_state(self._load_progress(folder)["random"], self.args.device)
 
     def carry_on(self):
         """At the beginning of training: put back the running sums of the loss, and the time that has been spent."""
-        self._started, self._earlier_seconds = time.time(), 0.0
+        self._started, self.earlier_seconds = time.time(), 0.0
         if self._resumed_from is not None:
             progress = self._load_progress(self._resumed_from)
-            self._tr_loss.fill_(progress["running_loss"])
-            self._total_loss_scalar = progress["total_loss"]
-            self._globalstep_last_logged = progress["last_logged_step"]
-            self._earlier_seconds = progress["seconds"]
-
-    def _finalize_training(self, trial, num_train_samples, start_time):
-        self._initial_global_step = 0  # mean loss and speed are those of the whole run, whenever it was interrupted
-        return super()._finalize_training(trial, num_train_samples, start_time - self._earlier_seconds)
+            self.running_sums = progress
+            self.earlier_seconds = progress["seconds"]
 
 
 class _CarryOn(TrainerCallback):
@@ -344,17 +321,18 @@ class _EpochEndFirst(TrainerCallback):
     """
 
     def __init__(self):
-        self._evaluate = self._save = False
+        self._put_off = (False, False)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.epoch == int(state.epoch) or state.global_step >= state.max_steps:
-            self._evaluate, self._save = control.should_evaluate, control.should_save
+            self._put_off = control.should_evaluate, control.should_save
             control.should_evaluate = control.should_save = False
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_evaluate |= self._evaluate
-        control.should_save |= self._save
-        self._evaluate = self._save = False
+        evaluate, save = self._put_off
+        control.should_evaluate |= evaluate
+        control.should_save |= save
+        self._put_off = (False, False)
 
 
 def _has_stopped(callback):

@@ -1,7 +1,4 @@
-"""What a run is asked to do: the options of `train.py`, the YAML file they may come from, and what can't work.
-
-Light to import, so that a wrong option is refused at once.
-"""
+"""What a run is asked to do: the options of `train.py`, the YAML file they may come from, and what can't work."""
 
 from __future__ import annotations
 
@@ -9,14 +6,20 @@ import json
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import HfArgumentParser, PreTrainedConfig
+
+from ..configuration_vptsp import VPTSPConfig
 from ..data_scripts.data_arguments import DataArguments, check_data_arguments, check_output_apart
 from ..files.yaml_files import YamlError, read_yaml
+from ..loading_vptsp import find_backbone, resized_config
+from ..losses.loss_registry import check_loss
 from ..names.registry import nearest
-from .command_help import documented_fields
+from .arguments import EVAL_METRICS, VPTSPTrainingArguments
+from .command_help import USAGE, options_text
 from .output_folder import check_output_folder
-
-
-USAGE = "%(prog)s [CONFIG.yaml] [--FIELD VALUE ...]"
+from .run_errors import ConfigError
+from .unsupported_arguments import NOT_OFFERED
 
 
 # Fields of VPTSPConfig that follow from the data or the backbone and so are nobody's to set.
@@ -40,16 +43,8 @@ class RunArguments:
     )
 
 
-class ConfigError(ValueError):
-    """A configuration that can't work, with what to change."""
-
-
 def model_arguments_class():
     """A dataclass of the fields of `VPTSPConfig` that a user may set, for `HfArgumentParser`."""
-    from transformers import PreTrainedConfig
-
-    from ..configuration_vptsp import VPTSPConfig
-
     inherited = {item.name for item in fields(PreTrainedConfig)} | set(DERIVED)
     own = [item for item in fields(VPTSPConfig) if item.name not in inherited]
     help_texts = documented_fields(VPTSPConfig.__doc__)
@@ -62,16 +57,39 @@ def model_arguments_class():
     return make_dataclass("ModelArguments", columns)
 
 
+def documented_fields(docstring) -> dict[str, str]:
+    """Field -> text, from the `Args` section of a class's docstring."""
+    texts, name = {}, None
+    for line in docstring.partition("Args:")[2].partition("Raises:")[0].splitlines():
+        if line.startswith(" " * 8) and not line.startswith(" " * 9):
+            name, _, text = line.strip().partition(": ")
+            texts[name] = text
+        elif name is not None and line.strip():
+            texts[name] += " " + line.strip()
+    return texts
+
+
+def all_options_text() -> str:
+    """What `--help-all` prints: every option that is not refused in any case, by where it comes from."""
+    offered = [item for item in fields(VPTSPTrainingArguments) if item.init and item.name not in NOT_OFFERED]
+    own = [item for item in offered if item.name in VPTSPTrainingArguments.__annotations__]
+    others = [item for item in offered if item not in own]
+    return options_text(
+        {
+            "the model": fields(model_arguments_class()),
+            "the data": fields(DataArguments),
+            "the run": [*own, *fields(RunArguments)],
+            "the run, from transformers.TrainingArguments": others,
+        }
+    )
+
+
 def parse_arguments(argv):
     """Command line -> (model fields that were given, training, data and run arguments).
 
     Raises:
         ConfigError: the YAML file can't be read, or it or the command line holds something unknown or out of range.
     """
-    from transformers import HfArgumentParser
-
-    from .arguments import VPTSPTrainingArguments
-
     classes = (model_arguments_class(), VPTSPTrainingArguments, DataArguments, RunArguments)
     parser = HfArgumentParser(classes, prog="train.py", usage=USAGE)
     known = {item.name for cls in classes for item in fields(cls) if item.init}
@@ -132,11 +150,6 @@ def check_run(model_fields, training_args, data_args, run_args):
     Raises:
         ConfigError, DataError or OutputFolderError: with the field or folder, and what was expected.
     """
-    from ..configuration_vptsp import VPTSPConfig
-    from ..loading_vptsp import open_config, resized_config
-    from ..losses.loss_registry import check_loss
-    from .arguments import EVAL_METRICS
-
     check_data_arguments(data_args)
     check_output_apart(data_args, training_args.output_dir)
     if run_args.final_metrics not in EVAL_METRICS:
@@ -160,7 +173,7 @@ def check_run(model_fields, training_args, data_args, run_args):
         _check_backbone_name(str(backbone))
     try:
         if backbone is not None and Path(backbone).is_dir():
-            model_fields = {**model_fields, "backbone_config": open_config(backbone)}
+            model_fields = {**model_fields, "backbone_config": find_backbone(backbone).config}
         config = VPTSPConfig(**model_fields)
         if config.backbone_config is not None:
             resized_config(config.backbone_config, data_args.image_size)
@@ -185,8 +198,6 @@ def _check_backbone_name(backbone):
         return
     if folder.is_absolute() or backbone.startswith(".") or backbone.count("/") > 1:
         raise ConfigError(f"backbone: there is no folder {backbone}")
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     try:
         validate_repo_id(backbone)
     except HFValidationError as error:

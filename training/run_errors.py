@@ -3,6 +3,10 @@
 import signal
 
 
+class ConfigError(ValueError):
+    """A configuration that can't work, with what to change."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that can't be gone on from. The message names the folder or file, and what is wrong with it."""
 
@@ -32,4 +36,4 @@ class TrainingInterrupted(KeyboardInterrupt, SystemExit):
         self.signal, self.step, self.code = signum, step, 128 + signum
 
 
-__all__ = ["CheckpointError", "CheckpointWriteError", "TrainingError", "TrainingInterrupted"]
+__all__ = ["CheckpointError", "CheckpointWriteError", "ConfigError", "TrainingError", "TrainingInterrupted"]

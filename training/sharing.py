@@ -1,4 +1,4 @@
-"""How a trainer shares the retriever that it tunes: the model card, and what goes to the Hub."""
+"""How a trainer shares the retriever that it tunes: what it saves for use, the model card, what goes to the Hub."""
 
 from __future__ import annotations
 
@@ -7,71 +7,77 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from transformers.trainer_utils import HubStrategy
-from transformers.utils.hub import PushInProgress, hf_api
+from transformers.utils.hub import PushInProgress
 
 from ..data_scripts.image_files import RESULTS_NAME
 from ..files.atomic import atomic_path, write_json
 from .model_card import TAGS, retriever_card
+from .output_folder import refuse_other_model, replaced_together
+from .resumable_trainer import ResumableTrainer
 
 
 logger = logging.getLogger(__name__)
 
 
-class SharesRetriever:
-    """Part of [`VPTSPTrainer`]: model cards and uploads, in place of those of `transformers.Trainer`.
+class SharingTrainer(ResumableTrainer):
+    """A [`ResumableTrainer`] that saves and uploads the retriever of its model.
 
     The Trainer would upload all of `output_dir`, checkpoints and pickled arguments (with the token in them) included.
 
-    Attributes:
-        results: Scores and more, as `train.py` writes them into `all_results.json`; None as long as they aren't known.
-            Model cards and uploads tell them. `picture` in it names a file in `output_dir` that goes along.
+    Where a method takes `results`, these are scores and more, as `train.py` writes them into `all_results.json`, for
+    that file and the model card; None as long as they aren't known. `picture` in it names a file in `output_dir` that
+    is uploaded along.
     """
 
-    results: dict | None = None
+    def save_model(self, output_dir=None, _internal_call=False, results=None):
+        """`save_retriever`; with `push_to_hub`, upload as well, as `Trainer.save_model` does."""
+        self.save_retriever(output_dir, results)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", results=results)
 
-    def create_model_card(self, model_name=None, **metadata):
-        """Write `README.md` into `output_dir`, from the model, the arguments and `results`.
+    def save_retriever(self, folder=None, results=None):
+        """Save what is shared, all of it at once: the retriever, its image processor, `results` and model card.
+
+        Args:
+            folder: Where to, whatever it is called; None for `output_dir`. A `README.md` there that is no retriever's
+                model card stays.
+            results: See the class.
+
+        Raises:
+            OutputFolderError: the folder holds something else than a retriever.
+        """
+        if self.args.should_save:
+            folder = Path(self.args.output_dir if folder is None else folder)
+            refuse_other_model(folder, self.model.config.backbone)
+            with replaced_together(folder) as staged:
+                self._write_retriever(staged, results, place=folder)
+
+    def create_model_card(self, model_name=None, results=None, **metadata):
+        """Write `README.md` into `output_dir`, unless there is one that is no retriever's model card.
 
         Args:
             model_name: Name on the Hub; None for `hub_model_id`.
+            results: See the class.
             **metadata: Fields of `huggingface_hub.ModelCardData`, such as `license`.
         """
-        if self.is_world_process_zero():
-            self.write_card(Path(self.args.output_dir), model_name, **metadata)
-
-    def write_card(self, folder, model_name=None, **metadata):
-        """`create_model_card` for any folder. A `README.md` that is no retriever's model card is left as it is."""
-        if not _is_foreign_card(folder / "README.md"):
-            with atomic_path(folder / "README.md") as temporary:
-                self._card(model_name, **metadata).save(temporary)
-
-    def _card(self, model_name=None, **metadata):
-        name = model_name or self.hub_model_id or self.args.hub_model_id
-        return retriever_card(self.model, name, self.results, self.args, **metadata)
-
-    def write_shared(self, folder, place=None, **metadata):
-        """Write the retriever, its image processor, `results` (once they are set) and model card.
-
-        Args:
-            folder: Existing folder to write to.
-            place: Folder that the files will be moved to; None for `folder`. A `README.md` there that is no
-                retriever's model card stays.
-            **metadata: As for `create_model_card`.
-        """
-        self.model.retriever.save_pretrained(folder, place=place)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        if self.results is not None:
-            write_json(folder / RESULTS_NAME, self.results)
-        if place is None or not _is_foreign_card(place / "README.md"):
-            self._card(**metadata).save(folder / "README.md")
+        path = Path(self.args.output_dir, "README.md")
+        if self.is_world_process_zero() and not _is_foreign_card(path):
+            with atomic_path(path) as temporary:
+                self._card(results, model_name, **metadata).save(temporary)
 
     def push_to_hub(
-        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+        self,
+        commit_message="End of training",
+        blocking=True,
+        token=None,
+        revision=None,
+        private=None,
+        results=None,
+        **kwargs,
     ):
-        """Upload the retriever, its image processor and model card and, once `results` is set, scores and picture.
+        """Upload the retriever, its image processor and model card and, where they are given, scores and picture.
 
         Nothing else that lies in `output_dir` goes along; checkpoints never do.
 
@@ -81,6 +87,7 @@ class SharesRetriever:
             token: Token of the Hub; None for `hub_token`, or the one that `hf auth login` keeps.
             revision: Branch; None for `hub_revision`, or the default branch.
             private: Whether a new repository is private; None for `hub_private_repo`.
+            results: See the class.
             **kwargs: For `create_model_card`.
 
         Returns:
@@ -94,33 +101,35 @@ class SharesRetriever:
         token = self.args.hub_token if token is None else token
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
+        self.save_retriever(results=results)
         if not self.is_world_process_zero():
             return None
-        self._finish_current_push()
-        return self._upload(commit_message, blocking, token, revision, **kwargs)
+        if self.push_in_progress is not None:
+            self.push_in_progress.wait_until_done()
+        upload = self._upload(commit_message, token, revision, results, **kwargs)
+        return upload.result() if blocking else upload
 
-    def _push_from_checkpoint(self, checkpoint_folder):
-        """Upload the retriever as it is now, in the background, if `hub_strategy` is `every_save`."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+    def save_checkpoint(self):
+        """A checkpoint; with `hub_strategy` `every_save`, the retriever as it is now is uploaded in the background."""
+        super().save_checkpoint()
+        if not (self.args.push_to_hub and self.is_world_process_zero()) or self.args.hub_strategy == HubStrategy.END:
             return
         under_way = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if under_way and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        job = self._upload(f"Training in progress, step {self.state.global_step}", False, self.args.hub_token)
-        jobs = [*self.push_in_progress.jobs, job] if under_way else [job]
-        self.push_in_progress = PushInProgress(jobs)
+        job = self._upload(f"Training in progress, step {self.state.global_step}", self.args.hub_token)
+        self.push_in_progress = PushInProgress([*self.push_in_progress.jobs, job] if under_way else [job])
 
-    def _upload(self, commit_message, blocking, token, revision=None, **card_options):
-        """Write what is shared into a folder of its own, so that nothing else can slip in, and upload that."""
+    def _upload(self, commit_message, token, revision=None, results=None, **metadata):
+        """Begin to upload what is shared, out of a folder of its own, so that nothing else can slip in."""
         staging = tempfile.TemporaryDirectory()
         folder = Path(staging.name)
-        self.write_shared(folder, **card_options)
-        if picture := (self.results or {}).get("picture"):
+        self._write_retriever(folder, results, **metadata)
+        if picture := (results or {}).get("picture"):
             (folder / picture).parent.mkdir(exist_ok=True)
             shutil.copy(Path(self.args.output_dir, picture), folder / picture)
-        upload = hf_api().upload_folder(
+        upload = HfApi().upload_folder(
             repo_id=self.hub_model_id,
             folder_path=folder,
             commit_message=commit_message,
@@ -129,7 +138,21 @@ class SharesRetriever:
             run_as_future=True,
         )
         upload.add_done_callback(lambda future: _uploaded(future, staging))
-        return upload.result() if blocking else upload
+        return upload
+
+    def _write_retriever(self, folder, results, place=None, **metadata):
+        """Retriever, image processor, results and card into a folder; `place` is where they will be moved to."""
+        self.model.retriever.save_pretrained(folder, place=place)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if results is not None:
+            write_json(folder / RESULTS_NAME, results)
+        if place is None or not _is_foreign_card(place / "README.md"):
+            self._card(results, **metadata).save(folder / "README.md")
+
+    def _card(self, results, model_name=None, **metadata):
+        name = model_name or self.hub_model_id or self.args.hub_model_id
+        return retriever_card(self.model, name, results, self.args, **metadata)
 
 
 def _is_foreign_card(path):
@@ -146,4 +169,4 @@ def _uploaded(future, staging):
         logger.warning(f"the upload to the Hub failed: {error}")
 
 
-__all__ = ["SharesRetriever"]
+__all__ = ["SharingTrainer"]

@@ -1,4 +1,4 @@
-"""Trainer for VPTSP: class-balanced batches, the proxy state's commits, two learning rates, retrieval evaluation."""
+"""Trainer for VPTSP: class-balanced batches, the proxy state's commits, retrieval evaluation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers.trainer_utils import EvalPrediction, speed_metrics
+from transformers.trainer_utils import EvalPrediction, SaveStrategy, speed_metrics
 from transformers.utils import logging
 
 from ..data_scripts.labels import check_labels
@@ -28,14 +27,15 @@ from ..eval.summary import embedding_metrics
 from ..losses.loss_registry import find_loss
 from ..modeling_vptsp import refuse_other_adapters
 from .arguments import VPTSPTrainingArguments
-from .checkpoints import check_files, is_checkpoint_folder
+from .checkpoints import check_files
 from .class_prompts import CLASS_PROMPT_STATES_NAME
 from .half_precision import frozen_weights_in
 from .interruption import leave_signals_to_main_process
 from .offloading import BatchesAhead, prepare_class_prompts
-from .output_folder import refuse_other_model, replaced_together
-from .resumable_trainer import ResumableTrainer
-from .sharing import SharesRetriever
+from .optimisation import build_optimizer, cosine_schedule
+from .output_folder import refuse_other_model
+from .run_errors import TrainingError
+from .sharing import SharingTrainer
 from .unsupported_arguments import check_arguments, check_trainer_arguments
 
 
@@ -49,8 +49,9 @@ class ClassBalancedDataLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-class VPTSPTrainer(SharesRetriever, ResumableTrainer):
-    """`transformers.Trainer` for [`VPTSPForMetricLearning`], whose runs can be interrupted ([`ResumableTrainer`]).
+class VPTSPTrainer(SharingTrainer):
+    """`transformers.Trainer` for [`VPTSPForMetricLearning`], whose runs can be interrupted ([`ResumableTrainer`]) and
+    give a retriever to share ([`SharingTrainer`]).
 
     Args:
         model: A `VPTSPForMetricLearning`.
@@ -61,6 +62,7 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         processing_class: The image processor; what it does to pixels is done to the images, and it is saved along.
             Without one, pixels are treated as the backbone's own processor does, and none is saved.
         compute_metrics: Optional; gets embeddings as `predictions` and labels as `label_ids`, and adds to the metrics.
+        data_settings: As for [`ResumableTrainer`].
         kwargs: As for `Trainer`: `callbacks`, `data_collator`, `optimizers` and `optimizer_cls_and_kwargs`, whose
             `lr` and `weight_decay` are, unless given there, those of `args`.
 
@@ -78,7 +80,6 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         check_arguments(args)  # they may have been changed since they were made
         refuse_other_adapters(model)
         refuse_other_model(args.output_dir, model.config.backbone)
-        args._n_gpu = min(args.n_gpu, 1)  # DataParallel would split classes; several devices need a process each
         kwargs.setdefault("data_collator", collate_images)
         self._extra_metrics = kwargs.pop("compute_metrics", None)
         self._backbone_only = False
@@ -162,22 +163,19 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
             "worker_init_fn": leave_signals_to_main_process,
         }
 
-    def _prepare_input(self, data):
-        """Move to the device; a copy from pinned memory need not wait for the step before."""
-        if isinstance(data, torch.Tensor):
-            return data.to(self.args.device, non_blocking=data.is_pinned())
-        return super()._prepare_input(data)
-
-    def _prepare_inputs(self, inputs):
-        """Move a batch to the device and normalise uint8 images there, as the image processor does, bit for bit."""
-        inputs = super()._prepare_inputs(inputs)
-        pixels = inputs["pixel_values"]
+    def on_device(self, batch):
+        """A batch on the device, with uint8 images normalised there as the image processor does, bit for bit."""
+        batch = {  # a copy from pinned memory need not wait for the step before
+            name: value.to(self.args.device, non_blocking=value.is_pinned()) if torch.is_tensor(value) else value
+            for name, value in batch.items()
+        }
+        pixels = batch["pixel_values"]
         if pixels.dtype == torch.uint8:
             if self._normalise is None:  # not before there are such images: others need no image processor
                 self._normalise = normalisation_for(None, self.model.config, token=self.args.hub_token)
                 logger.warning(f"there is no processing_class: images get the backbone's {self._normalise}")
-            inputs["pixel_values"] = self._normalise(pixels)
-        return inputs
+            batch["pixel_values"] = self._normalise(pixels)
+        return batch
 
     # ---- Training
 
@@ -198,7 +196,7 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         """Forward and backward, then the commit of the batch's rows to the proxy state (once per batch)."""
         if self._ahead is not None:
             self._ahead.begin_batch()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, self.on_device(inputs), num_items_in_batch)
         if loss.device.type == "cpu":  # elsewhere `log` looks, since asking every step would stall the device
             self._require_finite(loss)
         self.model.commit_proxies(self._output)
@@ -217,13 +215,7 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
             epoch_iterator = self._ahead
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def _clip_grad_norm(self, model):
-        return self._clip_all_gradients(model, self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        return self._clip_all_gradients(model, math.inf) if grad_norm is None else grad_norm
-
-    def _clip_all_gradients(self, model, max_norm):
+    def clip_gradients(self, model, max_norm):
         """Scale gradients down to a norm, those of offloaded class prompts among them; returns the norm before."""
         with_gradient = list(model.parameters())
         if self._offloaded is not None and (reduced := self._offloaded.reduce_gradients()) is not None:
@@ -247,45 +239,26 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
             )
 
     def create_optimizer(self, model=None):
-        """Two groups: the original proxies and parameters of the loss, with a learning rate of their own, and all else
-        that is tuned."""
-        if self.optimizer is not None:
-            return self.optimizer
-        model = self.model if model is None else model
-        tuned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for name, p in tuned if not _is_proxy(name)]},
-            {"params": [p for name, p in tuned if _is_proxy(name)], "lr": self.args.proxy_learning_rate},
-        ]
-        if self.optimizer_cls_and_kwargs is None:
-            optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            options["weight_decay"] = self.args.weight_decay
-            if optimizer_cls is torch.optim.SGD:
-                options |= {"momentum": self.args.sgd_momentum, "fused": True}
-        else:
-            optimizer_cls, given = self.optimizer_cls_and_kwargs
-            decay = {"weight_decay": self.args.weight_decay} if self.args.weight_decay else {}
-            options = {"lr": self.args.learning_rate, **decay, **given}
-        self.optimizer = optimizer_cls([group for group in groups if group["params"]], **options)
+        """See [`build_optimizer`]."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            named = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            own = self.optimizer_cls_and_kwargs
+            self.optimizer = build_optimizer(model.named_parameters(), self.args, named, own)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """Warm-up, then cosine decay of each group's rate to `min_learning_rate`, which it keeps."""
+        """That of `lr_scheduler_type`; for `cosine` see [`cosine_schedule`]."""
         if self.args.lr_scheduler_type != "cosine":
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            optimizer = self.optimizer if optimizer is None else optimizer
             steps = num_training_steps
             if self.args.cosine_epochs is not None:
                 steps_per_epoch = math.ceil(len(self._train_batch_sampler()) / self.args.gradient_accumulation_steps)
                 steps = max(round(self.args.cosine_epochs * steps_per_epoch), 1)
-            warmup, floor = self.args.get_warmup_steps(num_training_steps), self.args.min_learning_rate
-            factors = [
-                _cosine_factor(steps, warmup, floor, group.get("initial_lr", group["lr"]))
-                for group in optimizer.param_groups
-            ]
-            self.lr_scheduler = LambdaLR(optimizer, factors)
-            self._created_lr_scheduler = True
+            optimizer = self.optimizer if optimizer is None else optimizer
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.set_scheduler(cosine_schedule(optimizer, steps, warmup, self.args.min_learning_rate))
         return self.lr_scheduler
 
     # ---- Evaluation
@@ -295,7 +268,7 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
 
         Embeddings of images that could not be read and were to be skipped are NaN.
         """
-        inputs = self._prepare_inputs(inputs)
+        inputs = self.on_device(inputs)
         embeddings = self._embed_batch(inputs["pixel_values"])
         if "readable" in inputs:
             embeddings[~inputs["readable"]] = torch.nan
@@ -330,7 +303,7 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         self.model.to(self.args.device).eval()
         embeddings, labels, readable = [], [], []
         for batch in tqdm(loader, description, disable=self.args.disable_tqdm or rank > 0, leave=False):
-            inputs = self._prepare_inputs(batch)
+            inputs = self.on_device(batch)
             embeddings.append(self._embed_batch(inputs["pixel_values"]).float().cpu())
             labels.append(inputs["labels"].cpu())
             readable.append(inputs.get("readable", torch.ones(len(labels[-1]), dtype=torch.bool)).cpu())
@@ -383,7 +356,20 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=num_images)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._require_comparable(metrics)
         return metrics
+
+    def _require_comparable(self, metrics):
+        """End a run whose best checkpoint can't be told: the Trainer would pass over a score that is no number."""
+        if self.args.metric_for_best_model is None or not (self.is_in_train and self.state.global_step):
+            return
+        name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
+        chooses = self.args.load_best_model_at_end or self.args.save_strategy == SaveStrategy.BEST
+        if chooses and math.isnan(metrics.get(name, 0.0)):
+            raise TrainingError(
+                f"metric_for_best_model: {name} is nan at step {self.state.global_step}, so no checkpoint can be "
+                "the best: give another metric or test set, or load_best_model_at_end false"
+            )
 
     def _find_excluded(self, datasets, num_queries):
         """Pairs of a query and a gallery item of the same image, looked for once; None where there are none."""
@@ -416,37 +402,24 @@ class VPTSPTrainer(SharesRetriever, ResumableTrainer):
         finally:
             self._backbone_only = False
 
-    # ---- Saving
+    # ---- Checkpoints
 
-    def _save(self, output_dir=None, state_dict=None):
-        """Checkpoint folders get all that training needs; any other folder gets what is shared, all of it at once."""
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        if not self.args.should_save:
-            return
-        if not is_checkpoint_folder(folder):
-            refuse_other_model(folder, self.model.config.backbone)
-            with replaced_together(folder) as staged:
-                self.write_shared(staged, folder)
-            return
+    def save_weights(self, folder):
+        """Write what a checkpoint has of the model: all that training needs."""
         self.model.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         if self._offloaded is not None and not self.args.save_only_model:
             self._offloaded.save_states(folder / CLASS_PROMPT_STATES_NAME)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self.model.load_saved(resume_from_checkpoint)
+    def load_checkpoint(self, folder):
+        self.model.load_saved(folder)
         if self._offloaded is not None:
-            self._offloaded.load_states(Path(resume_from_checkpoint) / CLASS_PROMPT_STATES_NAME)
+            self._offloaded.load_states(Path(folder) / CLASS_PROMPT_STATES_NAME)
 
-    def _load_best_model(self):
+    def load_best(self):
         check_files(self.state.best_model_checkpoint)
         self.model.load_saved(self.state.best_model_checkpoint)
-
-
-def _is_proxy(name):
-    """Whether a parameter is the original proxies, or (weights and margins of classes) one of the loss."""
-    return name.endswith("original_proxies") or name.startswith("criterion.")
 
 
 class _OneTime:
@@ -462,19 +435,6 @@ class _OneTime:
 def _readable(embeddings, labels, readable):
     """Without the images that could not be read and were to be skipped."""
     return (embeddings, labels) if readable.all() else (embeddings[readable], labels[readable])
-
-
-def _cosine_factor(steps, warmup, floor, base):
-    """Factor on a group's base rate, as a function of the step."""
-    least = min(floor / base, 1.0) if base > 0 else 0.0
-
-    def factor(step):
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
-        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return factor
 
 
 __all__ = ["VPTSPTrainer"]

@@ -42,6 +42,8 @@ REFUSED_FIELDS = {
     "use_cache": "it is for the generation of text",
     "use_liger_kernel": "there are no such kernels for these models",
 }
+# Fields of which the list of options need not speak, since but one value will do.
+NOT_OFFERED = {*REFUSED_FIELDS, "ddp_broadcast_buffers", "deepspeed", "fsdp", "fsdp_config"} - {"debug"}
 # Arguments of `Trainer.__init__` that can't be honoured.
 REFUSED_TRAINER_ARGUMENTS = {
     "compute_loss_func": "the loss is a field of the model's configuration, and own losses are registered",
@@ -179,4 +181,4 @@ def _text(value):
     return str(getattr(value, "value", value))
 
 
-__all__ = ["REFUSED_FIELDS", "REFUSED_TRAINER_ARGUMENTS", "check_arguments", "check_trainer_arguments"]
+__all__ = ["NOT_OFFERED", "REFUSED_FIELDS", "REFUSED_TRAINER_ARGUMENTS", "check_arguments", "check_trainer_arguments"]

@@ -15,6 +15,8 @@ from PIL import Image
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, train
 from vptsp.losses.loss_registry import check_loss
+from vptsp.training.run_arguments import check_run, parse_arguments
+from vptsp.training.run_errors import ConfigError
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,7 +151,7 @@ def test_fields_for_single_rows(tmp_path):
         configs, [0], tmp_path, common, lambda arguments, log: started.append(arguments) or log.write_text("") or 1,
         options,
     )  # fmt: skip
-    model_fields, training_args, *_ = train.parse_arguments(started[0])
+    model_fields, training_args, *_ = parse_arguments(started[0])
     assert (model_fields["num_prompts"], model_fields["embedding_dim"]) == (4, 8)
     assert (training_args.learning_rate, training_args.recall_at) == (0.001, [1, 2])
     assert model_fields["loss_kwargs"] == {"alpha": 16}
@@ -175,7 +177,7 @@ def test_fields_for_single_rows_that_can_not_be_used(tmp_path, text, message):
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_of_table_2_parse_and_take_a_step(path):
-    model_fields, training_args, data_args, _ = train.parse_arguments([str(path)])
+    model_fields, training_args, data_args, _ = parse_arguments([str(path)])
     assert model_fields["loss"] == path.stem
     assert data_args.dataset_name == "cub"
     assert training_args.per_device_train_batch_size // training_args.images_per_class <= 100  # classes of CUB
@@ -188,10 +190,10 @@ def test_presets_of_table_2_parse_and_take_a_step(path):
 
 def test_keywords_of_a_loss_from_the_command_line():
     options = ["--loss", "hyperbolic", "--loss_kwargs", '{"temperature": 0.5}', "--proxy_update", "none"]
-    model_fields, *_ = train.parse_arguments(options)
+    model_fields, *_ = parse_arguments(options)
     assert model_fields["loss_kwargs"] == {"temperature": 0.5}
-    with pytest.raises(train.ConfigError, match="loss_kwargs must be a JSON mapping"):
-        train.parse_arguments(["--loss_kwargs", "temperature: 0.5"])
+    with pytest.raises(ConfigError, match="loss_kwargs must be a JSON mapping"):
+        parse_arguments(["--loss_kwargs", "temperature: 0.5"])
 
 
 def test_losses_that_can_not_work_are_refused_before_anything_is_loaded(overrides):
@@ -200,6 +202,6 @@ def test_losses_that_can_not_work_are_refused_before_anything_is_loaded(override
         ("--loss", "hyperbolic", "--loss_kwargs", '{"tau": 0.5}'): "hyperbolic has no keyword 'tau'",
         ("--proxy_update", "gru_relu"): "'hyperbolic' has no proxies: proxy_update must be none",
     }.items():
-        arguments = train.parse_arguments([str(PRESETS[0]), *overrides, *options])
-        with pytest.raises(train.ConfigError, match=message):
-            train.check_run(*arguments)
+        arguments = parse_arguments([str(PRESETS[0]), *overrides, *options])
+        with pytest.raises(ConfigError, match=message):
+            check_run(*arguments)

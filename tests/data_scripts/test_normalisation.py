@@ -28,6 +28,8 @@ from vptsp import (
 )
 from vptsp.data_scripts.preprocessing import build_image_processor, load_image_processor, normalisation_for
 from vptsp.deploy.export import export_metadata
+from vptsp.training.run import prepare
+from vptsp.training.run_arguments import parse_arguments
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -71,7 +73,7 @@ def make_trainer(backbone, folder, **options):
 
 def normalised_by(trainer, pixels):
     batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    return trainer._prepare_inputs({"pixel_values": batch})["pixel_values"][0]
+    return trainer.on_device({"pixel_values": batch})["pixel_values"][0]
 
 
 # ---- One way for all
@@ -235,7 +237,7 @@ def test_a_run_says_what_it_takes(tmp_path, capsys, caplog, monkeypatch):
     assert stopped.value.code == 2
     assert "train.py: error: the image processor of" in capsys.readouterr().err
     (backbone / "preprocessor_config.json").unlink()
-    train.prepare(*train.parse_arguments(command)[:3])
+    prepare(*parse_arguments(command)[:3])
     assert f"the backbone '{backbone}' has no image processor: mean and std of images are 0.5" in caplog.text
 
 

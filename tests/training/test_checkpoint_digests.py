@@ -30,8 +30,9 @@ def splits(images, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def build(splits, backbone_folder):
-    def make(output, stream=None, **training):
+    def make(output, stream=None, data_settings=None, **training):
         request = {"output": str(output), "training": {**TRAINING, **training}, "stream": stream}
+        request["data_settings"] = data_settings
         return checkpoint_runs.build_trainer(splits, backbone_folder, request)
 
     return make
@@ -218,13 +219,11 @@ def test_every_other_data_argument_is_compared(build, output):
     settings = record_data_arguments(DataArguments())
     for name in names:
         assert (name in settings) == (name in OTHER_DATA)
-    trainer = build(output / "new", max_steps=1, save_steps=1, eval_strategy="no", load_best_model_at_end=False)
-    trainer.data_settings = settings
-    trainer.train()
+    short = {"max_steps": 1, "save_steps": 1, "eval_strategy": "no", "load_best_model_at_end": False}
+    build(output / "new", data_settings=settings, **short).train()
     for name, value in OTHER_DATA.items():
-        other = build(output / "new", max_steps=1, save_steps=1, eval_strategy="no", load_best_model_at_end=False)
         changed = DataArguments(**{"resize_size": 256, name: value})
-        other.data_settings = record_data_arguments(changed)
+        other = build(output / "new", data_settings=record_data_arguments(changed), **short)
         with pytest.raises(CheckpointError, match=rf"data.{name}: checkpoint .*, now {value!r}"):
             other.train(resume_from_checkpoint=True)
 

@@ -16,6 +16,10 @@ from conftest import tiny_vit_config
 from transformers import ViTConfig
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPTrainer, train
+from vptsp.training.run import build_model, print_summary
+from vptsp.training.run_arguments import parse_arguments
+from vptsp.training.run_errors import ConfigError
+from vptsp.training.tuned_counts import tuned_counts
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +70,7 @@ PUBLISHED_NAMES += ["inaturalist_vitb16"]
 
 def parsed(name):
     """Model, training and data arguments of a configuration, as `train.py` reads them; on the CPU."""
-    model_fields, training_args, data_args, _ = train.parse_arguments([str(CONFIGS[name]), "--use_cpu"])
+    model_fields, training_args, data_args, _ = parse_arguments([str(CONFIGS[name]), "--use_cpu"])
     return model_fields, training_args, data_args
 
 
@@ -110,7 +114,7 @@ def train_steps(model, training_args, dataset, folder, steps):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parses_to_what_it_says(name):
     given = yaml.safe_load(CONFIGS[name].read_text())
-    model_fields, training_args, data_args, run_args = train.parse_arguments([str(CONFIGS[name])])
+    model_fields, training_args, data_args, run_args = parse_arguments([str(CONFIGS[name])])
     values = {**vars(training_args), **vars(data_args), **vars(run_args), **model_fields}
     for field, value in given.items():
         assert values[field] == value or values[field] == pytest.approx(value), field
@@ -189,7 +193,7 @@ def counts(name):
     with torch.device("meta"):
         model = VPTSPForMetricLearning(full_size(name))
     model.config.backbone = "named"  # as it is when the weights come from a repository
-    return train.tuned_summary(model)
+    return tuned_counts(model)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -205,7 +209,7 @@ def test_counts_at_full_size(name):
 
 def test_summary_says_what_is_shipped(capsys):
     _, training_args, _ = parsed("table1/vptsp_m")
-    train.print_summary(counts("table1/vptsp_m"), {"train": range(5), "test": range(7)}, training_args, "none")
+    print_summary(counts("table1/vptsp_m"), {"train": range(5), "test": range(7)}, training_args, "none")
     assert capsys.readouterr().out.splitlines() == [
         "images            train 5, test 7",
         "tuned             194,688 of 21,860,352 parameters (0.89%)",
@@ -218,7 +222,7 @@ def test_summary_says_what_is_shipped(capsys):
 
 def test_a_backbone_without_a_name_is_shipped_too():
     model = VPTSPForMetricLearning(VPTSPConfig(backbone_config=tiny_vit_config(), num_classes=3))
-    summary = train.tuned_summary(model)
+    summary = tuned_counts(model)
     assert summary["shipped_parameters"] == summary["retriever_parameters"] > summary["tuned_parameters"]
 
 
@@ -272,7 +276,7 @@ def test_trains_a_small_model(name, twelve_layers, tmp_path, quick_collection):
     training_args.per_device_train_batch_size = 4 * training_args.images_per_class
     small = {"backbone": str(twelve_layers), "backbone_config": None, "embedding_dim": 10, "adapter_dim": 6}
     dataset = Noise(training_args, image_size=16)
-    model = train.build_model({**model_fields, **small}, dataset.num_classes, 16)
+    model = build_model({**model_fields, **small}, dataset.num_classes, 16)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     trainer = train_steps(model, training_args, dataset, tmp_path, steps=2)
     assert trainer.state.global_step == 2
@@ -314,10 +318,8 @@ def test_any_backbone_and_any_option(twelve_layers):
         "--adapter_mode",
         "sequential",
     ]
-    model_fields, *_ = train.parse_arguments(
-        [str(CONFIGS["table1/adapter"]), *options, "--lora_targets", "fc1", "fc2"]
-    )
-    model = train.build_model(model_fields, num_classes=3, image_size=16)
+    model_fields, *_ = parse_arguments([str(CONFIGS["table1/adapter"]), *options, "--lora_targets", "fc1", "fc2"])
+    model = build_model(model_fields, num_classes=3, image_size=16)
     config = model.config
     assert (config.num_prompts, config.prompt_depth, config.bitfit) == (4, 12, True)
     assert (config.adapter_layers, config.adapter_mode, config.lora_targets) == (7, "sequential", ["fc1", "fc2"])
@@ -325,11 +327,11 @@ def test_any_backbone_and_any_option(twelve_layers):
 
 def test_presets_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    by_name, *_ = train.parse_arguments(["table1/vpt"])
-    by_path, *_ = train.parse_arguments([str(CONFIGS["table1/vpt"])])
+    by_name, *_ = parse_arguments(["table1/vpt"])
+    by_path, *_ = parse_arguments([str(CONFIGS["table1/vpt"])])
     assert by_name == by_path
-    with pytest.raises(train.ConfigError, match="the configuration table1/vtp can't be read"):
-        train.parse_arguments(["table1/vtp"])
+    with pytest.raises(ConfigError, match="the configuration table1/vtp can't be read"):
+        parse_arguments(["table1/vtp"])
 
 
 def test_a_missing_package_is_one_line(twelve_layers, tmp_path, monkeypatch, capsys):

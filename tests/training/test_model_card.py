@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_vit_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
+from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
+from vptsp.training.checkpoints import delete_checkpoints
 from vptsp.training.model_card import retriever_card, without_tokens
 
 
@@ -97,6 +99,16 @@ def test_sizes_are_those_of_the_file(model, tmp_path):
     assert f"backbone and all: {4 * total / 1e6:.2f} MB" in retriever_card(model).text
 
 
+def test_a_backbone_without_a_name_is_counted_as_saved_before_it_is(tmp_path):
+    model = VPTSPForMetricLearning(VPTSPConfig(backbone_config=tiny_vit_config(), num_classes=3))
+    total = sum(parameter.numel() for parameter in model.retriever.parameters())
+    expected = f"Saved are backbone and all: {4 * total / 1e6:.2f} MB"
+    assert expected in retriever_card(model).text
+    model.retriever.save_pretrained(tmp_path)
+    assert sum(tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values()) == total
+    assert expected in retriever_card(model).text
+
+
 def test_paths_of_this_machine_stay_out(model, backbone_folder):
     card = retriever_card(model)
     assert str(backbone_folder) not in str(card)
@@ -119,8 +131,7 @@ def test_saving_without_scores_gives_a_card_with_what_is_there(model, tmp_path):
     assert "neighbours.png" not in card.text
     assert "## Size" in card.text
     assert card.data.eval_results is None
-    trainer.results = RESULTS
-    trainer.create_model_card(license="mit")
+    trainer.create_model_card(results=RESULTS, license="mit")
     card = ModelCard.load(tmp_path / "README.md")
     assert "## Scores" in card.text
     assert card.data.license == "mit"
@@ -134,12 +145,22 @@ def test_a_readme_of_something_else_is_left_alone(model, tmp_path, caplog):
     assert "is left as it is" in caplog.text
 
 
-def test_checkpoints_have_no_card(model, tmp_path):
-    VPTSPTrainer(model, arguments(tmp_path, eval_strategy="no")).save_model(
-        str(tmp_path / "checkpoint-1"), _internal_call=True
-    )
-    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
-    assert not (tmp_path / "checkpoint-1" / "README.md").exists()
+def test_what_is_saved_does_not_depend_on_what_a_folder_is_called(model, tmp_path):
+    """Saving gives the retriever with its card, also into folders that are called like checkpoints."""
+    folder = tmp_path / "checkpoint-5"
+    trainer = VPTSPTrainer(model, arguments(folder, eval_strategy="no"))
+    trainer.save_model()
+    trainer.save_model(str(tmp_path / ".checkpoint-7.partial"))
+    for name in ("checkpoint-5", ".checkpoint-7.partial"):
+        saved = load_file(tmp_path / name / "model.safetensors")
+        assert saved.keys() == model.retriever.tuned_names()
+        assert "## Size" in ModelCard.load(tmp_path / name / "README.md").text
+    trainer.state.global_step = 1
+    trainer.save_weights(tmp_path / "last")  # as checkpoints have it
+    assert "proxies.original_proxies" in load_file(tmp_path / "last" / "model.safetensors")
+    assert not (tmp_path / "last" / "README.md").exists()
+    delete_checkpoints([folder])  # as rotation does with what it finds under such a name
+    assert (folder / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])

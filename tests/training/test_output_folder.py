@@ -333,14 +333,13 @@ def test_a_trainer_killed_as_it_saves_leaves_one_retriever_with_its_scores(build
         with torch.no_grad():
             trainer.model.retriever.prompts.tokens.add_(1)
             embeddings[number] = trainer.model.retriever.eval()(pixels).embeddings
-        trainer.results = {"seed": number}
         if number == 1:
-            trainer.save_model()
+            trainer.save_model(results={"seed": 1})
     found, moment, status = [], 0, None
     while status != 0:
         moment += 7
         copy = shutil.copytree(output, tmp_path / f"run-{moment}")
-        status = kill_at(copy, moment, lambda copy=copy: trainer.save_model(str(copy)))
+        status = kill_at(copy, moment, lambda copy=copy: trainer.save_model(str(copy), results={"seed": 2}))
         finish_replacing(copy)
         number = json.loads((copy / "all_results.json").read_text())["seed"]
         assert torch.equal(VPTSPModel.from_pretrained(copy)(pixels).embeddings, embeddings[number])
@@ -367,8 +366,7 @@ def test_pictures_are_those_that_are_drawn(monkeypatch):
 def test_the_trainer_saves_retriever_scores_and_card_together(build, tmp_path, backbone_folder):
     trainer = build(tmp_path)
     (tmp_path / "README.md").write_text("# Mine\n")
-    trainer.results = {"final_recall_at_1": float("nan"), "seed": 3}
-    trainer.save_model()
+    trainer.save_model(results={"final_recall_at_1": float("nan"), "seed": 3})
     assert json.loads((tmp_path / "all_results.json").read_text()) == {"final_recall_at_1": None, "seed": 3}
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
     assert (tmp_path / json.loads((tmp_path / "config.json").read_text())["backbone"]).samefile(backbone_folder)

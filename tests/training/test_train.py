@@ -17,6 +17,9 @@ from transformers import AutoImageProcessor, AutoModel
 from vptsp import VPTSPConfig, VPTSPModel, VPTSPTrainer, train
 from vptsp.files.atomic import write_json
 from vptsp.files.locks import locked
+from vptsp.training import run
+from vptsp.training.run import save_results
+from vptsp.training.run_arguments import RunArguments, check_run, parse_arguments
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +107,7 @@ def test_run_from_configuration_to_reloaded_retriever(arguments, tmp_path, image
 
 
 def test_options_win_over_the_file(arguments):
-    model_fields, training_args, data_args, run_args = train.parse_arguments(
+    model_fields, training_args, data_args, run_args = parse_arguments(
         [*arguments, "--num_prompts", "7", "--proxy_learning_rate", "0.3", "--test_share", "0.4", "--no_bitfit"]
     )
     assert (model_fields["num_prompts"], model_fields["bitfit"]) == (7, False)
@@ -115,7 +118,7 @@ def test_options_win_over_the_file(arguments):
 
 
 def test_every_model_field_can_be_given(arguments):
-    model_fields, *_ = train.parse_arguments(arguments)
+    model_fields, *_ = parse_arguments(arguments)
     derived = {"num_classes", "backbone_fingerprint", "format_version"}
     own = set(VPTSPConfig.__annotations__) - {"model_type", "sub_configs"} - derived
     assert set(model_fields) == own
@@ -123,7 +126,7 @@ def test_every_model_field_can_be_given(arguments):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configurations_parse(path, tmp_path):
-    model_fields, training_args, data_args, _ = train.parse_arguments([str(path)])
+    model_fields, training_args, data_args, _ = parse_arguments([str(path)])
     given = yaml.safe_load(path.read_text())
     parsed = {**model_fields, **vars(training_args), **vars(data_args)}
     for name in ("num_prompts", "embedding_dim", "learning_rate", "proxy_learning_rate", "image_size"):
@@ -156,8 +159,8 @@ def test_earlier_results_are_not_overwritten(arguments, tmp_path, capsys):
     (tmp_path / "run" / "all_results.json").write_text("{}")
     assert "holds an earlier run" in refused(arguments, capsys)
     assert (tmp_path / "run" / "all_results.json").read_text() == "{}"
-    train.check_run(*train.parse_arguments([*arguments, "--overwrite_output"]))
-    train.check_run(*train.parse_arguments([*arguments, "--resume_from_checkpoint", "true"]))
+    check_run(*parse_arguments([*arguments, "--overwrite_output"]))
+    check_run(*parse_arguments([*arguments, "--resume_from_checkpoint", "true"]))
 
 
 @pytest.mark.parametrize(
@@ -305,11 +308,11 @@ def test_pushing_a_retriever_on_a_local_backbone_is_refused(arguments, capsys, b
 
 def test_the_curves_begin_with_the_frozen_backbone(monkeypatch, tmp_path):
     given = []
-    monkeypatch.setattr(train, "draw_pictures", lambda folder, trainer, frozen, count: given.append(frozen) or set())
-    done = {name: lambda *args, **kwargs: True for name in ("save_model", "delete_replaced", "create_model_card")}
+    monkeypatch.setattr(run, "draw_pictures", lambda folder, trainer, frozen, count: given.append(frozen) or set())
+    done = {name: lambda *args, **kwargs: True for name in ("save_retriever", "delete_replaced", "create_model_card")}
     trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), is_world_process_zero=lambda: True, **done)
     results = {"frozen_recall_at_1": 0.1, "final_recall_at_1": 0.2, "seed": 0}
-    train.save_results(results, trainer, train.RunArguments(picture_queries=2))
+    save_results(results, trainer, RunArguments(picture_queries=2))
     assert given == [{"frozen_recall_at_1": 0.1}]
     assert results["picture"] is None
 
@@ -359,7 +362,7 @@ def test_a_run_that_takes_the_place_of_another(arguments, tmp_path):
 
 def test_results_that_are_no_numbers_are_null(tmp_path):
     trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), is_world_process_zero=lambda: True)
-    trainer.save_model = lambda **kwargs: write_json(tmp_path / "all_results.json", trainer.results)
+    trainer.save_retriever = lambda results: write_json(tmp_path / "all_results.json", results)
     trainer.delete_replaced = lambda: None
-    train.save_results({"final_nmi": float("nan")}, trainer, train.RunArguments(picture_queries=0))
+    save_results({"final_nmi": float("nan")}, trainer, RunArguments(picture_queries=0))
     assert (tmp_path / "all_results.json").read_text() == '{\n  "final_nmi": null\n}\n'

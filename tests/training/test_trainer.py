@@ -253,7 +253,7 @@ def test_images_are_normalised_as_the_image_processor_does(backbone_folder, tmp_
     trainer = VPTSPTrainer(
         model=make_model(backbone_folder), args=make_args(tmp_path), processing_class=processor, train_dataset=None
     )
-    batch = trainer._prepare_inputs(trainer.data_collator([eval_dataset[i] for i in range(5)]))
+    batch = trainer.on_device(trainer.data_collator([eval_dataset[i] for i in range(5)]))
     images = [eval_dataset.open_image(i) for i in range(5)]
     assert torch.equal(batch["pixel_values"], processor(images, return_tensors="pt").pixel_values)
 

@@ -1,0 +1,276 @@
+"""A run: data, model and Trainer put together, scores before and after training, results written."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback, set_seed
+
+from ..configuration_vptsp import VPTSPConfig
+from ..data_scripts.image_datasets import image_datasets
+from ..data_scripts.preprocessing import build_image_processor
+from ..eval.run_pictures import EvaluatedImages, draw_run
+from ..loading_vptsp import resized_config
+from .model import VPTSPForMetricLearning
+from .offloading import describe_class_prompts
+from .output_folder import check_output_folder, output_held
+from .proxy_movement import FILE_NAME, ProxyMovement, read_proxy_movement
+from .run_errors import ConfigError
+from .run_record import record_data_arguments
+from .trainer import VPTSPTrainer
+from .tuned_counts import tuned_counts
+
+
+def build_model(model_fields, num_classes, image_size):
+    """The training model, on pretrained weights or (with `backbone_config` alone) on random ones."""
+    values = {**model_fields, "num_classes": num_classes}
+    backbone = values.pop("backbone")
+    if backbone is None:
+        config = VPTSPConfig(**values)
+        config.backbone_config = resized_config(config.backbone_config, image_size)
+        return VPTSPForMetricLearning(config)
+    revision = values.pop("backbone_revision")
+    values.pop("backbone_config")
+    return VPTSPForMetricLearning.from_backbone(backbone, revision=revision, image_size=image_size, **values)
+
+
+def check_classes_answered(trainer):
+    """Refuse, before training, a test set that has no distances between classes and no intervals.
+
+    Raises:
+        ConfigError: fewer than two classes of the queries that `trainer` evaluated last can be answered.
+    """
+    evaluated = EvaluatedImages(trainer.eval_dataset, trainer.last_evaluated)
+    answered = evaluated.query_labels[evaluated.num_relevant > 0].unique()
+    if len(answered) < 2:
+        raise ConfigError(
+            f"all metrics need at least two test classes whose queries can be answered, got {len(answered)}; "
+            "give more, or --final_metrics retrieval"
+        )
+
+
+def print_summary(summary, images, training_args, class_prompts):
+    lengths = {name: _length(part) for name, part in images.items()}
+    sizes = ", ".join(f"{name} {'?' if length is None else f'{length:,}'}" for name, length in lengths.items())
+    print(f"images            {sizes}")
+    print(
+        f"tuned             {summary['tuned_parameters']:,} of {summary['retriever_parameters']:,} parameters "
+        f"({summary['tuned_share']:.2%})"
+    )
+    print(f"to ship           {summary['shipped_parameters']:,} parameters, {summary['shipped_megabytes']:.2f} MB")
+    print(f"for training only {summary['training_only_parameters']:,} parameters (proxies, and what updates them)")
+    print(f"class prompts     {class_prompts}")
+    print(f"results           {training_args.output_dir}", flush=True)
+
+
+def _length(dataset) -> int | None:
+    """Number of images, None for a stream that does not know."""
+    try:
+        return len(dataset)
+    except TypeError:
+        return None
+
+
+def print_scores(title, metrics, prefix):
+    """Recall@K and MAP@R in percent, with their confidence intervals where there are any."""
+    shown = []
+    for name, value in metrics.items():
+        short = name.removeprefix(f"{prefix}_")
+        if short.startswith(("recall_at_", "map_at_r")) and not short.endswith(("_low", "_high")):
+            low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+            interval = "" if low is None else f" ({100 * low:.1f} to {100 * high:.1f})"
+            shown.append(f"{short} {100 * value:.2f}{interval}")
+    print(f"{title:<18}" + "  ".join(shown), flush=True)
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors", "numpy", "pillow")
+    return {
+        "python": platform.python_version(),
+        "vptsp": metadata.version("vptsp"),
+        **{n: metadata.version(n) for n in names},
+    }
+
+
+def peak_memory_megabytes() -> float:
+    """Of the accelerator, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 1e6
+    import resource  # there is none on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, kilobytes elsewhere
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+class StepTimer(TrainerCallback):
+    """Notes the seconds of every training step, data loading included, in `seconds`."""
+
+    def __init__(self):
+        self.seconds = []
+        self._last = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+        self._last = now
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._last = None  # evaluation and saving are no steps
+
+    on_save = on_evaluate
+
+
+def draw_pictures(folder, trainer, frozen, count):
+    """Pictures of the evaluation that `trainer` made last, and of its training; says which and where.
+
+    Returns:
+        Names of the files.
+    """
+    movement = Path(trainer.args.output_dir) / FILE_NAME
+    written, problems = draw_run(
+        folder,
+        EvaluatedImages(trainer.eval_dataset, trainer.last_evaluated),
+        trainer.model.retriever.eval(),
+        trainer.processing_class,
+        [{"step": 0, "epoch": 0.0, **frozen}, *trainer.state.log_history],
+        read_proxy_movement(movement) if movement.is_file() else [],
+        count=count,
+        seed=trainer.args.seed,
+    )
+    print(f"pictures          {folder}: {', '.join(path.name for path in written)}", flush=True)
+    for name, problem in problems.items():
+        print(f"no {name}.png: {problem}", file=sys.stderr)
+    return {path.name for path in written}
+
+
+def prepare(model_fields, training_args, data_args):
+    """Load data and model and put them together.
+
+    Returns:
+        trainer: Ready to train; its `eval_dataset` is one data set, or a dict of query and gallery.
+        images: All data sets, by split.
+        step_seconds: A list that training fills.
+
+    Raises:
+        ConfigError or DataError: data, model and batches don't fit together.
+    """
+    images = image_datasets(data_args)
+    parts = {name: part for name, part in images.items() if name != "train"}
+    timer = StepTimer()
+    set_seed(training_args.seed)
+    try:
+        model = build_model(model_fields, images["train"].num_classes, data_args.image_size)
+        trainer = VPTSPTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=images["train"],
+            eval_dataset=parts.get("test", parts),
+            processing_class=build_image_processor(
+                data_args.image_size, data_args.resize_size, model.config.backbone, model.config.backbone_revision
+            ),
+            data_settings=record_data_arguments(data_args),
+            callbacks=[timer, ProxyMovement()] if hasattr(model, "proxies") else [timer],
+        )
+    except (ValueError, OSError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+    return trainer, images, timer.seconds
+
+
+def run(model_fields, training_args, data_args, run_args, command):
+    """Train, evaluate and save; returns the results that `all_results.json` gets.
+
+    Raises:
+        InUseError: another run uses `output_dir`.
+    """
+    with output_held(training_args):
+        # again, for what another run may have done since, and now nobody can
+        resume, overwrite = training_args.resume_from_checkpoint, run_args.overwrite_output
+        check_output_folder(training_args.output_dir, model_fields["backbone"], resume, overwrite)
+        trainer, images, step_seconds = prepare(model_fields, training_args, data_args)
+        results = train_and_evaluate(trainer, images, step_seconds, run_args)
+        results = {"command": command, "seed": training_args.seed, **described_data(data_args, images), **results}
+        save_results(results, trainer, run_args)
+        if training_args.push_to_hub and (
+            commit := trainer.push_to_hub(results=results)
+        ):  # None on all processes but the first
+            print(f"pushed            {commit.commit_url}", flush=True)
+    return results
+
+
+def train_and_evaluate(trainer, images, step_seconds, run_args):
+    """Scores of the frozen backbone, training, scores of what it gave; as a part of the results."""
+    checkpoint = trainer.checkpoint_to_resume(trainer.args.resume_from_checkpoint)
+    if checkpoint is None and run_args.overwrite_output:
+        trainer.replace_checkpoints()
+    is_main = trainer.is_world_process_zero()
+    summary = tuned_counts(trainer.model)
+    if is_main:
+        print_summary(summary, images, trainer.args, describe_class_prompts(trainer.model))
+
+    frozen = trainer.evaluate_backbone()
+    if run_args.final_metrics == "all":
+        check_classes_answered(trainer)
+    if is_main:
+        print_scores("frozen backbone", frozen, "frozen")
+    outcome = trainer.train(resume_from_checkpoint=checkpoint or False)
+    final = trainer.evaluate(metric_key_prefix="final", eval_metrics=run_args.final_metrics)
+    if is_main:
+        print_scores("frozen backbone", frozen, "frozen")
+        print_scores("tuned", final, "final")
+    return {
+        **summary,
+        **frozen,
+        **final,
+        "best_step": trainer.state.best_global_step,
+        "train_runtime": outcome.metrics["train_runtime"],
+        "steps": outcome.global_step,
+        "median_step_seconds": statistics.median(step_seconds) if step_seconds else None,
+        "train_loss": outcome.training_loss,
+        "peak_memory_megabytes": peak_memory_megabytes(),
+    }
+
+
+def described_data(data_args, images):
+    """The data set and what was left out of it, and versions; as a part of the results."""
+    skipped = set(gather_object([name for part in images.values() for name in part.skipped]))
+    dataset = {
+        "name": data_args.dataset_name,
+        "repo": data_args.dataset_repo,
+        "revision": data_args.dataset_revision,
+        **{f"{name}_classes": part.num_classes for name, part in images.items()},
+        **{f"{name}_images": _length(part) for name, part in images.items()},
+        "skipped_images": sorted(skipped),
+    }
+    return {"versions": versions(), "dataset": dataset}
+
+
+def save_results(results, trainer, run_args):
+    """Put retriever, scores and model card into `output_dir`, all at once, then pictures.
+
+    `results` gets the name of the picture that is to be shared.
+    """
+    trainer.save_retriever(results=results)
+    trainer.delete_replaced()
+    if not trainer.is_world_process_zero():
+        return
+    output = Path(trainer.args.output_dir)
+    print(f"saved             {output}: retriever, README.md, all_results.json", flush=True)
+    if run_args.picture_queries:
+        frozen = {name: value for name, value in results.items() if name.startswith("frozen_")}
+        drawn = draw_pictures(output / "pictures", trainer, frozen, run_args.picture_queries)
+        results["picture"] = "pictures/neighbours.png" if "neighbours.png" in drawn else None
+        trainer.create_model_card(results=results)
+
+
+__all__ = ["build_model", "prepare", "run"]
