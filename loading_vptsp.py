@@ -452,10 +452,11 @@ def refuse_local_backbone(backbone, retriever):
 
 
 def backbone_fingerprint(state_dict) -> str:
-    """Digest of a backbone's weights: of every value, in the order that each tensor holds them.
+    """Digest of a backbone's weights: of every value, in the order that each tensor holds them, layer by layer.
 
-    Neither what tensors are called nor their order counts, since libraries change both; nor does the dtype, as long
-    as it holds the same values. That two tensors of one shape changed places is not seen.
+    Neither what tensors are called nor their order counts, since libraries change both; only the number of the layer
+    is taken from a name. Nor does the dtype count, as long as it holds the same values. That two tensors of one shape
+    changed places within a layer is not seen.
 
     Args:
         state_dict: Name -> tensor, as loaded from the checkpoint.
@@ -463,8 +464,14 @@ def backbone_fingerprint(state_dict) -> str:
     Returns:
         `v2:` and 64 hexadecimal digits.
     """
-    digests = sorted(_tensor_digest(tensor) for tensor in state_dict.values())
-    return FINGERPRINT_PREFIX + hashlib.sha256(b"".join(digests)).hexdigest()
+    digests = sorted((_layer_number(name), _tensor_digest(tensor)) for name, tensor in state_dict.items())
+    joined = b"".join(f"{layer} ".encode() + digest for layer, digest in digests)
+    return FINGERPRINT_PREFIX + hashlib.sha256(joined).hexdigest()
+
+
+def _layer_number(name) -> int:
+    """N of a tensor in layer N; -1 outside of the layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
 
 
 def _tensor_digest(tensor) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import math
 import os
 import sys
@@ -374,6 +375,19 @@ def _non_reentrant(options):
     return options
 
 
+def _refuse_other_model(folder):
+    """Raise if a folder holds a model that is none of this project's: the backbone, say, which would be lost."""
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        return
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (AttributeError, ValueError):
+        kind = None
+    if kind != VPTSPConfig.model_type:
+        raise ValueError(f"{folder} holds another model (model_type {kind!r} in {CONFIG_NAME}), which would be lost")
+
+
 def _card_writer():
     """What writes model cards; None in code that came along with a shared retriever, which has only four files."""
     try:
@@ -572,14 +586,16 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             **kwargs: As for `PreTrainedModel.save_pretrained`.
 
         Raises:
-            ValueError: `push_to_hub` was asked for, use the method of that name; `max_shard_size`, since it is all one
-                file; `save_backbone=False`, but all of the backbone is tuned; or PEFT has changed the model.
+            ValueError: the folder holds another model; `push_to_hub` was asked for, use the method of that name;
+                `max_shard_size`, since it is all one file; `save_backbone=False`, but all of the backbone is tuned; or
+                PEFT has changed the model.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("save_pretrained does not push: use model.push_to_hub(repo_id)")
         if kwargs.get("max_shard_size") is not None:
             raise ValueError(f"save_pretrained writes one {SAFE_WEIGHTS_NAME}: leave max_shard_size out")
         refuse_other_adapters(self)
+        _refuse_other_model(Path(save_directory))
         if save_backbone is False and self.config.tune_backbone:
             raise ValueError("save_backbone must be true with tune_backbone, got False: all of the backbone is tuned")
         if save_backbone is not None:

@@ -31,7 +31,9 @@ logger = logging.getLogger(__name__)
 LAYOUT_SPLITS = {"train_test": ("train", "test"), "query_gallery": ("train", "query", "gallery")}
 """The splits, or their folders, of the layouts that have any."""
 LAYOUTS = ("auto", "classes", *LAYOUT_SPLITS)
-_SPLIT_NAMES = frozenset({"train", "test", "query", "gallery", "val", "valid", "validation", "dev"})
+_SPLIT_NAMES = frozenset(
+    {"train", "test", "query", "gallery", "val", "valid", "validation", "dev", "training", "testing"}
+)
 
 
 def existing_folder(data_dir: str | Path | None, option: str = "data_dir") -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -103,7 +104,7 @@ def _is_absent(name, file, revision, hub_kwargs) -> bool:
     hub_kwargs = {**hub_kwargs}
     file = (PurePosixPath(hub_kwargs.pop("subfolder", None) or "") / file).as_posix()
     if Path(name).is_dir():
-        return not Path(name, file).exists()
+        return not os.path.lexists(Path(name, file))  # a link that leads nowhere is no answer
     try:
         hf_hub_download(name, file, revision=revision, **hub_kwargs)
     except LocalEntryNotFoundError:

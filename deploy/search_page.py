@@ -18,7 +18,7 @@ from PIL import Image
 
 from vptsp._version import __version__
 from vptsp.data_scripts.data_errors import DataError, ImageError
-from vptsp.data_scripts.images import image_errors, open_image
+from vptsp.data_scripts.images import image_errors, open_header, open_image
 from vptsp.eval.markdown import code_span, plain_text
 from vptsp.files.locks import LOCK_FILE
 
@@ -106,7 +106,7 @@ class SearchPage:
             ImageError: it can't be read, or has too many pixels.
         """
         name = Path(path).name
-        with image_errors(name), Image.open(path) as image:  # reads the size, no pixels
+        with image_errors(name), open_header(path) as image:  # reads the size, no pixels
             megapixels = image.width * image.height / 1e6
         if megapixels > self.max_megapixels:
             raise ImageError(f"{name} has {megapixels:.4g} megapixels, expected at most {self.max_megapixels:g}")

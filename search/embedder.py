@@ -126,8 +126,6 @@ class Embedder:
         max_image_pixels: An image of more can't be read.
 
     Attributes:
-        fingerprint: Digest of the weights that take part and of the preprocessing; the same for every device and
-            dtype. Whoever has embeddings of the same fingerprint can compare them.
         embedding_dim: E.
     """
 
@@ -155,8 +153,25 @@ class Embedder:
         self.device = torch.device(device) if device is not None else default_device()
         self.preprocess = ImagePreprocessor(processor, config.backbone_config.image_size, max_image_pixels)
         self.embedding_dim = config.pooled_dim if backbone_only else config.embedding_dim
-        self.fingerprint = model_fingerprint(model, processor, backbone_only)
+        self._fingerprint = model_fingerprint(model, processor, backbone_only)
         self.model = model.to(device=self.device, dtype=dtype).eval()
+        self._weights = self._fingerprint if dtype == torch.float32 else self._digest()
+
+    @property
+    def fingerprint(self):
+        """Digest of the weights that take part and of the preprocessing; the same for every device and dtype.
+
+        Whoever has embeddings of the same fingerprint can compare them.
+
+        Raises:
+            ValueError: the weights have changed since the embedder was made.
+        """
+        if self._digest() != self._weights:
+            raise ValueError(f"the weights of {self.name} have changed since this Embedder was made: make another")
+        return self._fingerprint
+
+    def _digest(self):
+        return model_fingerprint(self.model, self.preprocess.processor, self.backbone_only)
 
     @classmethod
     def from_pretrained(cls, name, *, revision=None, resize_size=None, **options):

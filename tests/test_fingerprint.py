@@ -41,8 +41,12 @@ def old_retriever(backbone_folder, tmp_path):
 
 
 def test_definition(weights):
-    digests = [hashlib.sha256(tensor.numpy().tobytes()).digest() for tensor in weights.values()]
-    expected = hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+    digests = []
+    for name, tensor in weights.items():
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
+        digests.append((layer, hashlib.sha256(tensor.numpy().tobytes()).digest()))
+    joined = b"".join(str(layer).encode() + b" " + digest for layer, digest in sorted(digests))
+    expected = hashlib.sha256(joined).hexdigest()
     assert backbone_fingerprint(weights) == f"v2:{expected}"
 
 
@@ -52,7 +56,20 @@ def test_names_and_their_order_do_not_count(weights):
     random.Random(0).shuffle(items)
     assert backbone_fingerprint(dict(items)) == expected
     assert backbone_fingerprint({name_before(name, "vit"): tensor for name, tensor in items}) == expected
-    assert backbone_fingerprint({str(i): tensor for i, (_, tensor) in enumerate(items)}) == expected
+    other = {".".join(p if p.isdigit() else f"{p}{i}" for p in n.split(".")): t for i, (n, t) in enumerate(items)}
+    assert backbone_fingerprint(other) == expected
+
+
+def test_layers_that_changed_places_are_seen(weights):
+    swap = {"layers.0": "layers.1", "layers.1": "layers.0"}
+    swapped = {
+        ".".join(
+            [swap.get(".".join(name.split(".")[:2]), ".".join(name.split(".")[:2])), *name.split(".")[2:]]
+        ): tensor
+        for name, tensor in weights.items()
+    }
+    assert swapped.keys() == weights.keys()
+    assert backbone_fingerprint(swapped) != backbone_fingerprint(weights)
 
 
 def test_every_value_counts(weights):

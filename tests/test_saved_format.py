@@ -115,3 +115,13 @@ def test_pushing_has_a_method_of_its_own(retriever, tmp_path):
     with pytest.raises(ValueError, match=r"use model\.push_to_hub"):
         retriever.save_pretrained(tmp_path / "birds", push_to_hub=True)
     assert not (tmp_path / "birds").exists()
+
+
+def test_another_model_is_not_overwritten(retriever, tmp_path, backbone_folder):
+    shutil.copytree(backbone_folder, tmp_path / "backbone")
+    before = (tmp_path / "backbone" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"backbone holds another model \(model_type 'vit' in config.json\)"):
+        retriever.save_pretrained(tmp_path / "backbone")
+    assert (tmp_path / "backbone" / "model.safetensors").read_bytes() == before
+    retriever.save_pretrained(tmp_path / "own")
+    retriever.save_pretrained(tmp_path / "own")

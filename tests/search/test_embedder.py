@@ -136,3 +136,12 @@ def test_options_that_do_not_apply_are_refused(retriever_folder):
         Embedder.from_pretrained(retriever_folder, resize_size=18)
     with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
         Embedder.from_pretrained(retriever_folder, batch_size=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_changed_weights_have_no_fingerprint(retriever_folder, dtype):
+    embedder = Embedder.from_pretrained(retriever_folder, dtype=dtype)
+    assert embedder.fingerprint == Embedder.from_pretrained(retriever_folder).fingerprint
+    embedder.model.prompts.tokens.data.normal_()
+    with pytest.raises(ValueError, match="have changed since this Embedder was made: make another"):
+        embedder.description()
