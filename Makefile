@@ -32,8 +32,13 @@ quality: $(VENV)/.installed  ## check format and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
+# What an earlier build left in build/ would go into the wheel too.
+wheel: $(VENV)/.installed  ## build the package, in dist/
+	rm -rf build *.egg-info
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
 clean:  ## remove what builds and runs leave (not the environment)
 	rm -rf build dist *.egg-info runs .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help install quickstart test style quality clean
+.PHONY: help install quickstart test style quality wheel clean
