@@ -22,7 +22,7 @@ quickstart: $(VENV)/.installed  ## the whole chain on scanned digits, offline, i
 	$(BIN)/python -m vptsp.examples.quickstart
 
 test: $(VENV)/.installed  ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 style: $(VENV)/.installed  ## format and fix
 	$(BIN)/ruff format .
