@@ -22,7 +22,7 @@ quickstart: $(VENV)/.installed  ## the whole chain on scanned digits, offline, i
 	$(BIN)/python -m vptsp.examples.quickstart
 
 test: $(VENV)/.installed  ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # A short selection with the lowest versions that setup.cfg claims, in an environment of its own.
 LOWEST := .venv-lowest
@@ -48,8 +48,13 @@ quality: $(VENV)/.installed  ## check format and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
+# What an earlier build left in build/ would go into the wheel too.
+wheel: $(VENV)/.installed  ## build the package, in dist/
+	rm -rf build *.egg-info
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
 clean:  ## remove what builds and runs leave (not the environment)
 	rm -rf build dist *.egg-info runs .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help install quickstart test test-lowest style quality clean
+.PHONY: help install quickstart test test-lowest style quality wheel clean

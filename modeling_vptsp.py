@@ -308,7 +308,7 @@ def _is_in_layer(module) -> bool:
 # ---- Tuning methods beside these, by name
 
 
-TUNINGS: dict[str, Callable] = {}  # the package registers them by `register_tuning` (names/model_registry.py)
+TUNINGS: dict[str, Callable] = {}  # the package registers them by `register_tuning` (training/model_registry.py)
 
 
 def add_tuning(model):

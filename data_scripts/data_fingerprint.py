@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .data_errors import DataError
 
-__all__ = ["CONTENTS_READ", "digest", "evenly_spaced", "image_contents", "relative_names"]
+
+__all__ = ["CONTENTS_READ", "content_digest", "digest", "evenly_spaced", "image_contents", "relative_names"]
 
 CONTENTS_READ = 16
 """Images whose contents a fingerprint looks at."""
@@ -20,6 +22,24 @@ def digest(parts: Iterable[bytes]) -> str:
         found.update(len(part).to_bytes(8, "little"))
         found.update(part)
     return found.hexdigest()
+
+
+def content_digest(stored):
+    """BLAKE2b of an image's file, 32 bytes.
+
+    Args:
+        stored: Its path or contents.
+
+    Raises:
+        DataError: the file can't be read; the message names it.
+    """
+    if isinstance(stored, bytes):
+        return hashlib.blake2b(stored, digest_size=32).digest()
+    try:
+        with Path(stored).open("rb") as stream:
+            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).digest()
+    except OSError as error:
+        raise DataError(f"{stored}: can't read this file ({error.strerror or error})") from error
 
 
 def relative_names(paths: Sequence[str | None]) -> list[str | None]:

@@ -9,8 +9,8 @@ import logging
 
 import torch
 
-from ..search.image_sources import content_digest
 from .data_errors import DataError
+from .data_fingerprint import content_digest
 
 
 logger = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""Evaluation: exact neighbours, measures of retrieval, clustering and geometry, stores and indexes of embeddings."""
+"""Evaluation: exact neighbours, measures of retrieval, clustering and geometry, intervals, comparisons, pictures."""

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data_scripts.data_errors import DataError, ImageError
-from .image_sources import content_digest
+from ..data_scripts.data_fingerprint import content_digest
 from .store import (
     EMBEDDING_DTYPES,
     EmbeddingStore,

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..data_scripts.class_folders import class_of_path, split_folders, visible_folders
 from ..data_scripts.data_errors import DataError, some
+from ..data_scripts.data_fingerprint import content_digest
 from ..data_scripts.image_files import list_images
 from ..data_scripts.labels import check_labels
 
@@ -93,24 +94,6 @@ class ImageSource:
 
     def _content_digest(self, row):
         return content_digest(self.stored(row))
-
-
-def content_digest(stored):
-    """BLAKE2b of an image's file, 32 bytes.
-
-    Args:
-        stored: Its path or contents.
-
-    Raises:
-        DataError: the file can't be read; the message names it.
-    """
-    if isinstance(stored, bytes):
-        return hashlib.blake2b(stored, digest_size=32).digest()
-    try:
-        with Path(stored).open("rb") as stream:
-            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).digest()
-    except OSError as error:
-        raise DataError(f"{stored}: can't read this file ({error.strerror or error})") from error
 
 
 def folder_source(folder):
@@ -237,4 +220,4 @@ def _common_root(files, preferred):
     return Path(os.path.commonpath([os.path.dirname(file) for file in files])) if files else preferred  # noqa: PTH120
 
 
-__all__ = ["ImageSource", "content_digest", "folder_source", "list_source", "split_source"]
+__all__ = ["ImageSource", "folder_source", "list_source", "split_source"]

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: a tiny random vision transformer, offline and seeded."""
 
+import gc
 import os
 
 
@@ -10,6 +11,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 from transformers import ViTConfig, ViTModel
+
+
+def pytest_collection_modifyitems(items):
+    """Files with tests of several processes first: they last longest, and what comes last runs on one worker alone."""
+    slow = {item.path for item in items if item.get_closest_marker("distributed")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """Every training run ends with a garbage collection, which need not look through all that is imported."""
+    gc.freeze()
 
 
 def tiny_vit_config(**overrides):

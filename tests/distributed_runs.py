@@ -1,14 +1,19 @@
-"""Small training runs, started in one process or (by torchrun) in several, that must come out the same.
+"""Small training runs, in one process or in several, that must come out the same.
 
-    torchrun --nproc_per_node 2 distributed_runs.py DATA BACKBONE OUTPUT
+    python distributed_runs.py DATA BACKBONE OUTPUT 1 2 3
 
-writes the final weights of every run of every rank to OUTPUT.
+makes all runs in one process, then in two, then in three, which are forked once everything is imported. The final
+weights of every run of every rank go to OUTPUT/1, OUTPUT/2, ..., and what went wrong to `error-RANK.txt` there.
 """
 
+import gc
+import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
+from checkpoint_runs import free_port
 from safetensors.torch import save_file
 
 from vptsp import (
@@ -66,7 +71,6 @@ GLOBAL_BATCH = 12
 
 
 def run_all(data, backbone, output):
-    torch.set_num_threads(1)
     splits = load_splits("folder", data, cache_dir=output / "cache", test_share=0.4)
     train = ImageDataset(splits["train"], TrainTransform(16))
     test = ImageDataset(splits["test"], EvalTransform(18, 16))
@@ -106,5 +110,32 @@ def run_all(data, backbone, output):
         save_file(final, output / f"{name}-{args.process_index}.safetensors")
 
 
+def fork(rank, processes, port, data, backbone, output):
+    """Start a child that makes all runs as one of several ranks; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        run_all(data, backbone, output)
+    except BaseException:
+        (output / f"error-{rank}.txt").write_text(traceback.format_exc())
+    os._exit(0)
+
+
+def main(data, backbone, output, numbers):
+    torch.set_num_threads(1)
+    VPTSPForMetricLearning.from_backbone(backbone, num_classes=2)  # imports the rest, once for all
+    gc.freeze()  # children need not look through what they share
+    for processes in numbers:
+        (output / str(processes)).mkdir()
+        port = free_port()
+        for child in [
+            fork(rank, processes, port, data, backbone, output / str(processes)) for rank in range(processes)
+        ]:
+            os.waitpid(child, 0)
+
+
 if __name__ == "__main__":
-    run_all(*(Path(argument) for argument in sys.argv[1:4]))
+    main(*map(Path, sys.argv[1:4]), [int(word) for word in sys.argv[4:]])

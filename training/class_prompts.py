@@ -59,8 +59,8 @@ class OffloadedClassPrompts(HostTable):
 
     `forward` brings the rows of a batch's classes to the device. Their gradients are kept until `step`, which updates
     these rows and their optimiser states in place, in host memory, and no others: a class that is not in the batch
-    does not move, and neither do its states (see `row_optimizers_vptsp`). Table and states are float32 whatever the
-    model is, and saved in files of their own.
+    does not move, and neither do its states (see `training/row_optimizers.py`). Table and states are float32 whatever
+    the model is, and saved in files of their own.
 
         output.loss.backward()
         optimizer.step()

@@ -69,18 +69,20 @@ results
 """
 
 
-def options_text(groups) -> str:
+def options_text(groups, kinds) -> str:
     """The page of `--help-all`.
 
     Args:
         groups: Title -> fields of dataclasses, with `help` in their metadata.
+        kinds: Name -> annotation of every field.
     """
     width = min(shutil.get_terminal_size().columns, 110)
     lines = [f"usage: {USAGE.replace('%(prog)s', 'train.py')}"]
     for title, items in groups.items():
         lines += ["", f"{title}:"]
         for item in items:
-            kind = re.sub(r"\b\w+\.", "", getattr(item.type, "__name__", str(item.type)))
+            kind = kinds[item.name]
+            kind = re.sub(r"\b\w+\.", "", getattr(kind, "__name__", str(kind)))
             default = item.default if item.default_factory is MISSING else item.default_factory()
             text = " ".join(item.metadata.get("help", "").replace("%%", "%").split())
             text = f"{text} ({kind}; default: {getattr(default, 'value', default)})".strip()

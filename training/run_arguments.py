@@ -74,14 +74,19 @@ def all_options_text() -> str:
     offered = [item for item in fields(VPTSPTrainingArguments) if item.init and item.name not in NOT_OFFERED]
     own = [item for item in offered if item.name in VPTSPTrainingArguments.__annotations__]
     others = [item for item in offered if item not in own]
-    return options_text(
-        {
-            "the model": fields(model_arguments_class()),
-            "the data": fields(DataArguments),
-            "the run": [*own, *fields(RunArguments)],
-            "the run, from transformers.TrainingArguments": others,
-        }
-    )
+    model = model_arguments_class()
+    groups = {
+        "the model": fields(model),
+        "the data": fields(DataArguments),
+        "the run": [*own, *fields(RunArguments)],
+        "the run, from transformers.TrainingArguments": others,
+    }
+    # As they are written: a parser that was made before has simplified the fields' own types.
+    classes = (model, *DataArguments.__mro__, *VPTSPTrainingArguments.__mro__, RunArguments)
+    kinds = {}
+    for cls in classes:
+        kinds = {**vars(cls).get("__annotations__", {}), **kinds}
+    return options_text(groups, kinds)
 
 
 def parse_arguments(argv):

@@ -1,7 +1,7 @@
 """The measures of `vptsp.eval` as a module of the library `evaluate`.
 
 That library copies this file elsewhere before it imports it, and looks for what it imports line by line: so imports
-are absolute, one a line. Everything else is in [`vptsp.eval.embedding_metrics`].
+are absolute, one a line. Everything else is in [`vptsp.embedding_metrics`].
 """
 
 import datasets

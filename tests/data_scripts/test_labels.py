@@ -114,8 +114,6 @@ def test_hub(tmp_path, streaming, feature, labels, row, shown):
 def test_labels_of_an_evaluation():
     with pytest.raises(ValueError, match=r"query_labels must be >= 0: row 2 has -1"):
         check_label_tensor(torch.tensor([0, 1, -1]), "query_labels")
-    with pytest.raises(ValueError, match=r"neighbour_labels must be >= 0: row 1, 0 has -9"):
-        check_label_tensor(torch.tensor([[0, 1], [-9, 1]]), "neighbour_labels", ndim=2)
     with pytest.raises(DataError, match=r"photos: row 1 has the label 2; expected 0..1"):
         ImageSource(["x", "y"], np.array([0, 2]), ["a", "b"], str, "photos")
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import random
 import shutil
 import signal
@@ -39,7 +40,10 @@ def images(tmp_path_factory):
 def start(images, backbone_folder, tmp_path_factory):
     """A function that does a run in processes of its own, as `checkpoint_runs.py` says, and gives their statuses."""
     command = [sys.executable, HERE / "checkpoint_runs.py", images, backbone_folder, tmp_path_factory.mktemp("cache")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    # otherwise accelerate gives each rank several threads, which wait for each other
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=environment) as server:
 
         def ask(output, **request):
             print(json.dumps({"output": str(output), **request}), file=server.stdin, flush=True)

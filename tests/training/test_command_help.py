@@ -6,6 +6,7 @@ import sys
 from dataclasses import MISSING, fields
 
 import pytest
+from transformers import HfArgumentParser
 
 from vptsp import DataArguments, VPTSPTrainingArguments, train
 from vptsp.training.command_help import HELP
@@ -57,6 +58,7 @@ def test_help_all_lists_every_option_once_with_a_text(capsys):
 
 
 def test_its_types_and_defaults(capsys):
+    HfArgumentParser(VPTSPTrainingArguments)  # changes the types of the fields
     train.main(["--help-all"])
     page = " ".join(capsys.readouterr().out.split())
     assert "--learning_rate Of everything but the original proxies. (float; default: 0.0005)" in page

@@ -16,13 +16,6 @@ from safetensors.torch import load_file
 HERE = Path(__file__).resolve().parents[1]
 
 
-def launch(processes, *arguments, script=HERE / "distributed_runs.py"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, str(script), *map(str, arguments)], capture_output=True, env=environment)
-    assert result.returncode == 0, result.stderr.decode()[-3000:]
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Twenty classes of 3 or 4 images, 29 of them in the test split: no number of ranks divides it."""
@@ -38,23 +31,30 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def single(images, backbone_folder, tmp_path_factory):
-    output = tmp_path_factory.mktemp("single")
-    launch(1, images, backbone_folder, output)
-    return output
+def outputs(images, backbone_folder, tmp_path_factory):
+    """What one, two and three processes have written, by their number."""
+    output = tmp_path_factory.mktemp("outputs")
+    command = [sys.executable, HERE / "distributed_runs.py", images, backbone_folder, output, "1", "2", "3"]
+    # otherwise accelerate gives each rank several threads, which wait for each other
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {processes: output / str(processes) for processes in (1, 2, 3)}
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("processes", [2, 3])
-def test_ranks_equal_one_process_and_each_other(processes, images, backbone_folder, single, tmp_path):
-    launch(processes, images, backbone_folder, tmp_path)
+def test_ranks_equal_one_process_and_each_other(processes, outputs):
+    single, several = outputs[1], outputs[processes]
+    for folder in (single, several):
+        assert not [path.read_text() for path in folder.glob("error-*.txt")]
     for name in distributed_runs.RUNS:
         expected = load_file(single / f"{name}-0.safetensors")
-        first = load_file(tmp_path / f"{name}-0.safetensors")
+        first = load_file(several / f"{name}-0.safetensors")
         assert expected["embeddings"].shape == (29, 12)
         for key, tensor in expected.items():
             assert torch.allclose(first[key], tensor, rtol=1e-5, atol=1e-5), f"{name}: {key} is another"
         for rank in range(1, processes):
-            other = load_file(tmp_path / f"{name}-{rank}.safetensors")
+            other = load_file(several / f"{name}-{rank}.safetensors")
             for key, tensor in first.items():
                 assert torch.equal(other[key], tensor), f"{name}: {key} of rank {rank}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .. import backbones_vptsp, modeling_vptsp
-from .registry import Registry
+from ..names.registry import Registry
 
 
 TUNINGS: Registry[Callable] = Registry("tuning", modeling_vptsp.TUNINGS)
