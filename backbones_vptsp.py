@@ -699,3 +699,32 @@ def _split_heads(projected, head_dim):
 def _eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     weights = torch.softmax(query @ key.transpose(-2, -1) * scaling, dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+__all__ = [
+    "FAMILIES",
+    "CLIPFamily",
+    "DINOv3ViTFamily",
+    "DeiTFamily",
+    "Dinov2Family",
+    "Dinov2WithRegistersFamily",
+    "IJepaFamily",
+    "ImageTokens",
+    "MLCDFamily",
+    "PromptKeyValue",
+    "Siglip2NaFlexFamily",
+    "SiglipFamily",
+    "ViTFamily",
+    "ViTMSNFamily",
+    "append_prompts",
+    "attention_output",
+    "can_take_apart",
+    "check_hooks",
+    "family_of",
+    "fast_linear",
+    "mlp_output",
+    "project_prompts",
+    "project_tokens",
+    "prompted_forward",
+    "runs_as_written",
+]

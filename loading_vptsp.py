@@ -464,13 +464,13 @@ def backbone_fingerprint(state_dict) -> str:
     Returns:
         `v2:` and 64 hexadecimal digits.
     """
-    digests = sorted((_layer_number(name), _tensor_digest(tensor)) for name, tensor in state_dict.items())
+    digests = sorted((layer_number(name), _tensor_digest(tensor)) for name, tensor in state_dict.items())
     joined = b"".join(f"{layer} ".encode() + digest for layer, digest in digests)
     return FINGERPRINT_PREFIX + hashlib.sha256(joined).hexdigest()
 
 
-def _layer_number(name) -> int:
-    """N of a tensor in layer N; -1 outside of the layers."""
+def layer_number(name) -> int:
+    """N of a tensor or module in layer N; -1 outside of the layers."""
     return next((int(part) for part in name.split(".") if part.isdigit()), -1)
 
 
@@ -578,3 +578,28 @@ def resized_weights(backbone, image_size) -> dict[str, torch.Tensor]:
     tokens = torch.empty(1, num_tokens, config.hidden_size, device="meta")  # only its shape is looked at
     positions = backbone.embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
     return {**weights, "embeddings.position_embeddings": positions.contiguous()}
+
+
+__all__ = [
+    "FoundBackbone",
+    "TimmPreprocessing",
+    "backbone_fingerprint",
+    "backbone_has",
+    "find_backbone",
+    "has_fingerprint",
+    "is_timm_config",
+    "layer_number",
+    "load_backbone",
+    "name_before",
+    "name_today",
+    "open_backbone",
+    "read_timm_config",
+    "read_weights",
+    "refuse_local_backbone",
+    "relative_to",
+    "resized_config",
+    "resized_weights",
+    "timm_backbone_config",
+    "timm_backbone_weights",
+    "timm_preprocessing",
+]

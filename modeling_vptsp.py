@@ -41,6 +41,7 @@ from .configuration_vptsp import VPTSPConfig
 from .loading_vptsp import (
     backbone_fingerprint,
     find_backbone,
+    layer_number,
     load_backbone,
     name_before,
     name_today,
@@ -234,7 +235,7 @@ def add_lora(backbone, rank, alpha, targets=None):
     linear = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
     for target in targets:
         if not any(_is_target(name, [target]) for name in linear):
-            ends = sorted({name.rpartition(".")[2] for name in linear if _is_in_layer(name)})
+            ends = sorted({name.rpartition(".")[2] for name in linear if layer_number(name) >= 0})
             raise ValueError(
                 f"lora_targets must name linear layers of the backbone ({', '.join(ends)}), got {target!r}"
             )
@@ -297,12 +298,7 @@ def names_with_lora(weights, config):
 
 def _is_target(module, targets) -> bool:
     named = any(module == target or module.endswith(f".{target}") for target in targets)
-    return named and _is_in_layer(module)
-
-
-def _is_in_layer(module) -> bool:
-    """Whether a module's name leads through a list of layers."""
-    return any(part.isdigit() for part in module.split("."))
+    return named and layer_number(module) >= 0
 
 
 # ---- Tuning methods beside these, by name
