@@ -220,6 +220,26 @@ class VPTSPConfig(PreTrainedConfig):
         return "dense" if self.class_prompt_bytes <= DENSE_CLASS_PROMPT_BYTES else "offloaded"
 
     @property
+    def projection_dim(self) -> int:
+        """Width E of the embeddings, under the name by which other libraries ask for it."""
+        return self.embedding_dim
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the backbone."""
+        return self.backbone_config.hidden_size
+
+    @property
+    def image_size(self):
+        """Side in pixels, or `(height, width)`, of the images that the backbone is made for."""
+        return self.backbone_config.image_size
+
+    @property
+    def patch_size(self):
+        """Side in pixels of the backbone's patches."""
+        return self.backbone_config.patch_size
+
+    @property
     def pooled_dim(self) -> int:
         """Width of the pooled features that the heads get."""
         return self.backbone_config.hidden_size * (2 if self.pooling == "cls+mean" else 1)

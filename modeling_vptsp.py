@@ -51,6 +51,20 @@ from .loading_vptsp import (
 )
 
 
+# What sentence-transformers (6.2) reads beside a model: `forward` gives the embeddings, cosine compares them.
+SENTENCE_TRANSFORMERS_FILES = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"image": {"method": "forward", "method_output_name": "embeddings"}},
+        "module_output_name": "sentence_embedding",
+    },
+    "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
+}
+
+
 # ---- Prompts and heads
 
 
@@ -577,7 +591,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             save_directory: Folder to write to.
             state_dict: Weights to save instead of the model's own.
             save_backbone: Save the backbone too; None for what the configuration says. A backbone that has no name is
-              place: Folder that the caller will move the files to, as seen from which a local backbone is named; None
+                saved in any case.
+            place: Folder that the caller will move the files to, as seen from which a local backbone is named; None
                 for `save_directory`.
             **kwargs: As for `PreTrainedModel.save_pretrained`.
 
@@ -611,6 +626,9 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             writes = kwargs.get("is_main_process", True)
             with _written_aside(Path(save_directory)) if writes else nullcontext(save_directory) as aside:
                 super().save_pretrained(aside, state_dict=state_dict, **kwargs)
+                if writes and not self.retriever_prefix:
+                    for name, content in SENTENCE_TRANSFORMERS_FILES.items():
+                        (Path(aside) / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         finally:
             self.config.backbone = backbone
 

@@ -84,6 +84,11 @@ def online(folder, token):
     for code in re.findall(r"```python\n(.*?)```", (folder / "card.md").read_text(), re.DOTALL):
         exec(code.replace("<commit>", (folder / "card_commit").read_text()), names)
     embeddings["snippet"], embeddings["snippet_pipeline"] = names["embeddings"], torch.tensor(names["embedding"])
+    embeddings["snippet_encoder"] = torch.from_numpy(names["encoded"])
+    found["encoder"] = {
+        "dimension": names["encoder"].get_embedding_dimension(),
+        "similarity": names["encoder"].similarity_fn_name,
+    }
     embeddings["run"] = embed(names["model"])
 
     # Private repositories, and another cache.

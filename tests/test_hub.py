@@ -17,6 +17,8 @@ from hub_stand_in import HubStandIn, Repository
 from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file
 
+from vptsp.modeling_vptsp import SENTENCE_TRANSFORMERS_FILES
+
 
 TESTS = Path(__file__).resolve().parent
 TOKEN = "hf_" + "Zx9" * 12
@@ -106,7 +108,7 @@ def test_only_what_is_tuned_is_pushed(story):
     files = story.hub.files("ann/retriever", story.pushed["second"])
     names = "backbones configuration loading modeling"
     code = [f"{name}_vptsp.py" for name in names.split()]
-    own = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+    own = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json", *SENTENCE_TRANSFORMERS_FILES]
     assert set(files) - {".gitattributes"} == {*code, *own}
     weights = load(files["model.safetensors"])
     assert sorted(weights) == story.pushed["tuned_names"]
@@ -245,6 +247,11 @@ def test_snippets_of_the_card_run(story):
     assert snippet.shape == (2, 10)
     torch.testing.assert_close(snippet.norm(dim=-1), torch.ones(2))
     torch.testing.assert_close(story.embeddings["online"]["snippet_pipeline"], snippet[0], atol=1e-6, rtol=0)
+
+
+def test_sentence_transformers_reads_what_was_pushed(story):
+    assert same(story.embeddings["online"]["snippet_encoder"], story.embeddings["online"]["snippet"])
+    assert story.found["online"]["encoder"] == {"dimension": 10, "similarity": "cosine"}
 
 
 def test_remote_code_can_push_what_it_loaded(story):

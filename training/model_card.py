@@ -100,6 +100,7 @@ def retriever_card(model, repo_id=None, results=None, training_args=None, **meta
     sections = [
         _introduction(model, title, results.get("picture")),
         _usage(model, name),
+        _sentence_transformers(model, name),
         _scores(results, training_args),
         _tuned(model),
         _training(model, results, training_args),
@@ -209,6 +210,18 @@ from transformers import pipeline
 embed = pipeline("image-feature-extraction", model=name, revision=revision, trust_remote_code=True)
 embedding = embed("a.png")[0]  # {width} floats
 ```'''
+
+
+def _sentence_transformers(model, name) -> str:
+    return f"""With [sentence-transformers](https://sbert.net) (tried with 6.2), and so with all that takes its models:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+encoder = SentenceTransformer(name, revision=revision, trust_remote_code=True)
+encoded = encoder.encode(["a.png", "b.png"])  # (2, {model.config.embedding_dim}), the same numbers
+similarity = encoder.similarity(encoded, encoded)
+```"""
 
 
 def _scores(results, training_args) -> str | None:
