@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
+from transformers.utils import logging
 
 from ..configuration_vptsp import VPTSPConfig
 from ..data_scripts.image_datasets import image_datasets
@@ -22,6 +24,7 @@ from ..loading_vptsp import resized_config
 from .model import VPTSPForMetricLearning
 from .offloading import describe_class_prompts
 from .output_folder import check_output_folder, output_held
+from .progress import RunProgress, ScoreTable
 from .proxy_movement import FILE_NAME, ProxyMovement, read_proxy_movement
 from .run_errors import ConfigError
 from .run_record import record_data_arguments
@@ -77,18 +80,6 @@ def _length(dataset) -> int | None:
         return len(dataset)
     except TypeError:
         return None
-
-
-def print_scores(title, metrics, prefix):
-    """Recall@K and MAP@R in percent, with their confidence intervals where there are any."""
-    shown = []
-    for name, value in metrics.items():
-        short = name.removeprefix(f"{prefix}_")
-        if short.startswith(("recall_at_", "map_at_r")) and not short.endswith(("_low", "_high")):
-            low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-            interval = "" if low is None else f" ({100 * low:.1f} to {100 * high:.1f})"
-            shown.append(f"{short} {100 * value:.2f}{interval}")
-    print(f"{title:<18}" + "  ".join(shown), flush=True)
 
 
 def versions() -> dict[str, str]:
@@ -193,6 +184,7 @@ def run(model_fields, training_args, data_args, run_args, command):
     Raises:
         InUseError: another run uses `output_dir`.
     """
+    logging.disable_progress_bar()  # of loading and writing a few files
     with output_held(training_args):
         # again, for what another run may have done since, and now nobody can
         resume, overwrite = training_args.resume_from_checkpoint, run_args.overwrite_output
@@ -218,16 +210,19 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
     if is_main:
         print_summary(summary, images, trainer.args, describe_class_prompts(trainer.model))
 
+    table = ScoreTable(trainer.args.recall_at, write=tqdm.write if is_main else lambda line: None)
+    RunProgress.of(trainer, table)
     frozen = trainer.evaluate_backbone()
     if run_args.final_metrics == "all":
         check_classes_answered(trainer)
-    if is_main:
-        print_scores("frozen backbone", frozen, "frozen")
+    table.header()
+    table.rows("frozen backbone", without_prefix(frozen, "frozen"))
     outcome = trainer.train(resume_from_checkpoint=checkpoint or False)
     final = trainer.evaluate(metric_key_prefix="final", eval_metrics=run_args.final_metrics)
-    if is_main:
-        print_scores("frozen backbone", frozen, "frozen")
-        print_scores("tuned", final, "final")
+    step = trainer.state.best_global_step if trainer.args.load_best_model_at_end else outcome.global_step
+    table.header(after_others=True)
+    table.rows("frozen backbone", without_prefix(frozen, "frozen"))
+    table.rows("tuned", without_prefix(final, "final"), step)
     return {
         **summary,
         **frozen,
@@ -239,6 +234,10 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
         "train_loss": outcome.training_loss,
         "peak_memory_megabytes": peak_memory_megabytes(),
     }
+
+
+def without_prefix(metrics, prefix):
+    return {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
 
 
 def described_data(data_args, images):
