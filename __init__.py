@@ -21,7 +21,7 @@ _EXPORTS = {
     "Embedder": "search.embedder",
     "EmbeddingStore": "search.store",
     "EvalTransform": "data_scripts.transforms",
-    "EvaluatedImages": "eval.run_pictures",
+    "EvaluatedImages": "training.run_pictures",
     "FAMILIES": "training.model_registry",
     "Hit": "search.vector_index",
     "HubImages": "data_scripts.hub",
@@ -63,23 +63,23 @@ _EXPORTS = {
     "clustering_metrics": "eval.clustering",
     "collate_images": "data_scripts.torch_dataset",
     "compare_paired": "eval.intervals",
-    "compare_stores": "eval.report",
+    "compare_stores": "search.report",
     "compute_retrieval_metrics": "eval.summary",
     "confused_pairs": "eval.confusion",
     "confusion_shares": "eval.confusion",
     "count_relevant": "eval.metrics",
-    "draw_attention": "eval.run_pictures",
-    "draw_confusion": "eval.run_pictures",
-    "draw_curves": "eval.run_pictures",
-    "draw_failures": "eval.run_pictures",
-    "draw_map": "eval.run_pictures",
-    "draw_neighbours": "eval.run_pictures",
-    "draw_proxies": "eval.run_pictures",
-    "draw_run": "eval.run_pictures",
+    "draw_attention": "training.run_pictures",
+    "draw_confusion": "training.run_pictures",
+    "draw_curves": "training.run_pictures",
+    "draw_failures": "training.run_pictures",
+    "draw_map": "training.run_pictures",
+    "draw_neighbours": "training.run_pictures",
+    "draw_proxies": "training.run_pictures",
+    "draw_run": "training.run_pictures",
     "edit_index": "search.open_index",
     "embed_to_store": "search.embed",
     "embedding_metrics": "eval.summary",
-    "evaluate_stores": "eval.report",
+    "evaluate_stores": "search.report",
     "find_failures": "eval.failures",
     "folder_source": "search.image_sources",
     "geometry_metrics": "eval.geometry",
@@ -116,7 +116,7 @@ _EXPORTS = {
     "save_training_curves": "eval.curves",
     "spectral_decay": "eval.geometry",
     "split_source": "search.image_sources",
-    "write_report": "eval.report",
+    "write_report": "search.report",
 }
 
 
@@ -186,18 +186,6 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from .eval.pictures import choose_queries as choose_queries
     from .eval.pictures import save_neighbour_grid as save_neighbour_grid
     from .eval.proxy_curves import save_proxy_movement as save_proxy_movement
-    from .eval.report import compare_stores as compare_stores
-    from .eval.report import evaluate_stores as evaluate_stores
-    from .eval.report import write_report as write_report
-    from .eval.run_pictures import EvaluatedImages as EvaluatedImages
-    from .eval.run_pictures import draw_attention as draw_attention
-    from .eval.run_pictures import draw_confusion as draw_confusion
-    from .eval.run_pictures import draw_curves as draw_curves
-    from .eval.run_pictures import draw_failures as draw_failures
-    from .eval.run_pictures import draw_map as draw_map
-    from .eval.run_pictures import draw_neighbours as draw_neighbours
-    from .eval.run_pictures import draw_proxies as draw_proxies
-    from .eval.run_pictures import draw_run as draw_run
     from .eval.summary import compute_retrieval_metrics as compute_retrieval_metrics
     from .eval.summary import embedding_metrics as embedding_metrics
     from .eval.summary import metric_folder as metric_folder
@@ -217,6 +205,9 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from .search.milvus import MilvusIndex as MilvusIndex
     from .search.open_index import edit_index as edit_index
     from .search.open_index import open_index as open_index
+    from .search.report import compare_stores as compare_stores
+    from .search.report import evaluate_stores as evaluate_stores
+    from .search.report import write_report as write_report
     from .search.store import EmbeddingStore as EmbeddingStore
     from .search.store import StoreInfo as StoreInfo
     from .search.vector_index import Hit as Hit
@@ -227,6 +218,15 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from .training.model_registry import TUNINGS as TUNINGS
     from .training.model_registry import register_family as register_family
     from .training.model_registry import register_tuning as register_tuning
+    from .training.run_pictures import EvaluatedImages as EvaluatedImages
+    from .training.run_pictures import draw_attention as draw_attention
+    from .training.run_pictures import draw_confusion as draw_confusion
+    from .training.run_pictures import draw_curves as draw_curves
+    from .training.run_pictures import draw_failures as draw_failures
+    from .training.run_pictures import draw_map as draw_map
+    from .training.run_pictures import draw_neighbours as draw_neighbours
+    from .training.run_pictures import draw_proxies as draw_proxies
+    from .training.run_pictures import draw_run as draw_run
     from .training.trainer import VPTSPTrainer as VPTSPTrainer
 
 else:

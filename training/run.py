@@ -17,13 +17,13 @@ from transformers import TrainerCallback, set_seed
 from ..configuration_vptsp import VPTSPConfig
 from ..data_scripts.image_datasets import image_datasets
 from ..data_scripts.preprocessing import build_image_processor
-from ..eval.run_pictures import EvaluatedImages, draw_run
 from ..loading_vptsp import resized_config
 from .model import VPTSPForMetricLearning
 from .offloading import describe_class_prompts
 from .output_folder import check_output_folder, output_held
 from .proxy_movement import FILE_NAME, ProxyMovement, read_proxy_movement
 from .run_errors import ConfigError
+from .run_pictures import EvaluatedImages, draw_run
 from .run_record import record_data_arguments
 from .trainer import VPTSPTrainer
 from .tuned_counts import tuned_counts

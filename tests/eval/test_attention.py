@@ -9,7 +9,7 @@ from PIL import Image
 from vptsp import VPTSPModel
 from vptsp.eval import attention
 from vptsp.eval.attention import cls_attention, save_attention
-from vptsp.eval.run_pictures import EvaluatedImages, draw_run
+from vptsp.training.run_pictures import EvaluatedImages, draw_run
 
 
 def make_retriever(backbone_folder, **fields):
@@ -158,7 +158,7 @@ def test_a_picture_that_can_t_be_drawn_keeps_none_of_the_others(backbone_folder,
 
 
 def test_photographs_take_little_room(tmp_path):
-    from vptsp.eval.run_pictures import draw_neighbours
+    from vptsp.training.run_pictures import draw_neighbours
 
     rng = np.random.default_rng(0)
     labels = torch.arange(24) % 4
