@@ -5,7 +5,7 @@ import re
 from collections import Counter
 
 import pytest
-from project_files import ROOT, SHIPPED, product_modules
+from project_files import ROOT, SHIPPED, product_modules, project_files
 
 import vptsp
 
@@ -102,7 +102,9 @@ def test_what_travels_imports_nothing_else_of_the_package():
 
 
 def test_names_of_files():
-    names = Counter(path.name for path in product_modules() if path.name != "__init__.py")
+    benchmarks = [path for path in project_files() if path.parts[0] == "benchmarks" and path.suffix == ".py"]
+    assert benchmarks
+    names = Counter(path.name for path in product_modules() + benchmarks if path.name != "__init__.py")
     assert not [name for name, count in names.items() if count > 1]
     assert {name for name in names if name.endswith("_vptsp.py")} == set(SHIPPED)
 

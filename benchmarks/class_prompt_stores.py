@@ -1,7 +1,7 @@
 """What a training step costs by number of classes, with class prompts in both stores.
 
-    python benchmarks/class_prompts.py --output class_prompts.json
-    python benchmarks/class_prompts.py --vit small --classes 100 10000 --batch_size 32 --folder /fast/disk
+    python benchmarks/class_prompt_stores.py --output class_prompts.json
+    python benchmarks/class_prompt_stores.py --vit small --classes 100 10000 --batch_size 32 --folder /fast/disk
 
 Every step is a whole one, optimisers included, on random images of random classes, and is timed in three parts: the
 `passes` (both passes forward and backward, their optimiser), the `rows` (reading the batch's class prompts, updating
