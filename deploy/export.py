@@ -25,7 +25,8 @@ from transformers.image_utils import PILImageResampling
 from .._version import __version__
 from ..backbones_vptsp import PromptKeyValue, project_prompts
 from ..data_scripts.normalisation import Normalisation
-from ..modeling_vptsp import refuse_other_adapters
+from ..data_scripts.preprocessing import load_image_processor
+from ..modeling_vptsp import VPTSPModel, refuse_other_adapters
 
 
 OPSET = 18  # the newest that the exporter writes without converting, and old enough for every current runtime
@@ -251,9 +252,6 @@ def _parse_arguments(argv):
 
 def _load(retriever, revision):
     """The saved retriever in float32, and its image processor; None where none was saved beside it."""
-    from ..data_scripts.preprocessing import load_image_processor
-    from ..modeling_vptsp import VPTSPModel
-
     model = VPTSPModel.from_pretrained(retriever, revision=revision, dtype=torch.float32)
     image_processor = load_image_processor(retriever, revision)
     if image_processor is None:
