@@ -5,7 +5,7 @@
     vptsp search --index catalogue --image photo.jpg
     vptsp app --index catalogue
 
-`vptsp COMMAND --help` lists a command's options. Nothing is imported that the command does not need.
+`vptsp COMMAND --help` lists a command's options. Nothing slow is imported that the command does not need.
 """
 
 from __future__ import annotations
