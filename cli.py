@@ -5,7 +5,7 @@
     vptsp search --index catalogue --image photo.jpg
     vptsp app --index catalogue
 
-`vptsp COMMAND --help` lists a command's options. Nothing is imported that the command does not need.
+`vptsp COMMAND --help` lists a command's options. Nothing slow is imported that the command does not need.
 """
 
 from __future__ import annotations
@@ -14,25 +14,22 @@ import importlib
 import sys
 
 from vptsp.names.registry import nearest
+from vptsp.search import commands as search
 
 
-# Command: where its `main(words)` is, whether that is given the command's name as well, and what it does.
+# Command: where its `main(words)` is, and what it does. The words of the commands of `search` begin with the name.
 COMMANDS = {
-    "train": ("vptsp.train", False, "tune a retriever on a data set"),
-    "check": ("vptsp.data_scripts.command_check", False, "check a data set: counts, class sizes, one image of each"),
-    "embed": ("vptsp.search.commands", True, "write the embeddings of images to a store"),
-    "index": ("vptsp.search.commands", True, "build an index of embeddings, add to it or remove from it"),
-    "search": ("vptsp.search.commands", True, "find the items of an index that are most similar to images or items"),
-    "evaluate": ("vptsp.search.commands", True, "score a model or stored embeddings"),
-    "compare": ("vptsp.search.commands", True, "score two models on the same images, with a paired test"),
-    "app": ("vptsp.deploy.search_page", False, "serve a search page for an index"),
-    "export": ("vptsp.deploy.export", False, "export a retriever to ONNX or torch.export"),
+    "train": ("vptsp.train", "tune a retriever on a data set"),
+    "check": ("vptsp.data_scripts.command_check", "check a data set: counts, class sizes, one image of each"),
+    **{name: ("vptsp.search.commands", text) for name, text in search.COMMANDS.items()},
+    "app": ("vptsp.deploy.search_page", "serve a search page for an index"),
+    "export": ("vptsp.deploy.export", "export a retriever to ONNX or torch.export"),
 }
 
 
 def help_text() -> str:
     """What `vptsp --help` prints."""
-    lines = [f"  {name:10} {text}" for name, (_, _, text) in COMMANDS.items()]
+    lines = [f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()]
     return "usage: vptsp COMMAND ...\n\n" + __doc__.partition("\n\n")[0] + "\n\n" + "\n".join(lines) + "\n"
 
 
@@ -54,8 +51,10 @@ def main(words=None):
         known = ", ".join(COMMANDS)
         print(f"vptsp: error: COMMAND must be one of {known}, got {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
         return 2
-    module, takes_name, _ = COMMANDS[name]
-    return importlib.import_module(module).main(words if takes_name else rest)
+    run = importlib.import_module(COMMANDS[name][0]).main
+    if name == "train":
+        return run(rest, prog="vptsp train")
+    return run(words if name in search.COMMANDS else rest)
 
 
 if __name__ == "__main__":

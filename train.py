@@ -15,7 +15,7 @@ import sys
 
 from vptsp.data_scripts.data_errors import DataError
 from vptsp.files.locks import InUseError
-from vptsp.training.command_help import HELP
+from vptsp.training.command_help import help_text
 from vptsp.training.output_folder import OutputFolderError
 from vptsp.training.run_errors import (
     CheckpointError,
@@ -26,15 +26,19 @@ from vptsp.training.run_errors import (
 )
 
 
-def main(argv=None):
+def main(argv=None, prog="train.py"):
     """Entry point.
+
+    Args:
+        argv: The command line after `prog`; None takes that of the process.
+        prog: What was typed, for the help, errors and the results' `command`.
 
     Exit status 2 and a line on stderr where the configuration can't work, 1 where a checkpoint can't be written, and
     130 (143) after Ctrl-C (SIGTERM).
     """
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
-        print(HELP, end="")
+        print(help_text(prog), end="")
         return
     # PyTorch and transformers, which take seconds, are not loaded for the help
     from vptsp.training.model_card import without_tokens
@@ -42,22 +46,22 @@ def main(argv=None):
     from vptsp.training.run_arguments import all_options_text, check_run, parse_arguments
 
     if "--help-all" in argv:
-        print(all_options_text(), end="")
+        print(all_options_text(prog), end="")
         return
     try:
-        arguments = parse_arguments(argv)
+        arguments = parse_arguments(argv, prog)
         check_run(*arguments)
-        run(*arguments, command=without_tokens(["train.py", *argv], arguments[1].hub_token))
+        run(*arguments, command=without_tokens([*prog.split(), *argv], arguments[1].hub_token))
     except (ConfigError, DataError, CheckpointError, InUseError, OutputFolderError, TrainingError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except CheckpointWriteError as error:
-        print(f"train.py: error: {error.strerror or error}", file=sys.stderr)
+        print(f"{prog}: error: {error.strerror or error}", file=sys.stderr)
         raise SystemExit(1) from error
     except TrainingInterrupted:  # has said all
         raise
     except KeyboardInterrupt:
-        print("train.py: interrupted; what was saved before stays", file=sys.stderr)
+        print(f"{prog}: interrupted; what was saved before stays", file=sys.stderr)
         raise SystemExit(130) from None
 
 

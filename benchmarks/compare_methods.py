@@ -18,7 +18,6 @@ classes held back from training, and writes them as a file for `--overrides`.
 
 import argparse
 import json
-import math
 import shlex
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from vptsp.files.yaml_files import YamlError, read_yaml
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ("table1", "table2")
 SCORES = {"recall_at_1": "R@1", "recall_at_2": "R@2", "recall_at_4": "R@4", "map_at_r": "MAP@R"}
+MARKERS = "os^D"
 # result of train.py -> column, divisor, decimals
 COSTS = {
     "tuned_parameters": ("tuned (M)", 1e6, 3),
@@ -154,51 +154,17 @@ def plot(rows, path):
         return
     figure = Figure(figsize=(14, 7), layout="constrained")
     for axes, score in zip(figure.subplots(1, 2), ("recall_at_1", "map_at_r"), strict=True):
-        bars = []
-        for name, row in points.items():
+        for number, (name, row) in enumerate(points.items()):
             trained = row["mean"]["tuned_parameters"] + row["mean"]["training_only_parameters"]
             mean, spread = 100 * row["mean"][score], 100 * (row["deviation"][score] or 0)
-            axes.errorbar(trained, mean, spread, fmt="o", capsize=3, color="#22557a", markersize=5)
-            bars.append((name, trained, mean - spread, mean, mean + spread))
+            look = {"color": f"C{number % 10}", "fmt": MARKERS[number // 10 % len(MARKERS)]}
+            axes.errorbar(trained, mean, spread, capsize=3, label=name, **look)
         frozen = 100 * next(iter(points.values()))["frozen"][score]
         axes.axhline(frozen, color="#888888", linestyle="--", linewidth=1, label="frozen backbone")
-        axes.legend(loc="lower right")
         axes.set(xscale="log", xlabel="trained parameters", ylabel=f"{SCORES[score]} (%)")
-        axes.margins(x=0.2, y=0.12)
         axes.grid(alpha=0.3)
-        figure.draw_without_rendering()  # settles where everything is
-        _label(axes, bars)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=150)
-
-
-def _label(axes, bars):
-    """Names near their points, each at the nearest place where it covers neither a point, a bar nor another name.
-
-    Args:
-        bars: Of each point, its name, x, and the lower end, middle and upper end of its bar.
-    """
-    from matplotlib.transforms import Bbox
-
-    to_pixels, points_per_pixel = axes.transData.transform, 72 / axes.figure.dpi
-    taken = [Bbox([to_pixels((x, low)) - 6, to_pixels((x, high)) + 6]) for _, x, low, _, high in bars]
-    for name, x, _, y, _ in sorted(bars, key=lambda bar: -bar[3]):
-        text = axes.annotate(
-            name, (x, y), (0, 0), textcoords="offset points", va="center", ha="center", fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
-        )  # fmt: skip
-        box = text.get_window_extent()
-        places = []
-        for distance in range(8, 150, 6):
-            for turn in range(16):
-                right, up = math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)
-                shift = (right * (distance + box.width / 2), up * (distance + box.height / 2))
-                moved = box.translated(*shift)
-                covered = sum(moved.overlaps(other) for other in taken)
-                outside = sum(not axes.bbox.contains(*corner) for corner in (moved.min, moved.max))
-                places.append((covered + outside, math.hypot(*shift) - box.width / 2 * abs(right), shift, moved))
-        _, _, shift, moved = min(places, key=lambda place: place[:2])
-        text.set_position((shift[0] * points_per_pixel, shift[1] * points_per_pixel))
-        taken.append(moved)
 
 
 def find_configs(names):

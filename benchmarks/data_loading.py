@@ -12,7 +12,6 @@ the generated pictures are all there is.
 import argparse
 import io
 import os
-import platform
 import random
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
+from machine_report import write_report
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
 
@@ -29,7 +29,6 @@ from vptsp.data_scripts.decoding import EncodedImage
 from vptsp.data_scripts.image_files import list_images
 from vptsp.data_scripts.torch_dataset import ImageDataset, collate_images
 from vptsp.data_scripts.transforms import EvalTransform, TrainTransform
-from vptsp.files.atomic import write_json
 
 
 SIZES = ((500, 375), (1500, 1000))
@@ -90,7 +89,7 @@ def compare(files, size, rounds):
     """Time every way on the same files, in turns.
 
     Returns:
-        Per transform: images per second and core of both ways, the median ratio, and how far pixels are apart.
+        A row per transform: images per second and core of both ways, the median ratio, how far pixels are apart.
     """
     resize = round(size * 256 / 224)
     transforms = {
@@ -98,7 +97,7 @@ def compare(files, size, rounds):
         "eval": (EvalTransform(resize, size), plain_eval),
         "eval, exact=False": (EvalTransform(resize, size, exact=False), plain_eval),
     }
-    results = {}
+    results = []
     for name, (transform, plain) in transforms.items():
         seconds = {"plain": [], "ours": []}
         for number in range(rounds + 1):  # the first round warms up
@@ -112,12 +111,9 @@ def compare(files, size, rounds):
             (plain(data, transform, random.Random(i)).int() - ours(data, transform, random.Random(i)).int()).abs()
             for i, data in enumerate(files)
         ]
-        results[name] = {
-            **{f"{way}_images_per_second": 1 / statistics.median(times[1:]) for way, times in seconds.items()},
-            "ratio": ratio,
-            "mean_difference": statistics.mean(gap.float().mean().item() for gap in gaps),
-            "largest_difference": max(gap.max().item() for gap in gaps),
-        }
+        row = {f"{way} images/s": 1 / statistics.median(times[1:]) for way, times in seconds.items()}
+        row |= {"ratio": ratio, "mean difference": statistics.mean(gap.float().mean().item() for gap in gaps)}
+        results.append({"transform": name, **row, "largest difference": max(gap.max().item() for gap in gaps)})
     return results
 
 
@@ -160,19 +156,6 @@ class TrainRows(TrainTransform):
         return super().__call__(image, self.rng)
 
 
-def print_table(results):
-    header = ("images", "transform", "plain/s", "ours/s", "ratio", "mean diff", "max diff")
-    print("{:<16}{:<20}{:>10}{:>10}{:>8}{:>11}{:>10}".format(*header))
-    for source, parts in results["per_core"].items():
-        for name, part in parts.items():
-            print(
-                f"{source:<16}{name:<20}{part['plain_images_per_second']:>10.0f}{part['ours_images_per_second']:>10.0f}"
-                f"{part['ratio']:>8.2f}{part['mean_difference']:>11.3f}{part['largest_difference']:>10.0f}"
-            )
-    for source, speeds in results["loader"].items():
-        print(f"DataLoader, {source}: " + ", ".join(f"{n} workers {value:.0f}/s" for n, value in speeds.items()))
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, help="folder with photos, however deep")
@@ -192,26 +175,17 @@ def main(argv=None):
         files["photos"] = [(args.data_dir / file.path).read_bytes() for file in found[::step][: args.images]]
     for width, height in SIZES:
         files[f"{width}x{height}"] = [make_picture(width, height, seed) for seed in range(args.images)]
-    results = {
-        "size": args.size,
-        "images": args.images,
-        "rounds": args.rounds,
-        "versions": {"python": platform.python_version(), "pillow": PIL.__version__, "torch": torch.__version__},
-        "cpu": {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "isa": torch.backends.cpu.get_cpu_capability(),
-        },
-        "mean_kilobytes": {name: statistics.mean(map(len, datas)) / 1e3 for name, datas in files.items()},
-        "per_core": {name: compare(datas, args.size, args.rounds) for name, datas in files.items()},
-        "loader": {
-            name: loader_throughput(datas, args.size, 32, args.workers, max(args.rounds // 2, 1))
-            for name, datas in files.items()
-        },
-    }
-    print_table(results)
-    if args.output is not None:
-        write_json(args.output, results)
+    rows = [
+        {"images": name, "kB": statistics.mean(map(len, datas)) / 1e3, **row}
+        for name, datas in files.items()
+        for row in compare(datas, args.size, args.rounds)
+    ]
+    rounds = max(args.rounds // 2, 1)
+    speeds = {name: loader_throughput(datas, args.size, 32, args.workers, rounds) for name, datas in files.items()}
+    settings = {"size": args.size, "images": args.images, "rounds": args.rounds, "cores": os.cpu_count()}
+    write_report(rows, "cpu", args.output, settings=settings, pillow=PIL.__version__, loader=speeds)
+    for name, by_workers in speeds.items():
+        print(f"DataLoader, {name}: " + ", ".join(f"{n} workers {value:.0f}/s" for n, value in by_workers.items()))
 
 
 if __name__ == "__main__":

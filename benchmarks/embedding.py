@@ -15,7 +15,7 @@ from pathlib import Path
 
 import naive
 import torch
-from report import write_report
+from machine_report import write_report
 from step import SIZES, seconds
 from transformers import ViTConfig, ViTModel
 

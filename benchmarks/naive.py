@@ -6,6 +6,10 @@ outputs at prompt positions are dropped, and both passes start from the pixels.
 
 import torch
 
+from vptsp.losses.proxy_losses import proxy_anchor_loss
+from vptsp.training.model import VPTSPMetricLearningOutput
+from vptsp.training.proxies import group_by_class
+
 
 def encode(model, pixel_values, tokens_of_layers, prompt_rows=None):
     """Pooled CLS features `(B, D)`.
@@ -29,10 +33,6 @@ def encode(model, pixel_values, tokens_of_layers, prompt_rows=None):
 
 def forward(model, pixel_values, labels, images_per_class):
     """`VPTSPForMetricLearning.forward` with both passes done naively; the same outputs to rounding."""
-    from vptsp.losses.proxy_losses import proxy_anchor_loss
-    from vptsp.training.model import VPTSPMetricLearningOutput
-    from vptsp.training.proxies import group_by_class
-
     retriever = model.vptsp
     embeddings = retriever.head(encode(retriever, pixel_values, retriever.prompts()))
     groups = group_by_class(labels, images_per_class)
@@ -47,8 +47,6 @@ def forward(model, pixel_values, labels, images_per_class):
 
 def forward_without_prompts(model, pixel_values, labels, loss_function):
     """Full fine-tuning with Proxy-Anchor: transformers' own forward pass, all weights trained."""
-    from vptsp.training.model import VPTSPMetricLearningOutput
-
     backbone = model.vptsp.backbone
     embeddings = model.vptsp.head(backbone(pixel_values).last_hidden_state[:, 0])
     with torch.autocast(embeddings.device.type, enabled=False):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import naive
 import torch
-from report import peak_host_megabytes, write_report
+from machine_report import peak_host_megabytes, write_report
 from transformers import ViTConfig
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, backbones_vptsp

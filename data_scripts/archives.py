@@ -23,11 +23,12 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm import tqdm
 
+from ..files.atomic import write_json
 from .data_errors import DataError, some
 from .image_files import SLOW_SECONDS, ImageFile, is_hidden, is_image_name, relative_parts
 
 
-__all__ = ["MAX_MEMBER_BYTES", "archive_kind", "free_bytes", "list_members", "read_member", "read_members"]
+__all__ = ["MAX_MEMBER_BYTES", "archive_kind", "free_bytes", "list_members", "read_members"]
 
 MAX_MEMBER_BYTES = 1 << 28
 """What an image or a list in an archive may take at most, unpacked: as much as the pixels of the largest image that is
@@ -106,15 +107,13 @@ def list_members(path: Path, index_dir: str | Path) -> list[ImageFile]:
         members = _read_index(index)
         if members is None:
             members = [[name, size] for name, size, _ in _walk_tar(path, f"Listing {path.name}")]
-            part = index.with_suffix(".part")
-            part.write_text(json.dumps({"version": _INDEX_VERSION, "archive": path.name, "members": members}))
-            part.replace(index)
+            write_json(index, {"version": _INDEX_VERSION, "archive": path.name, "members": members}, indent=None)
     return [ImageFile(name, size, 0) for name, size in members]
 
 
 def _read_index(index: Path) -> list | None:
     try:
-        content = json.loads(index.read_text())
+        content = json.loads(index.read_text(encoding="utf-8"))
         return content["members"] if content["version"] == _INDEX_VERSION else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -162,11 +161,6 @@ def read_members(path: Path, names: Collection[str], progress: bool = False) -> 
             except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
                 raise DataError(f"{path}: the member {name!r} is damaged ({error}); download it again") from error
             yield name, content
-
-
-def read_member(path: Path, name: str) -> bytes:
-    """The contents of one file in an archive; see `read_members`."""
-    return next(read_members(path, [name]))[1]
 
 
 def _check_size(path: Path, name: str, size: int) -> None:

@@ -36,24 +36,23 @@ _SPLIT_NAMES = frozenset(
 )
 
 
-def existing_folder(data_dir: str | Path | None, option: str = "data_dir") -> Path:
+def existing_folder(data_dir: str | Path | None) -> Path:
     """The folder as an absolute path.
 
     Args:
         data_dir: Folder; `~` stands for the home directory.
-        option: Name of the option, for errors.
 
     Raises:
         DataError: it was not given, does not exist (the nearest folder that does is named), or is a file.
     """
     if data_dir is None or not str(data_dir):
-        raise DataError(f"{option} is missing: give the folder that holds the images")
+        raise DataError("data_dir is missing: give the folder that holds the images")
     folder = Path(data_dir).expanduser().resolve()
     if not folder.exists():
         above = next(parent for parent in folder.parents if parent.exists())
-        raise DataError(f"{option} {folder} does not exist (the nearest folder that does is {above})")
+        raise DataError(f"data_dir {folder} does not exist (the nearest folder that does is {above})")
     if not folder.is_dir():
-        raise DataError(f"{option} must be a folder, but {folder} is a file")
+        raise DataError(f"data_dir must be a folder, but {folder} is a file")
     return folder
 
 

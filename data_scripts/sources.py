@@ -202,7 +202,7 @@ class Entry(NamedTuple):
     where: str
 
 
-def parse_list(content: bytes, where: str, skip: int = 0) -> Iterator[tuple[str, str]]:
+def parse_list(content: bytes, where: str) -> Iterator[tuple[str, str]]:
     """Go through the lines of a list.
 
     Blank lines don't count; a byte order mark and either kind of line end are fine.
@@ -210,7 +210,6 @@ def parse_list(content: bytes, where: str, skip: int = 0) -> Iterator[tuple[str,
     Args:
         content: The file.
         where: Its name.
-        skip: Lines to pass over at the start.
 
     Yields:
         `(file:line, line)`, the line stripped.
@@ -223,7 +222,7 @@ def parse_list(content: bytes, where: str, skip: int = 0) -> Iterator[tuple[str,
             text = line.decode().strip()
         except UnicodeDecodeError as error:
             raise DataError(f"{where}:{number}: the line is not valid UTF-8 ({error.reason}): {line[:80]!r}") from None
-        if text and number > skip:
+        if text:
             yield f"{where}:{number}", text
 
 

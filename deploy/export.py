@@ -25,7 +25,9 @@ from transformers.image_utils import PILImageResampling
 from .._version import __version__
 from ..backbones_vptsp import PromptKeyValue, project_prompts
 from ..data_scripts.normalisation import Normalisation
-from ..modeling_vptsp import refuse_other_adapters
+from ..data_scripts.preprocessing import load_image_processor
+from ..files.atomic import atomic_path
+from ..modeling_vptsp import VPTSPModel, refuse_other_adapters
 
 
 OPSET = 18  # the newest that the exporter writes without converting, and old enough for every current runtime
@@ -203,8 +205,7 @@ def _images(model, number):
 
 def _write_checked(model, path, write, read) -> float:
     """Write a file beside `path`, compare, and move it there if it is right."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
+    with atomic_path(path) as partial:
         write(str(partial))
         difference = _largest_difference(model, read(str(partial)))
         if not difference <= TOLERANCE:  # also where it is not a number
@@ -212,9 +213,6 @@ def _write_checked(model, path, write, read) -> float:
                 f"embeddings of the exported file differ from the retriever's by {difference:.1e}, more than "
                 f"{TOLERANCE:.0e}: it was not kept"
             )
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return difference
 
 
@@ -251,9 +249,6 @@ def _parse_arguments(argv):
 
 def _load(retriever, revision):
     """The saved retriever in float32, and its image processor; None where none was saved beside it."""
-    from ..data_scripts.preprocessing import load_image_processor
-    from ..modeling_vptsp import VPTSPModel
-
     model = VPTSPModel.from_pretrained(retriever, revision=revision, dtype=torch.float32)
     image_processor = load_image_processor(retriever, revision)
     if image_processor is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..backbones_vptsp import prompted_forward
 from .pictures import COLOURS, font, new_figure, plain_axes, save_figure, shorten
 
 
@@ -69,8 +70,6 @@ def cls_attention(retriever, pixel_values, with_prompts=True):
     Raises:
         ValueError: as for the retriever, or the backbone has no CLS token.
     """
-    from ..backbones_vptsp import prompted_forward
-
     if not retriever.family.num_class_tokens:
         raise ValueError(f"{retriever.config.backbone_config.model_type} has no CLS token whose attention to show")
     recorder = _Recorder(retriever.family)

@@ -89,10 +89,4 @@ def definition_of(name: str) -> MetricDefinition | None:
     return found and found._replace(meaning=found.meaning.replace("K", k), title=found.title.replace("K", k))
 
 
-def definitions_table() -> str:
-    """All of them as Markdown, as the documentation has them."""
-    rows = [f"| `{name}` | {definition.meaning} |" for name, definition in DEFINITIONS.items()]
-    return "\n".join(["| name | what it is |", "|---|---|", *rows])
-
-
-__all__ = ["DEFINITIONS", "MetricDefinition", "definition_of", "definitions_table"]
+__all__ = ["DEFINITIONS", "MetricDefinition", "definition_of"]

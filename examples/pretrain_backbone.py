@@ -17,8 +17,26 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
+from transformers import (
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
 
-from vptsp import DataArguments, DataError, check_data_arguments
+from vptsp import (
+    DataArguments,
+    DataError,
+    ImageDataset,
+    SampleKey,
+    build_image_processor,
+    check_data_arguments,
+    collate_images,
+    make_transforms,
+)
+from vptsp.data_scripts.normalisation import Normalisation
 from vptsp.files.atomic import write_json
 from vptsp.files.locks import InUseError
 from vptsp.training.output_folder import OutputFolderError, model_in, output_held, replaced_together
@@ -86,8 +104,6 @@ class AugmentedImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        from vptsp import SampleKey
-
         return self.images[SampleKey(index, int(torch.randint(2**31, ())))]
 
 
@@ -99,12 +115,6 @@ def pretrain(args: PretrainingArguments, data_args: DataArguments) -> dict[str, 
         OutputFolderError: it holds a model.
         TrainingError: there was not a single step.
     """
-    from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
-
-    from vptsp import ImageDataset, collate_images, make_transforms
-    from vptsp.data_scripts.normalisation import Normalisation
-    from vptsp.data_scripts.preprocessing import build_image_processor
-
     set_seed(args.seed)
     images = ImageDataset(data_args.load_splits()["train"], make_transforms(data_args)[0])
     config = ViTConfig(
@@ -158,8 +168,6 @@ def pretrain(args: PretrainingArguments, data_args: DataArguments) -> dict[str, 
 
 def main(argv=None):
     """Entry point; exit status 2 and one line on stderr where data, numbers or folder can't be used."""
-    from transformers import HfArgumentParser
-
     parser = HfArgumentParser((PretrainingArguments, DataArguments), description=__doc__)
     try:
         args, data_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)

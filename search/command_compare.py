@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..eval.report import compare_stores, write_report
 from .inputs import is_main_rank, stores_of
+from .report import compare_stores, write_report
 
 
 def run(options):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..data_scripts.data_errors import DataError
-from ..eval.report import evaluate_stores, write_report
 from .inputs import is_main_rank, model_or_store, stores_of
+from .report import evaluate_stores, write_report
 
 
 def run(options):

@@ -21,15 +21,15 @@ from ..data_scripts.image_formats import MAX_IMAGE_PIXELS
 from ..files.locks import InUseError
 
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]
 
 DATA_OPTIONS = ("dataset_name", "data_dir", "data_cache_dir", *BUILDER_OPTIONS)
 COMMANDS = {
     "embed": "write the embeddings of images to a folder of Parquet files; goes on where it was stopped",
-    "evaluate": "score a model or stored embeddings, and write metrics.json and metrics.md",
-    "compare": "score two models on the same images, with a paired test",
     "index": "build an index of embeddings, add to it or remove from it",
     "search": "find the items of an index that are most similar to images or to items",
+    "evaluate": "score a model or stored embeddings, and write metrics.json and metrics.md",
+    "compare": "score two models on the same images, with a paired test",
 }
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import constants
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -47,9 +48,7 @@ def cached_store(embedder, source, cache_dir=None, **options):
     Returns:
         [`EmbeddingStore`].
     """
-    from huggingface_hub.constants import HF_HOME
-
-    cache_dir = Path(HF_HOME) / "vptsp" / "embeddings" if cache_dir is None else Path(cache_dir)
+    cache_dir = Path(constants.HF_HOME) / "vptsp" / "embeddings" if cache_dir is None else Path(cache_dir)
     data_fingerprint = _on_main_rank(lambda: source.fingerprint(_hashing_bar(source, options.get("progress", True))))
     dtype = str(embedder.dtype).removeprefix("torch.")
     folder = cache_dir / f"{embedder.fingerprint[:16]}-{data_fingerprint[:16]}-{dtype}"

@@ -16,14 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from transformers import PreTrainedConfig
 
 from ..data_scripts.data_errors import ImageError
 from ..data_scripts.image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
 from ..data_scripts.images import check_pixels, open_image, upright_rgb
 from ..data_scripts.normalisation import Normalisation
+from ..data_scripts.preprocessing import build_image_processor, load_image_processor
 from ..data_scripts.transforms import central_crop, is_elongated
 from ..loading_vptsp import name_today
-from ..modeling_vptsp import refuse_other_adapters
+from ..modeling_vptsp import VPTSPModel, refuse_other_adapters
 
 
 # Entries of a saved image processor that say how it is run, not what it computes.
@@ -192,9 +194,6 @@ class Embedder:
             OSError: a file is not to be had.
             ValueError: neither a retriever nor a supported backbone, or `resize_size` with a retriever.
         """
-        from ..data_scripts.preprocessing import build_image_processor, load_image_processor
-        from ..modeling_vptsp import VPTSPModel
-
         name = str(name)
         if is_retriever(name, revision):
             if resize_size is not None:
@@ -257,8 +256,6 @@ def is_retriever(name, revision=None):
     Raises:
         OSError: there is no configuration to be had.
     """
-    from transformers import PreTrainedConfig
-
     return PreTrainedConfig.get_config_dict(name, revision=revision or "main")[0].get("model_type") == "vptsp"
 
 

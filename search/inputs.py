@@ -6,14 +6,18 @@ import contextlib
 import os
 from pathlib import Path
 
+import torch
+
+from ..data_scripts.data_arguments import DataArguments, check_data_arguments
 from ..data_scripts.data_errors import DataError
+from .embed import cached_store
+from .image_sources import folder_source, list_source, split_source
 from .store import STORE_FILE, EmbeddingStore
 
 
 def load_embedder(name, options):
     """The model of a command, on its device."""
-    import torch
-    from transformers.utils import logging
+    from transformers.utils import logging  # slow to load, and stores need no model
 
     from .embedder import Embedder, is_retriever
 
@@ -50,8 +54,6 @@ def load_sources(options):
     Raises:
         DataError: neither `--images` nor a data set was given, or both, or the split is not there.
     """
-    from .image_sources import folder_source, list_source, split_source
-
     names_data = bool({"dataset_name", "data_dir"} & set(options.data))  # a place alone is class folders
     if (options.images is None) == (not names_data):
         got = "neither" if options.images is None else "both"
@@ -59,8 +61,6 @@ def load_sources(options):
     if options.images is not None:
         place = Path(options.images).expanduser()
         return {"images": list_source(place) if place.suffix == ".txt" else folder_source(place)}
-    from ..data_scripts.data_arguments import DataArguments, check_data_arguments
-
     arguments = DataArguments(**options.data)
     check_data_arguments(arguments)
     splits = arguments.load_splits()
@@ -123,8 +123,6 @@ def stores_of(name, options, gallery_store=None):
     if (Path(name) / STORE_FILE).is_file():
         gallery = None if gallery_store is None else EmbeddingStore.open(gallery_store)
         return EmbeddingStore.open(name), gallery
-    from .embed import cached_store
-
     sets = choose_sets(load_sources(options), options.split)
     embedder = load_embedder(name, options)
     return tuple(

@@ -26,7 +26,7 @@ def product_files() -> list[Path]:
     return [
         path
         for path in project_files()
-        if path.parts[0] not in NOT_PACKAGED and (len(path.parts) > 1 or path.suffix in (".py", ".typed"))
+        if path.parts[0] not in NOT_PACKAGED and (len(path.parts) > 1 or path.suffix in (".py", ".pyi", ".typed"))
     ]
 
 

@@ -88,4 +88,15 @@ def test_every_command_has_help(name, capsys):
     except SystemExit as error:
         status = error.code
     assert not status
-    assert "--" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--" in out
+    assert out.startswith(f"usage: vptsp {name} ")
+
+
+def test_training_is_called_what_was_typed(capsys):
+    for words in (["train", "--no_such_option", "1"], ["train", "nowhere.yaml"]):
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        assert "vptsp train: error: " in capsys.readouterr().err
+    cli.main(["train", "--help-all"])
+    assert capsys.readouterr().out.startswith("usage: vptsp train [")

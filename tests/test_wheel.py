@@ -82,7 +82,13 @@ def test_the_wheel_holds_the_product_and_nothing_else(wheel):
     product = {path.relative_to("vptsp") for path in names if path.parts[0] == "vptsp"}
     assert product == set(product_files())
     assert {path.parts[0] for path in names} == {"vptsp", f"vptsp-{vptsp.__version__}.dist-info"}
-    for part in ("py.typed", "configs/table1/lora.yaml", "eval/retrieval_metric/README.md", "cli.py"):
+    for part in (
+        "py.typed",
+        "configs/table1/lora.yaml",
+        "eval/retrieval_metric/README.md",
+        "cli.py",
+        "data_scripts/benchmarks/cars_names.txt",
+    ):
         assert Path(part) in product
 
 

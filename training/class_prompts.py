@@ -17,7 +17,6 @@ from transformers import initialization as init
 from .host_table import HostTable
 from .row_gradients import RowGradients
 from .row_optimizers import check_optimizer, update_rows
-from .row_prefetch import RowPrefetch
 
 
 CLASS_PROMPTS_NAME = "class_prompts.safetensors"
@@ -73,14 +72,13 @@ class OffloadedClassPrompts(HostTable):
     def __init__(self, num_classes, lengths, num_prompts, width):
         super().__init__((num_classes, sum(lengths), width), std=math.sqrt(2.0 / (num_prompts + width)))
         self.lengths = tuple(lengths)
-        self._prefetched = RowPrefetch()
         self._gradients = RowGradients()
 
     def forward(self, classes):
         """Tokens of each layer for the given classes `(M,)`, no class twice: `(M, P_i, D)` each."""
         if not sum(self.lengths):
             return ()
-        host_classes, rows = self._prefetched.take(self, classes)
+        host_classes, rows = self.take(classes)
         if torch.is_grad_enabled():
             self._gradients.watch(host_classes, rows)
         return rows.split(self.lengths, dim=1)
@@ -113,30 +111,7 @@ class OffloadedClassPrompts(HostTable):
         reduced = self._gradients.take()
         if reduced is not None:
             update_rows(optimizer, self, *reduced)
-            self._prefetched.note_update(reduced[0])
-
-    # ---- Prefetching
-
-    @property
-    def prefetches(self):
-        """Whether to read ahead is a gain: from files, or for a GPU. From memory to the CPU nothing waits."""
-        return self.folder is not None or self.anchor.device.type == "cuda"
-
-    def prefetch(self, classes):
-        """Start to bring rows that a coming `forward` will ask for, while this thread goes on.
-
-        The calls of `forward` must ask in the same order. On the CPU, one that asks for something else is served all
-        the same; on a GPU, where looking at its classes would stall the device, it fails with a device-side assertion.
-
-        Args:
-            classes: `(M,)` int64, on the CPU.
-        """
-        if self.prefetches and sum(self.lengths):
-            self._prefetched.start(self, classes)
-
-    def discard_prefetched(self):
-        """Forget what was prefetched and not asked for."""
-        self._prefetched.discard()
+            self.note_update(reduced[0])
 
 
 __all__ = [

@@ -15,7 +15,7 @@ from dataclasses import MISSING
 USAGE = "%(prog)s [CONFIG.yaml or PRESET] [--OPTION VALUE ...]"
 
 HELP = """\
-usage: train.py [CONFIG.yaml or PRESET] [--OPTION VALUE ...]
+usage: {usage}
 
 Tune prompts for image retrieval on a frozen vision transformer. Options win over the file; defaults are in brackets.
 
@@ -69,15 +69,21 @@ results
 """
 
 
-def options_text(groups, kinds) -> str:
+def help_text(prog) -> str:
+    """The page of `--help`; `prog` is what was typed: `train.py` or `vptsp train`."""
+    return HELP.replace("{usage}", USAGE % {"prog": prog})
+
+
+def options_text(prog, groups, kinds) -> str:
     """The page of `--help-all`.
 
     Args:
+        prog: What was typed.
         groups: Title -> fields of dataclasses, with `help` in their metadata.
         kinds: Name -> annotation of every field.
     """
     width = min(shutil.get_terminal_size().columns, 110)
-    lines = [f"usage: {USAGE.replace('%(prog)s', 'train.py')}"]
+    lines = ["usage: " + USAGE % {"prog": prog}]
     for title, items in groups.items():
         lines += ["", f"{title}:"]
         for item in items:
@@ -91,4 +97,4 @@ def options_text(groups, kinds) -> str:
     return "\n".join(lines) + "\n"
 
 
-__all__ = ["HELP", "USAGE", "options_text"]
+__all__ = ["HELP", "USAGE", "help_text", "options_text"]

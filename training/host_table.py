@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..files.atomic import atomic_path
+from .row_prefetch import RowPrefetch
 
 
 # Of the memory that is available, what table and states may take before they go to memory-mapped files.
@@ -43,6 +44,7 @@ class HostTable(nn.Module):
         self.states = {}
         self.folder = None
         self._tokens = None
+        self._prefetched = RowPrefetch()
         # Moves with the model, and lets transformers see that there is something to initialise.
         self.register_buffer("anchor", torch.empty(0), persistent=False)
 
@@ -80,8 +82,38 @@ class HostTable(nn.Module):
         """Zeros for optimiser states of these names, where the table is."""
         return {name: self._allocate(self.shape[:1] if name == "step" else self.shape) for name in names}
 
+    # ---- Reading ahead
+
+    def take(self, classes):
+        """Classes `(M,)` on the host, and their rows `(M, P, D)` on the classes' device: prefetched, or read now."""
+        return self._prefetched.take(self, classes)
+
+    @property
+    def prefetches(self):
+        """Whether to read ahead is a gain: from files, or for a GPU. From memory to the CPU nothing waits."""
+        return self.folder is not None or self.anchor.device.type == "cuda"
+
+    def prefetch(self, classes):
+        """Start to bring rows that a coming `take` will ask for, while this thread goes on.
+
+        The calls of `take` must ask in the same order. On the CPU, one that asks for something else is served all the
+        same; on a GPU, where looking at its classes would stall the device, it fails with a device-side assertion.
+
+        Args:
+            classes: `(M,)` int64, on the CPU.
+        """
+        if self.prefetches and self.shape[1]:
+            self._prefetched.start(self, classes)
+
+    def note_update(self, classes):
+        """Rows of these classes, `(M,)` on the CPU, have changed: those that were prefetched are read again."""
+        self._prefetched.note_update(classes)
+
     def discard_prefetched(self):
-        """Forget rows that were read ahead, if a subclass does that: called before all are replaced or move."""
+        """Forget what was prefetched and not asked for, as before all rows are replaced or move."""
+        self._prefetched.discard()
+
+    # ---- Several processes
 
     def broadcast(self, device):
         """Give all processes the table of the first, by way of `device`, as DDP does with parameters."""

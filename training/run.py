@@ -19,7 +19,6 @@ from transformers.utils import logging
 from ..configuration_vptsp import VPTSPConfig
 from ..data_scripts.image_datasets import image_datasets
 from ..data_scripts.preprocessing import build_image_processor
-from ..eval.run_pictures import EvaluatedImages, draw_run
 from ..loading_vptsp import resized_config
 from .model import VPTSPForMetricLearning
 from .offloading import describe_class_prompts
@@ -27,6 +26,7 @@ from .output_folder import check_output_folder, output_held
 from .progress import RunProgress, ScoreTable
 from .proxy_movement import FILE_NAME, ProxyMovement, read_proxy_movement
 from .run_errors import ConfigError
+from .run_pictures import EvaluatedImages, draw_run
 from .run_record import record_data_arguments
 from .trainer import VPTSPTrainer
 from .tuned_counts import tuned_counts

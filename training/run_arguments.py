@@ -69,7 +69,7 @@ def documented_fields(docstring) -> dict[str, str]:
     return texts
 
 
-def all_options_text() -> str:
+def all_options_text(prog) -> str:
     """What `--help-all` prints: every option that is not refused in any case, by where it comes from."""
     offered = [item for item in fields(VPTSPTrainingArguments) if item.init and item.name not in NOT_OFFERED]
     own = [item for item in offered if item.name in VPTSPTrainingArguments.__annotations__]
@@ -86,17 +86,17 @@ def all_options_text() -> str:
     kinds = {}
     for cls in classes:
         kinds = {**vars(cls).get("__annotations__", {}), **kinds}
-    return options_text(groups, kinds)
+    return options_text(prog, groups, kinds)
 
 
-def parse_arguments(argv):
-    """Command line -> (model fields that were given, training, data and run arguments).
+def parse_arguments(argv, prog="train.py"):
+    """Command line after `prog` -> (model fields that were given, training, data and run arguments).
 
     Raises:
         ConfigError: the YAML file can't be read, or it or the command line holds something unknown or out of range.
     """
     classes = (model_arguments_class(), VPTSPTrainingArguments, DataArguments, RunArguments)
-    parser = HfArgumentParser(classes, prog="train.py", usage=USAGE)
+    parser = HfArgumentParser(classes, prog=prog, usage=USAGE)
     known = {item.name for cls in classes for item in fields(cls) if item.init}
     if argv and not argv[0].startswith("-"):
         values = read_config(argv[0], known)

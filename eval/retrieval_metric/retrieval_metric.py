@@ -87,32 +87,17 @@ class RetrievalMetric(evaluate.Metric):
         labels,
         gallery_embeddings=None,
         gallery_labels=None,
-        recall_at=(1, 2, 4, 8),
-        map_at=(),
-        clustering=False,
-        geometry=False,
-        confidence=None,
-        resample="classes",
-        seed=0,
         excluded=None,
+        **options,
     ):
-        return embedding_metrics(
-            _to_tensor(embeddings),
-            _to_tensor(labels),
-            None if gallery_embeddings is None else _to_tensor(gallery_embeddings),
-            None if gallery_labels is None else _to_tensor(gallery_labels),
-            recall_at=recall_at,
-            map_at=map_at,
-            clustering=clustering,
-            geometry=geometry,
-            confidence=confidence,
-            resample=resample,
-            seed=seed,
-            excluded=None if excluded is None else _to_tensor(excluded),
-        )
+        sets = (_to_tensor(values) for values in (embeddings, labels, gallery_embeddings, gallery_labels))
+        options = {"map_at": (), "clustering": False, "geometry": False, **options}
+        return embedding_metrics(*sets, excluded=_to_tensor(excluded), **options)
 
 
 def _to_tensor(values):
+    if values is None:
+        return None
     if isinstance(values, (list, tuple)) and values and isinstance(values[0], torch.Tensor):
         return torch.stack(tuple(values))
     return torch.as_tensor(values)

@@ -10,7 +10,7 @@ import pytest
 from data_fixtures import jpeg_bytes, write_archive, write_tar, write_zip
 
 from vptsp import DataError
-from vptsp.data_scripts.archives import archive_kind, list_members, read_member, read_members
+from vptsp.data_scripts.archives import archive_kind, list_members, read_members
 
 
 FILES = {f"top/{name}": jpeg_bytes(seed) for seed, name in enumerate(("b/2.jpg", "a/1.jpg", "c/ü.JPG", "a/0.jpg"))}
@@ -39,7 +39,7 @@ def test_lists_and_reads(tmp_path, members, name):
     assert dict(found) == FILES
     order = wanted if KINDS[name] == "zip" else list(FILES)
     assert [name for name, _ in found] == order
-    assert read_member(renamed, "top/read me.txt") == b"hello"
+    assert list(read_members(renamed, ["top/read me.txt"])) == [("top/read me.txt", b"hello")]
     with pytest.raises(DataError, match=r"has no member 'top/a/absent.jpg'"):
         list(read_members(renamed, ["top/a/1.jpg", "top/a/absent.jpg"]))
 

@@ -31,8 +31,8 @@ from vptsp.data_scripts.overlap import same_dataset_images, same_images, same_st
 from vptsp.eval import markdown
 from vptsp.eval.metric_registry import METRICS, registered_metrics
 from vptsp.eval.metrics import count_relevant
-from vptsp.eval.report import compare_stores, evaluate_stores, write_report
 from vptsp.search.commands import main
+from vptsp.search.report import compare_stores, evaluate_stores, write_report
 from vptsp.search.store import begin_store, finish_store, write_shard
 
 

@@ -259,7 +259,7 @@ def test_the_models_name_on_the_page(place):
 
 
 def test_the_report_shows_names_as_they_are(tmp_path):
-    from vptsp.eval.report import comparison_table, metrics_table
+    from vptsp.search.report import comparison_table, metrics_table
 
     model = {"name": "![x](http://a.b)`", "kind": "retriever", "fingerprint": "f" * 64}
     data = {"queries": {"description": "images in `<b>_x_", "images": 3, "skipped": 0}}

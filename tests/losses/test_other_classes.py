@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vptsp.losses import other_classes as other_classes_vptsp
+from vptsp.losses import other_classes
 from vptsp.losses.other_classes import others_per_class, others_per_image
 from vptsp.losses.proxy_losses import proxy_anchor_loss, proxy_nca_loss
 
@@ -29,7 +29,7 @@ def whole_table(embeddings, original, state, ratio):
 @pytest.mark.parametrize("alpha", [2.0, 32.0, 500.0])
 @pytest.mark.parametrize("per_class", [True, False])
 def test_values_and_gradients(monkeypatch, block, with_state, ratio, alpha, per_class):
-    monkeypatch.setattr(other_classes_vptsp, "BLOCK", block)
+    monkeypatch.setattr(other_classes, "BLOCK", block)
     embeddings, original, state, classes = make_inputs()
     state = state if with_state else None
     rest = [c for c in range(NUM_CLASSES) if c not in classes.tolist()]

@@ -10,7 +10,7 @@ from conftest import tiny_vit_config
 from safetensors.torch import save_file
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning
-from vptsp.training import host_table as host_table_vptsp
+from vptsp.training import host_table
 from vptsp.training.class_prompts import ClassPrompts, OffloadedClassPrompts
 
 
@@ -181,11 +181,11 @@ def test_what_does_not_fit_is_refused_with_a_way_out(tmp_path, monkeypatch):
         store(torch.tensor([0]))
     disk = type("Disk", (), {"free": 4 * math.prod(SHAPE) * 2 - 1})
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"class_prompt_folder .* left, .* need"):
-        patch.setattr(host_table_vptsp.shutil, "disk_usage", lambda folder: disk)
+        patch.setattr(host_table.shutil, "disk_usage", lambda folder: disk)
         store.place(tmp_path, num_states=1)
     disk.free *= 2
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"\(2 processes\)"):
-        patch.setattr(host_table_vptsp.shutil, "disk_usage", lambda folder: disk)
+        patch.setattr(host_table.shutil, "disk_usage", lambda folder: disk)
         patch.setenv("LOCAL_WORLD_SIZE", "2")
         store.place(tmp_path, num_states=1)
     store = make_store()

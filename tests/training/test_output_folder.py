@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from vptsp import VPTSPModel, VPTSPTrainingArguments
-from vptsp.eval import run_pictures
 from vptsp.examples import pretrain_backbone
 from vptsp.files.locks import InUseError
+from vptsp.training import run_pictures
 from vptsp.training.checkpoints import checkpoints_in
 from vptsp.training.output_folder import (
     PICTURES,

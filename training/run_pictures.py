@@ -10,15 +10,15 @@ import torch
 
 from ..data_scripts.overlap import select_pairs
 from ..data_scripts.preprocessing import normalisation_for
-from .attention import cls_attention, save_attention
-from .confusion import confused_pairs, confusion_shares, save_confusion
-from .curves import save_training_curves
-from .embedding_map import choose_mapped, map_embeddings, save_embedding_map
-from .failures import choose_failures, find_failures, save_failure_grid
-from .metrics import count_relevant
-from .neighbours import nearest_neighbours
-from .pictures import choose_queries, save_neighbour_grid
-from .proxy_curves import save_proxy_movement
+from ..eval.attention import cls_attention, save_attention
+from ..eval.confusion import confused_pairs, confusion_shares, save_confusion
+from ..eval.curves import save_training_curves
+from ..eval.embedding_map import choose_mapped, map_embeddings, save_embedding_map
+from ..eval.failures import choose_failures, find_failures, save_failure_grid
+from ..eval.metrics import count_relevant
+from ..eval.neighbours import nearest_neighbours
+from ..eval.pictures import choose_queries, save_neighbour_grid
+from ..eval.proxy_curves import save_proxy_movement
 
 
 GRID_DPI = 96  # of pictures full of photographs

@@ -62,9 +62,8 @@ def _shown(value):
     return "" if value is None else str(value)
 
 
-def write_report(rows, device, output=None):
-    """Print the table and, if `output` is given, write rows and environment there as JSON."""
+def write_report(rows, device, output=None, **more):
+    """Print the table and, if `output` is given, write rows, environment and `more` there as JSON."""
     print(table(rows), flush=True)
     if output is not None:
-        report = {**environment(device), "rows": rows}
-        write_json(output, report)
+        write_json(output, {**environment(device), "rows": rows, **more})

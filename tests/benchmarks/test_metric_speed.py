@@ -9,7 +9,7 @@ import pytest
 import torch
 
 
-PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "metrics.py"
+PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "metric_speed.py"
 MEGABYTES = {"vptsp": 1.0, "pass": 2.0, "accuracy_calculator": 3.0}
 
 

@@ -1,7 +1,7 @@
 """What a training step costs by number of classes, with class prompts in both stores.
 
-    python benchmarks/class_prompts.py --output class_prompts.json
-    python benchmarks/class_prompts.py --vit small --classes 100 10000 --batch_size 32 --folder /fast/disk
+    python benchmarks/class_prompt_stores.py --output class_prompts.json
+    python benchmarks/class_prompt_stores.py --vit small --classes 100 10000 --batch_size 32 --folder /fast/disk
 
 Every step is a whole one, optimisers included, on random images of random classes, and is timed in three parts: the
 `passes` (both passes forward and backward, their optimiser), the `rows` (reading the batch's class prompts, updating
@@ -16,16 +16,15 @@ are not in memory, with and without prefetching (Linux).
 import argparse
 import ctypes
 import math
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from machine_report import write_report
 from transformers import ViTConfig
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning
-from vptsp.files.atomic import write_json
 
 
 VITS = {
@@ -120,26 +119,25 @@ class Run:
         return self.clock() - start
 
     def result(self):
-        """Median milliseconds of the parts, and bytes of what is held for class prompts."""
+        """A row of the table: median milliseconds of the parts, and what is held for class prompts."""
         steps = self.steps[1:]  # the first makes optimiser states
-        milliseconds = {name: 1e3 * statistics.median(step[name] for step in steps) for name in steps[0]}
-        milliseconds["without_proxies"] = 1e3 * statistics.median(step["passes"] + step["rows"] for step in steps)
-        result = {"classes": self.num_classes, "store": self.store, "milliseconds": milliseconds}
+        row = {"classes": self.num_classes, "store": self.store}
+        row |= {f"{name} ms": 1e3 * statistics.median(step[name] for step in steps) for name in steps[0]}
+        row["without proxies ms"] = 1e3 * statistics.median(step["passes"] + step["rows"] for step in steps)
         prompts = self.model.class_prompts
         if self.store == "offloaded":
             held = [prompts.tokens, *prompts.states.values()]
-            result["host_bytes"] = sum(tensor.untyped_storage().nbytes() for tensor in held)
+            row["host MiB"] = sum(tensor.untyped_storage().nbytes() for tensor in held) / 2**20
             large_states = [state for name, state in prompts.states.items() if name != "step"]
-            result["formula_bytes"] = prompts.num_bytes(len(large_states))
+            row["formula MiB"] = prompts.num_bytes(len(large_states)) / 2**20
             rows = self.batch_size // IMAGES_PER_CLASS
-            result["device_bytes"] = 2 * 4 * rows * math.prod(prompts.shape[1:])  # rows and their gradients
+            row["device MiB"] = 2 * 4 * rows * math.prod(prompts.shape[1:]) / 2**20  # rows and their gradients
         else:
             states = [state for state in self.optimizers["rows"].state[prompts.tokens].values() if state.dim()]
-            result["host_bytes"] = result["formula_bytes"] = 0
-            result["device_bytes"] = sum(tensor.nbytes for tensor in (prompts.tokens, prompts.tokens, *states))
-        if self.peak:
-            result["peak_device_bytes"] = self.peak
-        return result
+            row["host MiB"] = row["formula MiB"] = 0.0
+            row["device MiB"] = sum(t.nbytes for t in (prompts.tokens, prompts.tokens, *states)) / 2**20
+        row["peak device MiB"] = self.peak / 2**20 if self.peak else None
+        return row
 
 
 def _synchronised():
@@ -170,21 +168,6 @@ def measure_waiting(args, rounds):
     return {way: statistics.median(times[1:]) for way, times in waiting.items()}
 
 
-def print_table(results):
-    columns = ("passes", "rows", "proxies", "without_proxies")
-    print(f"{'classes':>8} {'store':<10}" + "".join(f"{name:>17}" for name in columns) + f"{'device':>12}{'host':>12}")
-    for run in results["runs"]:
-        print(
-            f"{run['classes']:>8} {run['store']:<10}"
-            + "".join(f"{run['milliseconds'][name]:>14.1f} ms" for name in columns)
-            + f"{run['device_bytes'] / 2**20:>8.1f} MiB{run['host_bytes'] / 2**20:>8.1f} MiB"
-        )
-    for store, ratio in results["ratio"].items():
-        print(f"{store}: most classes / fewest, without proxies: {ratio:.3f}")
-    for way, milliseconds in results.get("waiting", {}).items():
-        print(f"waiting for rows that are not in memory, {way}: {milliseconds:.2f} ms")
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, nargs="+", default=[100, 1000, 10_000, 100_000])
@@ -204,21 +187,18 @@ def main(argv=None):
     for _ in range(args.rounds + 1):  # the first round warms up
         for run in runs:
             run.step()
-    results = {
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("folder", "output")},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "runs": [run.result() for run in runs],
-        "ratio": {},
-    }
+    rows = [run.result() for run in runs]
+    ratios = {}
     for store in ("offloaded", "dense"):
-        times = [run["milliseconds"]["without_proxies"] for run in results["runs"] if run["store"] == store]
+        times = [row["without proxies ms"] for row in rows if row["store"] == store]
         if len(times) > 1:
-            results["ratio"][store] = times[-1] / times[0]
-    if args.folder is not None:
-        results["waiting"] = measure_waiting(args, args.rounds)
-    print_table(results)
-    if args.output is not None:
-        write_json(args.output, results)
+            ratios[store] = times[-1] / times[0]
+    waiting = {} if args.folder is None else measure_waiting(args, args.rounds)
+    write_report(rows, args.device, args.output, ratio=ratios, waiting=waiting)
+    for store, ratio in ratios.items():
+        print(f"{store}: most classes / fewest, without proxies: {ratio:.3f}")
+    for way, milliseconds in waiting.items():
+        print(f"waiting for rows that are not in memory, {way}: {milliseconds:.2f} ms")
 
 
 if __name__ == "__main__":

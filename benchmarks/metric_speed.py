@@ -1,8 +1,8 @@
 """Retrieval metrics against one blocked pass of products and top-k, and against pytorch-metric-learning, in one run.
 
-    python benchmarks/metrics.py --output metrics.json
-    python benchmarks/metrics.py --items 60000 --rounds 1 --accuracy_calculator_items 20000
-    python benchmarks/metrics.py --items 60000 --device cuda
+    python benchmarks/metric_speed.py --output metrics.json
+    python benchmarks/metric_speed.py --items 60000 --rounds 1 --accuracy_calculator_items 20000
+    python benchmarks/metric_speed.py --items 60000 --device cuda
 
 The pass is the least that any exact evaluation computes: for blocks of queries, the same for both, the similarities
 into memory that is used again, and the best of each row (as many as the largest class asks for). The contenders take

@@ -13,12 +13,12 @@ import torch
 
 from ..data_scripts.data_errors import DataError
 from ..data_scripts.overlap import same_stored_images
+from ..eval.intervals import compare_paired
+from ..eval.markdown import code_span
+from ..eval.metric_definitions import definition_of
+from ..eval.metrics import count_in_gallery, retrieval_scores
+from ..eval.summary import embedding_metrics
 from ..files.atomic import write_json, write_text
-from .intervals import compare_paired
-from .markdown import code_span
-from .metric_definitions import definition_of
-from .metrics import count_in_gallery, retrieval_scores
-from .summary import embedding_metrics
 
 
 def labelled_sets(queries, gallery=None):
