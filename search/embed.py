@@ -10,11 +10,15 @@ are the result, and the same whatever the number of processes.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
@@ -22,6 +26,7 @@ from tqdm import tqdm
 
 from ..data_scripts.data_errors import DataError, ImageError
 from ..data_scripts.data_fingerprint import content_digest
+from .columns import arrow_column, own_columns
 from .store import (
     EMBEDDING_DTYPES,
     EmbeddingStore,
@@ -30,9 +35,14 @@ from .store import (
     find_store,
     finish_store,
     missing_shards,
+    replace_columns,
     store_lock,
     write_shard,
 )
+
+
+FEW_IMAGES = 64
+"""Images that are decoded in this process, where nobody says otherwise."""
 
 
 def cached_store(embedder, source, cache_dir=None, **options):
@@ -61,7 +71,7 @@ def embed_to_store(
     source,
     folder,
     *,
-    num_workers=0,
+    num_workers=None,
     shard_size=1024,
     embedding_dtype="float32",
     skip_corrupt=False,
@@ -75,7 +85,7 @@ def embed_to_store(
         embedder: [`Embedder`].
         source: `ImageSource`.
         folder: New, or with what an earlier run of the same model on the same data has left.
-        num_workers: Processes that decode images; 0: this one.
+        num_workers: Processes that decode images while the model runs; 0: this one; None: see [`choose_workers`].
         shard_size: Rows of a shard: what an interruption may cost, and what is shared out between processes.
         embedding_dtype: `float32`, or `float16` for half the size.
         skip_corrupt: Leave out images that can't be read, and list them, instead of stopping.
@@ -97,11 +107,15 @@ def embed_to_store(
     if embedding_dtype not in EMBEDDING_DTYPES:
         raise ValueError(f"embedding_dtype must be one of {', '.join(EMBEDDING_DTYPES)}, got {embedding_dtype!r}")
 
+    columns = {name: arrow_column(values) for name, values in own_columns(source).items()}
+    columns_digest = _digest_of(columns)
+
     def prepare():
         fingerprint = data_fingerprint or source.fingerprint(_hashing_bar(source, progress))
         info = StoreInfo(
             model=embedder.description(),
-            data={"description": source.description, "fingerprint": fingerprint},
+            data={"description": source.description, "fingerprint": fingerprint}
+            | ({"columns": columns_digest} if columns else {}),
             num_images=len(source),
             embedding_dim=embedder.embedding_dim,
             embedding_dtype=embedding_dtype,
@@ -109,23 +123,44 @@ def embed_to_store(
             image_root=source.image_root,
         )
         found = find_store(folder, info)  # refuses a folder of something else before a lock is left in it
-        if found is not None and found.complete:
+        if found is not None and found.complete and found.data.get("columns") == columns_digest:
             return found
         held.enter_context(store_lock(folder, lock_timeout))
-        return begin_store(folder, info)
+        begun = begin_store(folder, info)
+        if begun.data.get("columns") != columns_digest:
+            replace_columns(folder, begun, source.ids, columns, columns_digest)
+        return begun
 
     with ExitStack() as held:  # the main rank's lock, for all ranks
         info = _on_main_rank(prepare)
         if not info.complete:
             rank, world_size = _rank_and_world_size()
             shards = _on_main_rank(lambda: missing_shards(folder, info))[rank::world_size]
-            _embed_shards(embedder, source, folder, info, shards, num_workers, skip_corrupt, progress and rank == 0)
+            workers = choose_workers(len(source)) if num_workers is None else num_workers
+            write = partial(_write_parts, folder, info, source, columns)
+            _embed_shards(embedder, source, info, shards, write, workers, skip_corrupt, progress and rank == 0)
             _barrier()
             _on_main_rank(lambda: finish_store(folder, info))
     return EmbeddingStore.open(folder)
 
 
-def _embed_shards(embedder, source, folder, info, shards, num_workers, skip_corrupt, progress):
+def choose_workers(num_images):
+    """How many processes decode a number of images: none where starting them takes longer than they save, else one
+    less than the CPUs of this process (which has the model to run) or its share of them, 1 to 8."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 0 if num_images < FEW_IMAGES else min(max(cpus - 1, 1), 8)
+
+
+def _digest_of(columns):
+    """Digest of Arrow columns, by values and types; None of none."""
+    if not columns:
+        return None
+    values = {name: [str(column.type), column.to_pylist()] for name, column in columns.items()}
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=32).hexdigest()
+
+
+def _embed_shards(embedder, source, info, shards, write, num_workers, skip_corrupt, progress):
     size = embedder.batch_size
     batches = [
         (shard, list(rows[start : start + size]))
@@ -148,11 +183,11 @@ def _embed_shards(embedder, source, folder, info, shards, num_workers, skip_corr
             parts.append((rows, readable, embeddings, contents))
             bar.update(len(rows))
             if i + 1 == len(batches) or batches[i + 1][0] != shard:
-                _write_parts(folder, info, shard, source, parts)
+                write(shard, parts)
                 parts = []
 
 
-def _write_parts(folder, info, shard, source, parts):
+def _write_parts(folder, info, source, columns, shard, parts):
     rows = [row for _, readable, _, _ in parts for row in readable]
     skipped = [source.ids[row] for asked, readable, _, _ in parts for row in asked if row not in readable]
     found = [embeddings for _, _, embeddings, _ in parts if embeddings is not None]
@@ -166,6 +201,7 @@ def _write_parts(folder, info, shard, source, parts):
         embeddings=torch.cat(found) if found else torch.empty(0, info.embedding_dim),
         skipped=skipped,
         contents=[content for *_, contents in parts for content in contents],
+        columns={name: values.take(pa.array(rows, pa.int64())) for name, values in columns.items()},
     )
 
 
@@ -242,4 +278,4 @@ def _on_main_rank(compute):
     return value
 
 
-__all__ = ["cached_store", "embed_to_store"]
+__all__ = ["cached_store", "choose_workers", "embed_to_store"]

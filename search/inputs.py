@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from ..data_scripts.data_errors import DataError
+from .model_names import check_model_name
 from .store import STORE_FILE, EmbeddingStore
 
 
@@ -17,15 +18,15 @@ def load_embedder(name, options):
 
     from .embedder import Embedder, is_retriever
 
-    if "://" not in name and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise DataError(f"model: there is no folder {name}")
-    resize_size = options.resize_size
-    if options.command == "compare" and is_retriever(name, options.revision):
-        resize_size = None  # meant for the other one
+    name = check_model_name(name)
+    resize_size, backbone = options.resize_size, options.backbone
+    if options.command == "compare":  # what is meant for the other one
+        resize_size, backbone = (None, backbone) if is_retriever(name, options.revision) else (resize_size, None)
     with _no_progress_bars(logging):
         return Embedder.from_pretrained(
             name,
             revision=options.revision,
+            backbone=backbone,
             resize_size=resize_size,
             batch_size=options.batch_size,
             device=options.device,

@@ -8,7 +8,7 @@
 Parquet, since one file then holds ids, classes and vectors, any tool reads it, and its fixed-size lists come out as
 one block of memory without a copy per row; safetensors would need a second file for the texts. Columns: `id` (text),
 `label` (int64, -1 without a class), `class_name` (text), `content` (text: BLAKE2b of the image's file, in hexadecimal
-digits), `embedding` (list of E float32 or float16).
+digits), those that the data have (texts or numbers), `embedding` (list of E float32 or float16).
 
 Shards hold `shard_size` rows each, in the order of the data, whoever wrote them: `shard-00003-of-00012.parquet` has
 the rows from 3 * shard_size. They appear under their names only when they are complete, and `store.json` says
@@ -42,6 +42,7 @@ FORMAT_VERSION = 1
 STORE_FILE = "store.json"
 EMBEDDING_DTYPES = ("float32", "float16")
 _SKIPPED = b"skipped"
+_COLUMNS = ("id", "label", "class_name", "content", "embedding")
 
 
 @dataclass
@@ -50,7 +51,7 @@ class StoreInfo:
 
     Attributes:
         model: Who made the embeddings: `name`, `kind`, `fingerprint`, `dtype`; see `Embedder.description`.
-        data: What was embedded: `description`, `fingerprint`.
+        data: What was embedded: `description`, `fingerprint`; `columns`, a digest of further columns, where it has any.
         num_images: Rows to be written; there are fewer in the end where images were skipped.
         embedding_dim: E.
         embedding_dtype: `float32` or `float16`, of the column.
@@ -177,7 +178,7 @@ def missing_shards(folder, info):
     return [shard for shard in range(info.num_shards) if not (Path(folder) / info.shard_name(shard)).is_file()]
 
 
-def write_shard(folder, info, shard, ids, labels, class_names, embeddings, skipped=(), contents=None):
+def write_shard(folder, info, shard, ids, labels, class_names, embeddings, skipped=(), contents=None, columns=None):
     """Write one shard, in one go.
 
     Args:
@@ -187,19 +188,57 @@ def write_shard(folder, info, shard, ids, labels, class_names, embeddings, skipp
         embeddings: `(rows, E)` float32.
         skipped: Ids of the rows that are left out, since their images can't be read.
         contents: Digests of the rows' images (`content_digest`); None where they are not known.
+        columns: Name -> Arrow array, further columns of the rows.
     """
     values = embeddings.numpy().astype(info.embedding_dtype).ravel()
-    columns = {
+    own = {
         "id": pa.array(ids, pa.string()),
         "label": pa.array(labels, pa.int64()),
         "class_name": pa.array(class_names, pa.string()),
         **({} if contents is None else {"content": pa.array(contents, pa.string())}),
+        **(columns or {}),
         "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values), info.embedding_dim),
     }
-    table = pa.table(columns).replace_schema_metadata({_SKIPPED: json.dumps(list(skipped))})
-    with atomic_path(Path(folder) / info.shard_name(shard)) as path:
+    table = pa.table(own).replace_schema_metadata({_SKIPPED: json.dumps(list(skipped))})
+    _write_table(Path(folder) / info.shard_name(shard), table)
+
+
+def _write_table(path, table):
+    texts = [name for name in table.column_names if table.schema.field(name).type == pa.string() and name != "id"]
+    with atomic_path(path) as temporary:
         # No compression: embeddings have no redundancy that it would find
-        pq.write_table(table, path, compression="none", use_dictionary=["class_name"], write_page_checksum=True)
+        pq.write_table(table, temporary, compression="none", use_dictionary=texts, write_page_checksum=True)
+
+
+def replace_columns(folder, info, ids, columns, digest):
+    """Give the shards that are there other columns beside their own, without embedding anything.
+
+    The store is not complete until [`finish_store`]: what is interrupted is done once more. The caller holds the lock.
+
+    Args:
+        folder: Of a store that was begun.
+        info: Its [`StoreInfo`], which changes.
+        ids: Of all images of the data.
+        columns: Name -> Arrow array, a value of each image.
+        digest: Of the columns, for `info.data`.
+    """
+    folder = Path(folder)
+    info.complete, info.files = False, None
+    save_record(folder / STORE_FILE, info)
+    rows = {name: row for row, name in enumerate(ids)}
+    for shard in set(range(info.num_shards)) - set(missing_shards(folder, info)):
+        path = folder / info.shard_name(shard)
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+        here = pa.array([rows[name] for name in table.column("id").to_pylist()], pa.int64())
+        own = {name: table.column(name) for name in table.column_names if name in _COLUMNS}
+        embedding = own.pop("embedding")
+        own |= {name: values.take(here) for name, values in columns.items()}
+        metadata = table.schema.metadata
+        _write_table(path, pa.table({**own, "embedding": embedding}).replace_schema_metadata(metadata))
+    info.data = {name: value for name, value in info.data.items() if name != "columns"}
+    info.data |= {} if digest is None else {"columns": digest}
+    save_record(folder / STORE_FILE, info)
 
 
 def finish_store(folder, info):
@@ -325,6 +364,13 @@ class EmbeddingStore:
         return self._names.column("class_name").to_pylist()
 
     @cached_property
+    def columns(self):
+        """Further columns of the data: dict of name -> n texts or numbers, or None among them."""
+        with pq.ParquetFile(self.folder / self.info.shard_name(0)) as file:
+            names = [name for name in file.schema_arrow.names if name not in _COLUMNS]
+        return {name: values.to_pylist() for name, values in zip(names, self._read(names).columns, strict=True)}
+
+    @cached_property
     def contents(self):
         """n digests of the images' files, in hexadecimal; None where the store doesn't know them (older versions)."""
         shards = [self._read_shard(shard, ["content"]) for shard in range(self.info.num_shards)]
@@ -358,6 +404,7 @@ __all__ = [
     "find_store",
     "finish_store",
     "missing_shards",
+    "replace_columns",
     "store_lock",
     "write_shard",
 ]
