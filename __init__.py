@@ -31,6 +31,7 @@ _EXPORTS = {
     "ImageFolders": "data_scripts.folder",
     "ImageSource": "search.image_sources",
     "InShop": "data_scripts.benchmarks.inshop",
+    "IndexChanges": "search.sync",
     "IndexChangedError": "search.index_files",
     "IndexMismatchError": "search.vector_index",
     "Interval": "eval.intervals",
@@ -39,6 +40,7 @@ _EXPORTS = {
     "MilvusIndex": "search.milvus",
     "PairedComparison": "eval.intervals",
     "RetrievalIndex": "search.index",
+    "Retriever": "search.retriever",
     "SampleKey": "data_scripts.sampler",
     "StanfordOnlineProducts": "data_scripts.benchmarks.sop",
     "StoreInfo": "search.store",
@@ -116,6 +118,7 @@ _EXPORTS = {
     "save_training_curves": "eval.curves",
     "spectral_decay": "eval.geometry",
     "split_source": "search.image_sources",
+    "update_index": "search.sync",
     "write_report": "eval.report",
 }
 
@@ -217,8 +220,11 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from .search.milvus import MilvusIndex as MilvusIndex
     from .search.open_index import edit_index as edit_index
     from .search.open_index import open_index as open_index
+    from .search.retriever import Retriever as Retriever
     from .search.store import EmbeddingStore as EmbeddingStore
     from .search.store import StoreInfo as StoreInfo
+    from .search.sync import IndexChanges as IndexChanges
+    from .search.sync import update_index as update_index
     from .search.vector_index import Hit as Hit
     from .search.vector_index import IndexMismatchError as IndexMismatchError
     from .training.arguments import VPTSPTrainingArguments as VPTSPTrainingArguments

@@ -21,7 +21,7 @@ COMMANDS = {
     "train": ("vptsp.train", False, "tune a retriever on a data set"),
     "check": ("vptsp.data_scripts.command_check", False, "check a data set: counts, class sizes, one image of each"),
     "embed": ("vptsp.search.commands", True, "write the embeddings of images to a store"),
-    "index": ("vptsp.search.commands", True, "build an index of embeddings, add to it or remove from it"),
+    "index": ("vptsp.search.commands", True, "build an index of embeddings, or bring it in step with its images"),
     "search": ("vptsp.search.commands", True, "find the items of an index that are most similar to images or items"),
     "evaluate": ("vptsp.search.commands", True, "score a model or stored embeddings"),
     "compare": ("vptsp.search.commands", True, "score two models on the same images, with a paired test"),

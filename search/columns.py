@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 
 import numpy as np
@@ -11,45 +10,34 @@ import pyarrow as pa
 from ..data_scripts.data_errors import some
 
 
-logger = logging.getLogger(__name__)
-
 CLASS_COLUMN = "class_name"
 # Of an item: the digest of its image's file, and the number of its source in `sources`
 CONTENT_COLUMN, SOURCE_COLUMN = "vptsp_content", "vptsp_source"
 HIDDEN_COLUMNS = (CONTENT_COLUMN, SOURCE_COLUMN)
 # What the indexes call their own columns
 RESERVED_COLUMNS = ("key", "id", "embedding", *HIDDEN_COLUMNS)
-# What else would have two meanings: in a store's files, and in results
-_TAKEN = (*RESERVED_COLUMNS, "label", "content", CLASS_COLUMN, "path", "similarity")
 _ARROW_TYPES = {"text": pa.string(), "integer": pa.int64(), "number": pa.float64()}
 _LARGEST = 2**63
 
 
 def own_columns(source):
-    """Columns of a source under names that stores, indexes and results don't use themselves.
+    """Columns of a source that go along with its images.
 
     Args:
-        source: [`ImageSource`]; its `columns` are dict of name -> n texts, numbers or None.
+        source: `ImageSource`; its `columns` are dict of name -> n texts, numbers or None.
 
     Returns:
-        Dict of name -> list; a column with a name that is taken is called `table_` and that, which the log says.
+        Dict of name -> list.
 
     Raises:
-        ValueError: a column has not one value per image, or values of different kinds; the message names it.
+        ValueError: a column has not one value per image, values of different kinds, or a name that stores and indexes
+            have a meaning for; the message names it.
     """
-    columns = {}
-    for name, values in (getattr(source, "columns", None) or {}).items():
-        own = f"table_{name}" if name in _TAKEN else name
-        if own != name:
-            logger.warning("%s: the column %r is called %r here", source.description, name, own)
-        if own in columns:
-            raise ValueError(f"{source.description}: there are two columns {own!r}: rename one")
-        columns[own] = check_values(values, own)
-        if len(columns[own]) != len(source):
-            raise ValueError(
-                f"{source.description}: the column {name!r} must have one value per image, {len(source)}, got "
-                f"{len(columns[own])}"
-            )
+    columns = {name: check_values(values, name) for name, values in source.columns.items()}
+    if taken := sorted(set(columns) & {*RESERVED_COLUMNS, "label", "content", CLASS_COLUMN, "path", "similarity"}):
+        raise ValueError(f"{source.description}: a column can't be called {some(taken)}: rename it")
+    if wrong := [name for name, values in columns.items() if len(values) != len(source)]:
+        raise ValueError(f"{source.description}: there must be one value per image, {len(source)}, in {some(wrong)}")
     return columns
 
 
@@ -118,15 +106,20 @@ def check_values(values, name, max_bytes=None):
         if isinstance(value, str):
             _check_text(value, name, max_bytes)
             texts.append(value)
-        elif isinstance(value, float) and math.isfinite(value):
-            numbers.append(value)
-        elif isinstance(value, int) and not isinstance(value, bool) and -_LARGEST <= value < _LARGEST:
+        elif _is_number(value):
             numbers.append(value)
         elif value is not None:
             raise ValueError(f"{name} must be texts, finite numbers or None, got {value!r} among them")
     if texts and numbers:
         raise ValueError(f"{name} must be all texts or all numbers, got {texts[0]!r} and {numbers[0]!r} among them")
     return values
+
+
+def _is_number(value):
+    """Whether a file can hold it: finite, or whole in 64 bits."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool) and -_LARGEST <= value < _LARGEST
 
 
 def kind_of(values):

@@ -10,8 +10,6 @@ are the result, and the same whatever the number of processes.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from contextlib import ExitStack
 from datetime import timedelta
@@ -35,14 +33,10 @@ from .store import (
     find_store,
     finish_store,
     missing_shards,
-    replace_columns,
     store_lock,
     write_shard,
 )
-
-
-FEW_IMAGES = 64
-"""Images that are decoded in this process, where nobody says otherwise."""
+from .worker_counts import choose_workers
 
 
 def cached_store(embedder, source, cache_dir=None, **options):
@@ -60,7 +54,7 @@ def cached_store(embedder, source, cache_dir=None, **options):
     from huggingface_hub.constants import HF_HOME
 
     cache_dir = Path(HF_HOME) / "vptsp" / "embeddings" if cache_dir is None else Path(cache_dir)
-    data_fingerprint = _on_main_rank(lambda: source.fingerprint(_hashing_bar(source, options.get("progress", True))))
+    data_fingerprint = on_main_rank(lambda: source.fingerprint(reading_bar(source, options.get("progress", True))))
     dtype = str(embedder.dtype).removeprefix("torch.")
     folder = cache_dir / f"{embedder.fingerprint[:16]}-{data_fingerprint[:16]}-{dtype}"
     return embed_to_store(embedder, source, folder, data_fingerprint=data_fingerprint, **options)
@@ -108,14 +102,12 @@ def embed_to_store(
         raise ValueError(f"embedding_dtype must be one of {', '.join(EMBEDDING_DTYPES)}, got {embedding_dtype!r}")
 
     columns = {name: arrow_column(values) for name, values in own_columns(source).items()}
-    columns_digest = _digest_of(columns)
 
     def prepare():
-        fingerprint = data_fingerprint or source.fingerprint(_hashing_bar(source, progress))
+        fingerprint = data_fingerprint or source.fingerprint(reading_bar(source, progress))
         info = StoreInfo(
             model=embedder.description(),
-            data={"description": source.description, "fingerprint": fingerprint}
-            | ({"columns": columns_digest} if columns else {}),
+            data={"description": source.description, "fingerprint": fingerprint},
             num_images=len(source),
             embedding_dim=embedder.embedding_dim,
             embedding_dtype=embedding_dtype,
@@ -123,41 +115,22 @@ def embed_to_store(
             image_root=source.image_root,
         )
         found = find_store(folder, info)  # refuses a folder of something else before a lock is left in it
-        if found is not None and found.complete and found.data.get("columns") == columns_digest:
+        if found is not None and found.complete:
             return found
         held.enter_context(store_lock(folder, lock_timeout))
-        begun = begin_store(folder, info)
-        if begun.data.get("columns") != columns_digest:
-            replace_columns(folder, begun, source.ids, columns, columns_digest)
-        return begun
+        return begin_store(folder, info)
 
     with ExitStack() as held:  # the main rank's lock, for all ranks
-        info = _on_main_rank(prepare)
+        info = on_main_rank(prepare)
         if not info.complete:
             rank, world_size = _rank_and_world_size()
-            shards = _on_main_rank(lambda: missing_shards(folder, info))[rank::world_size]
+            shards = on_main_rank(lambda: missing_shards(folder, info))[rank::world_size]
             workers = choose_workers(len(source)) if num_workers is None else num_workers
             write = partial(_write_parts, folder, info, source, columns)
             _embed_shards(embedder, source, info, shards, write, workers, skip_corrupt, progress and rank == 0)
             _barrier()
-            _on_main_rank(lambda: finish_store(folder, info))
+            on_main_rank(lambda: finish_store(folder, info))
     return EmbeddingStore.open(folder)
-
-
-def choose_workers(num_images):
-    """How many processes decode a number of images: none where starting them takes longer than they save, else one
-    less than the CPUs of this process (which has the model to run) or its share of them, 1 to 8."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cpus //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 0 if num_images < FEW_IMAGES else min(max(cpus - 1, 1), 8)
-
-
-def _digest_of(columns):
-    """Digest of Arrow columns, by values and types; None of none."""
-    if not columns:
-        return None
-    values = {name: [str(column.type), column.to_pylist()] for name, column in columns.items()}
-    return hashlib.blake2b(json.dumps(values).encode(), digest_size=32).hexdigest()
 
 
 def _embed_shards(embedder, source, info, shards, write, num_workers, skip_corrupt, progress):
@@ -236,7 +209,7 @@ def _collate(examples):
     return list(rows), torch.stack(pixels), list(contents)
 
 
-def _hashing_bar(source, progress):
+def reading_bar(source, progress):
     def bar(rows, total):
         return tqdm(rows, "Reading", total=total, unit="image", disable=not progress or total < 1000, leave=False)
 
@@ -258,7 +231,7 @@ def _barrier():
         dist.barrier()
 
 
-def _on_main_rank(compute):
+def on_main_rank(compute):
     """What `compute` gives on rank 0, on all ranks; its error too, so that no rank waits for one that has stopped."""
     rank, world_size = _rank_and_world_size()
     if world_size == 1:
@@ -278,4 +251,4 @@ def _on_main_rank(compute):
     return value
 
 
-__all__ = ["cached_store", "choose_workers", "embed_to_store"]
+__all__ = ["cached_store", "embed_to_store", "on_main_rank", "reading_bar"]

@@ -102,8 +102,8 @@ def read_image(image, name=None, max_image_pixels=MAX_IMAGE_PIXELS, channel_orde
     """RGB and upright PIL image of an image in any form.
 
     Args:
-        image: Path, contents of a file (bytes), file object (binary), PIL image, array of numpy `(H, W, 3)`, `(H, W, 4)`
-            (the alpha channel is dropped) or `(H, W)` of uint8, or uint8 tensor `(3, H, W)`.
+        image: Path, contents of a file (bytes), file object (binary), PIL image, uint8 tensor `(3, H, W)`, or uint8
+            array of numpy `(H, W, 3)`, `(H, W, 4)` (the alpha channel is dropped) or `(H, W)`.
         name: What to call it in errors.
         max_image_pixels: An image of more can't be read.
         channel_order: Of arrays with colours: `rgb`, or `bgr` as OpenCV reads them.
@@ -229,8 +229,8 @@ class Embedder:
         Raises:
             DataError: the name is that of a folder, which is not there.
             OSError: a file is not to be had.
-            ValueError: neither a retriever nor a supported backbone, `resize_size` with a retriever, or `backbone` with
-                a backbone.
+            ValueError: neither a retriever nor a supported backbone, `resize_size` with a retriever, or `backbone`
+                with a bare backbone.
         """
         from ..data_scripts.preprocessing import build_image_processor, load_image_processor
         from ..modeling_vptsp import VPTSPModel
@@ -272,8 +272,8 @@ class Embedder:
         """Embed some images.
 
         Args:
-            images: An image, or an iterable of images, in any form that [`ImagePreprocessor`] takes, mixed as you like.
-                An array or tensor of four dimensions is a list of images.
+            images: An image, or an iterable of images, in any form that [`ImagePreprocessor`] takes, mixed as you
+                like. An array or tensor of four dimensions is a list of images.
             batch_size: Images at a time; None for the embedder's.
             num_workers: Threads that decode the next images while the model runs; 0: none.
             progress: Show a progress bar.

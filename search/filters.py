@@ -48,7 +48,7 @@ def parse_conditions(where, kinds):
     if isinstance(where, dict):
         found = [(name, "=", _as_list(values)) for name, values in where.items()]
     else:
-        found = _parse_words(where)
+        found = parse_words(where)
     conditions = []
     for name, operator, values in found:
         column = find_column(name, kinds)
@@ -60,12 +60,17 @@ def _as_list(values):
     return list(values) if isinstance(values, (list, tuple, set, frozenset)) else [values]
 
 
-def _parse_words(words):
+def parse_words(words):
+    """Columns, operators and lists of values of filters such as `price<20`.
+
+    Raises:
+        ValueError: one has none of the operators.
+    """
     lists, orders = {}, []
     for word in words:
         match = _WORD.fullmatch(word)
         if match is None:
-            raise ValueError(f"where must be COLUMN=VALUE (or one of != < <= > >=), got {word!r}")
+            raise ValueError(f"where must be COLUMN=VALUE, got {word!r} (there are = != < <= > >=)")
         name, operator, value = match[1].strip(), match[2], match[3]
         if operator in ("=", "!="):
             lists.setdefault((name.casefold(), operator), (name, operator, []))[2].append(value)
@@ -107,4 +112,4 @@ def _number(column, value):
     raise ValueError(f"{column} holds numbers, got {value!r}")
 
 
-__all__ = ["Condition", "find_column", "parse_conditions"]
+__all__ = ["Condition", "find_column", "parse_conditions", "parse_words"]

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 
-from ..data_scripts.data_errors import DataError, some
+from ..data_scripts.data_errors import DataError
 from ..eval.checks import check_embeddings
 from .columns import (
     CONTENT_COLUMN,

@@ -99,6 +99,18 @@ def store_options(options):
     }
 
 
+def model_of(index, options):
+    """The model that searches an index by image: the one of `--model`, or that which the index names.
+
+    Raises:
+        DataError: neither says which.
+    """
+    name = options.model or (index.model or {}).get("name")
+    if name is None:
+        raise DataError(f"{options.index} doesn't say which model made its embeddings: give --model")
+    return name
+
+
 def model_or_store(options):
     """The model or the store that a command is to take embeddings from.
 
@@ -144,6 +156,7 @@ __all__ = [
     "is_main_rank",
     "load_embedder",
     "load_sources",
+    "model_of",
     "model_or_store",
     "store_options",
     "stores_of",

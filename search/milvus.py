@@ -161,6 +161,22 @@ class MilvusIndex(VectorIndex):
         self = cls(client, collection, fields, json.loads(description["properties"][_PROPERTY]))
         return self if embedder is None else self.use_embedder(embedder)
 
+    @staticmethod
+    def exists(place):
+        """Whether there is such a collection.
+
+        Raises:
+            DataError: the place can't be reached.
+        """
+        uri = str(place).partition("#")[0]
+        if not uri.startswith("http") and not Path(uri).exists():
+            return False
+        client, collection = _connect(place)
+        try:
+            return client.has_collection(collection)
+        finally:
+            client.close()
+
     def __len__(self):
         return self._client.query(self._collection, output_fields=["count(*)"])[0]["count(*)"]
 
@@ -217,7 +233,9 @@ class MilvusIndex(VectorIndex):
     def add_source(self, source):
         """See [`VectorIndex.add_source`]."""
         if not self._knows_sources:
-            raise ValueError("an older version built the collection, which can't say where items come from: build anew")
+            raise ValueError(
+                "an older version built the collection, which can't say where items come from: build anew"
+            )
         self.sources.append(source)
         properties = self._client.describe_collection(self._collection)["properties"]
         values = json.loads(properties[_PROPERTY]) | {"sources": self.sources}
@@ -322,7 +340,6 @@ class MilvusIndex(VectorIndex):
         """Rows of those ids that are there."""
         for batch in _batches(ids):
             yield from self._client.query(self._collection, filter=_one_of("id", batch), output_fields=fields)
-
 
     def _all_rows(self, fields, expression=""):
         """All rows of the collection that pass."""

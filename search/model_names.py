@@ -20,13 +20,12 @@ def check_model_name(name, option="model"):
         DataError: it can only be a folder (it begins with a dot, a slash or a tilde, has no slash or more than one, or
             begins with a folder that is there), and there is none; the message names near ones.
     """
-    name = os.path.expanduser(name)  # noqa: PTH111: a Path would drop a trailing slash and a leading ./
-    path = Path(name)
+    name, path = os.fspath(name), Path(name).expanduser()
     if path.is_dir():
-        return name
+        return str(path) if name.startswith("~") else name
     if path.exists():
         raise DataError(f"{option}: {name} is a file, expected a folder or OWNER/NAME on the Hub")
-    on_hub = name.count("/") == 1 and not name.startswith((".", "/")) and not path.parent.is_dir()
+    on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.is_dir()
     if on_hub or "://" in name:
         return name
     near = near_names(path.name, _folders_beside(path))

@@ -15,8 +15,8 @@ from ..files.digests import DamagedFileError, check_file
 def save_record(path, record):
     """Write a dataclass with `model` (dict with a `name`, or None) and `image_root` as JSON, in one go.
 
-    Both may be local paths, and so may the `root` of each of its `sources`, if it has any; these are written relative to the file's folder where both lie in the same parent folder,
-    so that folder can be moved as a whole.
+    Both may be local paths, and so may the `root` of each of its `sources`, if it has any. They are written relative
+    to the file's folder where both lie in the same parent folder, so that folder can be moved as a whole.
     """
     values, folder = asdict(record), Path(path).parent
     values["image_root"] = _portable(record.image_root, folder)

@@ -45,13 +45,17 @@ _SKIPPED = b"skipped"
 _COLUMNS = ("id", "label", "class_name", "content", "embedding")
 
 
+class NothingReadableError(DataError):
+    """None of the images of a store can be read."""
+
+
 @dataclass
 class StoreInfo:
     """What `store.json` says. Paths are relative to its folder where both lie in the same parent folder.
 
     Attributes:
         model: Who made the embeddings: `name`, `kind`, `fingerprint`, `dtype`; see `Embedder.description`.
-        data: What was embedded: `description`, `fingerprint`; `columns`, a digest of further columns, where it has any.
+        data: What was embedded: `description`, `fingerprint`.
         num_images: Rows to be written; there are fewer in the end where images were skipped.
         embedding_dim: E.
         embedding_dtype: `float32` or `float16`, of the column.
@@ -200,52 +204,17 @@ def write_shard(folder, info, shard, ids, labels, class_names, embeddings, skipp
         "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values), info.embedding_dim),
     }
     table = pa.table(own).replace_schema_metadata({_SKIPPED: json.dumps(list(skipped))})
-    _write_table(Path(folder) / info.shard_name(shard), table)
-
-
-def _write_table(path, table):
-    texts = [name for name in table.column_names if table.schema.field(name).type == pa.string() and name != "id"]
-    with atomic_path(path) as temporary:
+    with atomic_path(Path(folder) / info.shard_name(shard)) as path:
         # No compression: embeddings have no redundancy that it would find
-        pq.write_table(table, temporary, compression="none", use_dictionary=texts, write_page_checksum=True)
-
-
-def replace_columns(folder, info, ids, columns, digest):
-    """Give the shards that are there other columns beside their own, without embedding anything.
-
-    The store is not complete until [`finish_store`]: what is interrupted is done once more. The caller holds the lock.
-
-    Args:
-        folder: Of a store that was begun.
-        info: Its [`StoreInfo`], which changes.
-        ids: Of all images of the data.
-        columns: Name -> Arrow array, a value of each image.
-        digest: Of the columns, for `info.data`.
-    """
-    folder = Path(folder)
-    info.complete, info.files = False, None
-    save_record(folder / STORE_FILE, info)
-    rows = {name: row for row, name in enumerate(ids)}
-    for shard in set(range(info.num_shards)) - set(missing_shards(folder, info)):
-        path = folder / info.shard_name(shard)
-        with pq.ParquetFile(path) as file:
-            table = file.read()
-        here = pa.array([rows[name] for name in table.column("id").to_pylist()], pa.int64())
-        own = {name: table.column(name) for name in table.column_names if name in _COLUMNS}
-        embedding = own.pop("embedding")
-        own |= {name: values.take(here) for name, values in columns.items()}
-        metadata = table.schema.metadata
-        _write_table(path, pa.table({**own, "embedding": embedding}).replace_schema_metadata(metadata))
-    info.data = {name: value for name, value in info.data.items() if name != "columns"}
-    info.data |= {} if digest is None else {"columns": digest}
-    save_record(folder / STORE_FILE, info)
+        pq.write_table(table, path, compression="none", use_dictionary=["class_name"], write_page_checksum=True)
 
 
 def finish_store(folder, info):
     """Declare a store complete, once all shards are there; collect what was skipped, and the shards' checksums.
 
     Raises:
-        DataError: a shard is missing or damaged, or all images were skipped.
+        DataError: a shard is missing or damaged.
+        NothingReadableError: all images were skipped.
     """
     folder = Path(folder)
     missing = missing_shards(folder, info)
@@ -257,7 +226,7 @@ def finish_store(folder, info):
         info.skipped += skipped
         info.files[name] = file_record(folder / name)
     if len(info.skipped) == info.num_images:
-        raise DataError(f"{folder}: none of the {info.num_images} images can be read")
+        raise NothingReadableError(f"{folder}: none of the {info.num_images} images can be read")
     info.complete = True
     save_record(folder / STORE_FILE, info)
 
@@ -399,12 +368,12 @@ __all__ = [
     "EMBEDDING_DTYPES",
     "STORE_FILE",
     "EmbeddingStore",
+    "NothingReadableError",
     "StoreInfo",
     "begin_store",
     "find_store",
     "finish_store",
     "missing_shards",
-    "replace_columns",
     "store_lock",
     "write_shard",
 ]
