@@ -41,6 +41,7 @@ class IndexChanges:
         added, changed, removed: Numbers of items; those that changed have another content.
         updated: Items whose class or columns are others now, but whose images are the same.
         unchanged: Items of the source that are as they were.
+        left: Items that have changed or are gone, but were left as they were since only new ones were to be added.
         skipped: Images that can't be read, and so aren't in the index.
         total: Items of the index now, those of other sources included.
         built: What [`RetrievalIndex`] says of an index that is new, or None.
@@ -51,15 +52,17 @@ class IndexChanges:
     removed: int = 0
     updated: int = 0
     unchanged: int = 0
+    left: int = 0
     skipped: list[str] = field(default_factory=list)
     total: int = 0
     built: object = None
 
     def __str__(self):
         other = f", {self.updated:,} with other columns" if self.updated else ""
+        left = f", {self.left:,} that changed or are gone left as they were" if self.left else ""
         return (
             f"{self.added:,} added, {self.changed:,} changed, {self.removed:,} removed{other}, "
-            f"{self.unchanged:,} unchanged"
+            f"{self.unchanged:,} unchanged{left}"
         )
 
 
@@ -222,22 +225,22 @@ def _sync(place, listing, embed, add_only, lock_timeout):
             index = held.enter_context(edit_index(place, lock_timeout))
             here = listing()
             index.check_model(here.model)
-            return index, here, *_compare(index, here, add_only)
+            return index, here, *_compare(index, here)
 
         found = []
-        rows = on_main_rank(lambda: _kept(found, compare()))
+        rows = on_main_rank(lambda: _kept(found, compare(), add_only))
         readable, embeddings = embed(rows) if rows else ([], None)
         return on_main_rank(lambda: _change(*found[0], readable, embeddings, add_only))
 
 
-def _kept(found, compared):
+def _kept(found, compared, add_only):
     """Rows to embed, which all ranks are told; what belongs to the main rank is kept there."""
     found.append(compared)
     plan = compared[-1]
-    return [*plan.added, *plan.changed]
+    return plan.added if add_only else [*plan.added, *plan.changed]
 
 
-def _compare(index, here, add_only):
+def _compare(index, here):
     """Number of the source in the index (None if it is new), prefix of its ids, and the [`_Plan`]."""
     items = index.items()
     number, prefix = _find_source(index, here, items)
@@ -249,8 +252,6 @@ def _compare(index, here, add_only):
             plan.added.append(row)
             continue
         _refuse_other_file(index, name, old[SOURCE_COLUMN], here, number, here.ids[row])
-        if add_only:
-            continue
         if old[CONTENT_COLUMN] is None or old[CONTENT_COLUMN] != here.contents[row]:
             plan.changed.append(row)
         elif any(old.get(column) != values[row] for column, values in here.metadata.items()) or any(
@@ -259,10 +260,9 @@ def _compare(index, here, add_only):
             plan.updated.append(row)
         elif old[SOURCE_COLUMN] != number:
             plan.adopted.append(row)
-    if not add_only:
-        there = set(ids)
-        gone = (name for name in items if name not in there)
-        plan.removed.extend(name for name in gone if _is_gone(index, name, items[name][SOURCE_COLUMN], number, here))
+    there = set(ids)
+    gone = (name for name in items if name not in there)
+    plan.removed.extend(name for name in gone if _is_gone(index, name, items[name][SOURCE_COLUMN], number, here))
     return number, prefix, plan
 
 
@@ -311,6 +311,9 @@ def _is_gone(index, name, source, number, here):
 
 def _change(index, here, number, prefix, plan, readable, embeddings, add_only):
     """Bring the index in step with the plan, of whose images some may not be readable."""
+    before = plan
+    if add_only:
+        plan = _Plan(plan.added, [], [], [], [])
     if number is None and (plan.added or plan.changed or plan.updated or plan.adopted):
         number = index.add_source({"root": here.root, "name": here.name, "prefix": prefix})
     columns = _columns(index, here, plan, prefix, add_only)
@@ -334,9 +337,10 @@ def _change(index, here, number, prefix, plan, readable, embeddings, add_only):
     if others := [*plan.updated, *plan.adopted]:
         index.update(*rows_of(others), source=number)
     added, changed = len(set(readable) & set(plan.added)), len(set(readable) & set(plan.changed))
-    unchanged = len(here.ids) - len(plan.added) - len(plan.changed) - len(plan.updated)
+    unchanged = len(here.ids) - len(before.added) - len(before.changed) - len(before.updated)
     removed = len(plan.removed) + len(plan.changed) - changed
-    return IndexChanges(added, changed, removed, len(plan.updated), unchanged, total=len(index))
+    left = len([*before.changed, *before.updated, *before.removed]) if add_only else 0
+    return IndexChanges(added, changed, removed, len(plan.updated), unchanged, left, total=len(index))
 
 
 def _columns(index, here, plan, prefix, add_only):

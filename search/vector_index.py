@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..data_scripts.data_errors import some
 from ..eval.checks import check_embeddings
-from ..names.registry import nearest
+from ..names.registry import near_names
 from .columns import check_items, check_metadata
 from .filters import find_column, parse_conditions
 
@@ -230,11 +230,13 @@ class VectorIndex(ABC):
         for column, operator, values in parse_conditions(where, self._kinds()):
             if operator not in ("=", "!="):
                 continue
-            there = {str(value).casefold(): str(value) for value in self.values_of(column)}
+            there = {_folded(value): value for value in self.values_of(column)}
             for value in values:
-                if str(value).casefold() not in there and not (isinstance(value, int) and f"{float(value)}" in there):
-                    near = nearest(str(value).casefold(), there)
-                    raise ValueError(f"where: no item has {column} {value!r}{near}")
+                if _folded(value) not in there:
+                    texts = [name for name in there if isinstance(name, str)]
+                    near = [there[name] for name in near_names(_folded(value), texts)]
+                    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+                    raise ValueError(f"where: no item has {column} {value!r}{hint}")
 
     @abstractmethod
     def embeddings_of(self, ids):
@@ -340,6 +342,10 @@ class VectorIndex(ABC):
         if embeddings.shape[1] != self.embedding_dim:
             raise ValueError(f"embeddings must have the index's width {self.embedding_dim}, got {embeddings.shape[1]}")
         return embeddings.detach().float().cpu()
+
+
+def _folded(value):
+    return value.casefold() if isinstance(value, str) else value
 
 
 def _others(hits, own, row):
