@@ -1,4 +1,4 @@
-"""search/filters.py, columns of texts and numbers, groups and thresholds, in both kinds of index, against plain loops."""
+"""search/filters.py, columns of texts and numbers, groups and thresholds, in both kinds of index, against loops."""
 
 import numpy as np
 import pytest

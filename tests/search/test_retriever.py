@@ -1,6 +1,7 @@
-"""search/retriever.py and the forms of images that `Embedder` takes: the same embedding whatever the form, in threads."""
+"""search/retriever.py and the forms of images that `Embedder` takes: the same embedding whatever the form."""
 
 import io
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -110,6 +111,25 @@ def test_workers_and_batches_change_nothing(retriever, photos, num_workers, batc
     np.testing.assert_allclose(found, np.concatenate([retriever.encode(file) for file in files]), atol=1e-6)
 
 
+def test_images_are_decoded_while_the_model_runs(retriever, photos, monkeypatch):
+    """The model, at its first batch, waits for an image of the second to be decoded."""
+    files, decoded = sorted(photos.rglob("*.png")), threading.Event()
+    preprocess, embed = retriever.embedder.preprocess, retriever.embedder.embed_pixels
+
+    def noticing(image, **options):
+        if image == files[3]:
+            decoded.set()
+        return preprocess(image, **options)
+
+    def waiting(pixel_values):
+        assert decoded.wait(30)
+        return embed(pixel_values)
+
+    monkeypatch.setattr(retriever.embedder, "preprocess", noticing)
+    monkeypatch.setattr(retriever.embedder, "embed_pixels", waiting)
+    assert retriever.encode(files, batch_size=2, num_workers=1).shape == (7, 8)
+
+
 def test_progress_has_a_total(retriever, photos, capsys):
     retriever.encode(sorted(photos.rglob("*.png")), progress=True)
     assert "0/7" in capsys.readouterr().err
@@ -150,7 +170,12 @@ def test_arrays_have_a_limit_of_pixels(retriever_folder):
 
 
 def test_errors_by_image(retriever, photos, tmp_path):
-    files = [*sorted(photos.rglob("*.png"))[:2], tmp_path / "absent.png", photos / "b" / "000.png", tmp_path / "no.png"]
+    files = [
+        *sorted(photos.rglob("*.png"))[:2],
+        tmp_path / "absent.png",
+        photos / "b" / "000.png",
+        tmp_path / "no.png",
+    ]
     failed = {}
     found = retriever.embedder.embed_images(files, failed=failed, batch_size=2, num_workers=2)
     np.testing.assert_allclose(found.numpy(), retriever.encode([files[i] for i in (0, 1, 3)]), atol=1e-6)

@@ -1,13 +1,15 @@
 """`vptsp index` and `vptsp search`: a catalogue from the command line."""
 
 import json
+import multiprocessing
 import shutil
 
 import pytest
 import torch
 from data_fixtures import write_classes, write_image
 
-from vptsp import Embedder, RetrievalIndex, VPTSPModel, open_index
+from vptsp import Embedder, RetrievalIndex, VPTSPModel, embed_to_store, folder_source, open_index
+from vptsp.data_scripts import images
 from vptsp.data_scripts.preprocessing import build_image_processor
 from vptsp.search.commands import main
 from vptsp.search.embedder import Embedder as EmbedderClass
@@ -63,7 +65,16 @@ def test_one_photo_among_many_is_all_that_is_embedded(retriever, tmp_path, capsy
     photos, counts = write_classes(tmp_path / "photos", {"a": 8, "b": 7}), []
     embed = EmbedderClass.embed_pixels
     monkeypatch.setattr(EmbedderClass, "embed_pixels", lambda self, p: (counts.append(len(p)), embed(self, p))[1])
-    words = ["index", "--images", photos, "--index", tmp_path / "index", "--embeddings_cache", tmp_path / "c", "--quiet"]
+    words = [
+        "index",
+        "--images",
+        photos,
+        "--index",
+        tmp_path / "index",
+        "--embeddings_cache",
+        tmp_path / "c",
+        "--quiet",
+    ]
     status, out, _ = run(capsys, *words, "--model", retriever)
     assert (status, sum(counts)) == (0, 15)
     assert out.startswith(f"{tmp_path / 'index'}: 15 items, Flat (")
@@ -99,7 +110,16 @@ def test_a_bad_file_is_named_and_the_others_go_on(catalogue, photos, tmp_path, c
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     good = photos / "mug" / "000.png"
     status, out, err = run(
-        capsys, "search", "--index", catalogue, "--image", tmp_path / "bad.jpg", good, tmp_path / "absent.png", "--k", 1
+        capsys,
+        "search",
+        "--index",
+        catalogue,
+        "--image",
+        tmp_path / "bad.jpg",
+        good,
+        tmp_path / "absent.png",
+        "--k",
+        1,
     )
     assert status == 1
     assert out.splitlines() == [str(good), "   1.0000  mug/000.png  mug 50 005"]
@@ -227,6 +247,27 @@ def test_workers_are_chosen_by_cpus_and_said(capsys, monkeypatch):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert "default: one less than the CPUs, at most 8" in " ".join(capsys.readouterr().out.split())
+
+
+def test_stores_are_decoded_for_while_the_model_runs(retriever, tmp_path, monkeypatch):
+    """The model, at its first batch, waits for another process to decode an image of the second."""
+    files = write_classes(tmp_path / "photos", {"a": 6})
+    embedder, decoded = Embedder.from_pretrained(retriever, batch_size=2), multiprocessing.get_context("fork").Event()
+    embed, open_file = embedder.embed_pixels, images.open_header
+
+    def noticing(stream, *options):
+        if str(stream).endswith("003.png"):
+            decoded.set()
+        return open_file(stream, *options)
+
+    def waiting(pixel_values):
+        assert decoded.wait(60)
+        return embed(pixel_values)
+
+    monkeypatch.setattr(images, "open_header", noticing)
+    monkeypatch.setattr(embedder, "embed_pixels", waiting)
+    store = embed_to_store(embedder, folder_source(files), tmp_path / "store", num_workers=1, progress=False)
+    assert len(store) == 6
 
 
 def test_workers_write_the_same_store(retriever, tmp_path, capsys):
