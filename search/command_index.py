@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from ..data_scripts.data_errors import DataError
-from .inputs import choose_sets, is_main_rank, load_embedder, load_sources, model_of, model_or_store, store_options
+from .inputs import (
+    choose_sets,
+    is_main_rank,
+    load_embedder,
+    load_sources,
+    model_of,
+    model_or_store,
+    refuse_model_options,
+    store_options,
+)
 from .open_index import edit_index, index_exists, is_milvus, open_index
 from .store import EmbeddingStore
 from .sync import update_index, update_index_from_store
@@ -39,6 +48,7 @@ def _remove(options):
         raise DataError("--remove goes without --model, --store and --add or --replace")
     if options.images is not None or options.data:
         raise DataError("--remove goes without --images and the options of data sets: it takes ids or --where")
+    refuse_model_options(options, "images")
     if bool(options.remove) == bool(options.where):
         got = "both" if options.remove else "neither"
         raise DataError(f"--remove takes either ids or --where (which items), got {got}")

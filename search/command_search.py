@@ -10,7 +10,7 @@ from ..data_scripts.data_errors import DataError
 from ..data_scripts.image_files import list_images
 from .filters import parse_words
 from .image_sources import list_source
-from .inputs import load_embedder, model_of
+from .inputs import load_embedder, model_of, refuse_model_options
 from .open_index import is_milvus, open_index
 from .worker_counts import choose_workers
 
@@ -57,6 +57,8 @@ def _check(options):
     """Refuse what can't work before anything is opened."""
     if not options.image and not options.id:
         raise DataError("give --image or --id, got neither")
+    if not options.image:
+        refuse_model_options(options, "--image; items of the index are embedded already")
     if options.k < 1:
         raise DataError(f"--k must be >= 1, got {options.k}")
     if options.min_similarity is not None and not -1 <= options.min_similarity <= 1:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from ..data_scripts.data_errors import DataError
+from .embedder import Embedder, is_retriever
 from .model_names import check_model_name
 from .store import STORE_FILE, EmbeddingStore
 
@@ -15,8 +16,6 @@ def load_embedder(name, options):
     """The model of a command, on its device."""
     import torch
     from transformers.utils import logging
-
-    from .embedder import Embedder, is_retriever
 
     name = check_model_name(name)
     resize_size, backbone = options.resize_size, options.backbone
@@ -111,6 +110,23 @@ def model_of(index, options):
     return name
 
 
+def refuse_model_options(options, instead):
+    """A DataError if an option says something of a model where none is loaded; `instead` is what it goes with."""
+    for name in ("model", "backbone", "revision", "resize_size"):
+        if getattr(options, name) is not None:
+            raise DataError(f"--{name} goes with {instead}")
+
+
+def check_compared(options):
+    """A DataError if an option of `compare` is for neither of its two models."""
+    names = [name for name in (options.first, options.second) if not (Path(name) / STORE_FILE).is_file()]
+    kinds = {is_retriever(check_model_name(name), options.revision) for name in names}
+    for option, for_retrievers in (("backbone", True), ("resize_size", False)):
+        if getattr(options, option) is not None and for_retrievers not in kinds:
+            what = "a retriever" if for_retrievers else "a bare backbone"
+            raise DataError(f"--{option} is for {what}, and neither {options.first} nor {options.second} is one")
+
+
 def model_or_store(options):
     """The model or the store that a command is to take embeddings from.
 
@@ -122,6 +138,8 @@ def model_or_store(options):
         raise DataError(f"give either --model (and images) or --store, got {got}")
     if options.store is not None and (options.images is not None or options.data):
         raise DataError("--images and the options of data sets go with --model; a store has its own images")
+    if options.store is not None:
+        refuse_model_options(options, "--model; a store has its embeddings")
     return options.model or options.store
 
 
@@ -152,12 +170,14 @@ def is_main_rank():
 
 
 __all__ = [
+    "check_compared",
     "choose_sets",
     "is_main_rank",
     "load_embedder",
     "load_sources",
     "model_of",
     "model_or_store",
+    "refuse_model_options",
     "store_options",
     "stores_of",
 ]

@@ -126,7 +126,7 @@ def test_milvus_says_where_it_cannot_look_deeper(monkeypatch, tmp_path):
     pytest.importorskip("milvus_lite")
     monkeypatch.setattr(MilvusIndex, "max_results", 5)
     index = MilvusIndex.build(f"{tmp_path}/a.db", IDS, EMBEDDINGS, {"class_name": ["x"] * 89 + ["y"]})
-    with pytest.raises(ValueError, match="group_by: the 5 most similar items, .* hold 1 groups of 2"):
+    with pytest.raises(ValueError, match=r"group_by: the 5 most similar items, .* hold 1 groups of 2"):
         index.search(EMBEDDINGS[:1], 2, group_by="class_name")
     with pytest.raises(ValueError, match="k must be at most 5 in this index, got 6"):
         index.search(EMBEDDINGS[:1], 6)
@@ -191,7 +191,7 @@ def test_arrays_of_numpy_are_welcome(index):
     array = QUERIES.numpy()
     for given in (array, array.astype(np.float64), array[::-1][::-1], np.asfortranarray(array)):
         assert ids_of(index.search(given, 4)) == ids_of(index.search(QUERIES, 4))
-    with pytest.raises(TypeError, match="floating-point tensor, got .*int64"):
+    with pytest.raises(TypeError, match=r"floating-point tensor, got .*int64"):
         index.search(np.ones((2, 8), dtype=np.int64), 3)
 
 

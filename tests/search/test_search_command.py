@@ -171,6 +171,29 @@ def test_what_cannot_be_asked(catalogue, capsys, words, message):
     assert len(err.splitlines()) == 1
 
 
+def test_options_of_models_that_are_not_loaded(retriever, backbone_folder, catalogue, tmp_path, capsys):
+    """Nothing is passed over: each is refused where it could only be ignored."""
+    out, item = ["--output", tmp_path / "out"], ["--index", catalogue, "--id", "mug/000.png"]
+    for words, message in [
+        (
+            ["search", *item, "--model", retriever],
+            "--model goes with --image; items of the index are embedded already",
+        ),
+        (["search", *item, "--backbone", backbone_folder], "--backbone goes with --image"),
+        (["index", "--index", catalogue, "--remove", "a", "--backbone", "b"], "--backbone goes with images"),
+        (["evaluate", "--store", "s", "--backbone", "b", *out], "--backbone goes with --model; a store has its"),
+        (["evaluate", "--store", "s", "--resize_size", 20, *out], "--resize_size goes with --model"),
+        (["index", "--store", "s", "--revision", "main", "--index", tmp_path / "i"], "--revision goes with --model"),
+        (["compare", backbone_folder, backbone_folder, "--backbone", "b", *out], "--backbone is for a retriever, and"),
+        (["compare", retriever, retriever, "--resize_size", 20, *out], "--resize_size is for a bare backbone, and"),
+        (["compare", retriever, f"{retriever}s", *out], f"model: there is no folder {retriever}s; did you mean"),
+    ]:
+        status, _, err = run(capsys, *words)
+        assert status == 2
+        assert message in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_removing_by_id_class_and_filter(catalogue, capsys):
     for words, removed, left in [
         (["mug/000.png", "Cup/000.png"], 2, 7),
