@@ -85,12 +85,12 @@ def _update(options, exists, build):
 def _summary(place, changes, new):
     lines = []
     if new:
-        index = changes.built
-        kind = "" if index is None else f", {index.info.factory} ({index.info.reason})"
+        info = changes.built
+        kind = "" if info is None else f", {info.factory} ({info.reason})"
         lines.append(f"{place}: {changes.total:,} items{kind}")
-        if index is not None and not index.is_exact:
-            effort = "" if index.info.effort is None else f" with {index.info.effort}"
-            lines.append(f"recall@10 against exact search {index.info.recall_at_10:.3f}{effort}")
+        if not changes.exact:
+            effort = "" if info.effort is None else f" with {info.effort}"
+            lines.append(f"recall@10 against exact search {info.recall_at_10:.3f}{effort}")
     else:
         lines.append(f"{place}: {changes}; {changes.total:,} items")
     return "\n".join([*lines, *(f"skipped, can't be read: {name}" for name in changes.skipped)])

@@ -35,12 +35,12 @@ from .columns import (
     SOURCE_COLUMN,
     arrow_column,
     check_items,
-    common_kind,
     kind_of,
     kind_of_arrow,
 )
 from .index_factory import choose_factory, effort_of, graph_of, inverted_lists, tune_effort
 from .index_files import INDEX_FILE, IndexChangedError, IndexInfo, find_info, index_lock, read_index, write_index
+from .item_table import as_table, passes, with_hidden, with_rows
 from .records import check_model, load_record
 from .vector_index import Hit, VectorIndex
 
@@ -67,7 +67,7 @@ class RetrievalIndex(VectorIndex):
         self._mapped = mapped
         self._gpu_index = None
         self._states = {}  # of the folders that this index was opened from or saved to: what they held then
-        self._set_table(_with_hidden(table))
+        self._set_table(with_hidden(table))
 
     @property
     def model(self):
@@ -147,7 +147,7 @@ class RetrievalIndex(VectorIndex):
             factory, reason = choose_factory(len(embeddings), embeddings.shape[1], memory_gb)
         info = IndexInfo(factory, reason, embeddings.shape[1], model, None if image_root is None else str(image_root))
         info.sources = [] if source is None else [source]
-        empty = _as_table([], [], {name: arrow_column([], kind_of(values)) for name, values in columns.items()})
+        empty = as_table([], [], {name: arrow_column([], kind_of(values)) for name, values in columns.items()})
         self = cls(_empty_index(factory, embeddings.shape[1]), empty, info)
         vectors = self._check_width(embeddings).numpy()
         try:
@@ -174,7 +174,7 @@ class RetrievalIndex(VectorIndex):
         ids, embeddings, columns = self._check_added(ids, embeddings, metadata)
         keys = np.arange(self.info.next_key, self.info.next_key + len(ids))
         columns |= {CONTENT_COLUMN: contents or [None] * len(ids), SOURCE_COLUMN: [source] * len(ids)}
-        table = self._with_rows(self._table, keys, ids, columns).combine_chunks()
+        table = with_rows(self._table, keys, ids, columns).combine_chunks()
         self.info.next_key += len(ids)  # first: a key is never given again, whatever happens now
         vectors = embeddings.numpy()
         for start in range(0, len(ids), _ADD_ROWS):
@@ -191,7 +191,7 @@ class RetrievalIndex(VectorIndex):
         order = pc.index_in(pa.array(keys), before.column("key").combine_chunks())
         contents = before.column(CONTENT_COLUMN).take(order).to_pylist()
         columns |= {CONTENT_COLUMN: contents, SOURCE_COLUMN: [source] * len(ids)}
-        table = self._with_rows(self._table.filter(pc.invert(changed)), keys, ids, columns)
+        table = with_rows(self._table.filter(pc.invert(changed)), keys, ids, columns)
         self._set_table(table.sort_by("key").combine_chunks())
 
     def set_columns(self, columns):
@@ -319,7 +319,7 @@ class RetrievalIndex(VectorIndex):
         """Keys of the items that pass a filter, ascending."""
         mask = pa.array(np.ones(len(self), dtype=bool))
         for condition in conditions:
-            mask = pc.and_(mask, _passes(self._table.column(condition.column), condition))
+            mask = pc.and_(mask, passes(self._table.column(condition.column), condition))
         if containing:
             texts = [name for name, kind in self._kinds().items() if kind == "text"]
             found = [pc.match_substring(self._table.column(name), containing, ignore_case=True) for name in texts]
@@ -408,19 +408,6 @@ class RetrievalIndex(VectorIndex):
 
     # ---- The table
 
-    def _with_rows(self, table, keys, ids, columns):
-        """A table with further rows; a column of whole numbers takes others too, and one of None takes anything."""
-        arrays = {}
-        for name in table.column_names[2:]:
-            there = table.column(name)
-            kind = None if there.null_count == len(there) else kind_of_arrow(there.type)
-            kind = common_kind(name, kind, kind_of(columns[name])) or kind_of_arrow(there.type)
-            arrays[name] = arrow_column(columns[name], kind)
-            if there.type != arrays[name].type:
-                position = table.column_names.index(name)
-                table = table.set_column(position, name, there.cast(arrays[name].type))
-        return pa.concat_tables([table, _as_table(keys, ids, arrays)])
-
     def _set_table(self, table):
         self._table = table
         self._table_keys = table.column("key").to_numpy()
@@ -449,36 +436,6 @@ class RetrievalIndex(VectorIndex):
     def _refuse_mapped(self, verb):
         if self._mapped:
             raise ValueError(f"can't {verb} a memory-mapped index: open it with mmap=False")
-
-
-def _passes(column, condition):
-    """Which values of a column meet a condition."""
-    if condition.operator in ("=", "!="):
-        one_of = pc.is_in(column, _as_arrow(condition.values, column.type))
-        return one_of if condition.operator == "=" else pc.invert(one_of)
-    compare = {"<": pc.less, "<=": pc.less_equal, ">": pc.greater, ">=": pc.greater_equal}[condition.operator]
-    (value,) = condition.values
-    return pc.fill_null(compare(column, pa.scalar(value)), False)
-
-
-def _as_arrow(values, arrow_type):
-    """Values to look for in a column: a fraction is none of its whole numbers."""
-    if arrow_type == pa.int64():
-        values = [int(value) for value in values if value == int(value)]
-    return pa.array(values, arrow_type)
-
-
-def _as_table(keys, ids, columns):
-    """Rows of the table; the columns of metadata in the order given."""
-    return pa.table({"key": pa.array(keys, pa.int64()), "id": pa.array(ids, pa.string()), **columns})
-
-
-def _with_hidden(table):
-    """The table, with the hidden columns that older versions didn't write."""
-    for name, kind in ((CONTENT_COLUMN, "text"), (SOURCE_COLUMN, "integer")):
-        if name not in table.column_names:
-            table = table.append_column(name, arrow_column([None] * len(table), kind))
-    return table
 
 
 def _empty_index(factory, embedding_dim):

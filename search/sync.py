@@ -44,7 +44,8 @@ class IndexChanges:
         left: Items that have changed or are gone, but were left as they were since only new ones were to be added.
         skipped: Images that can't be read, and so aren't in the index.
         total: Items of the index now, those of other sources included.
-        built: What [`RetrievalIndex`] says of an index that is new, or None.
+        built: [`IndexInfo`] of an index of faiss that is new, or None.
+        exact: Whether every search of that finds the nearest.
     """
 
     added: int = 0
@@ -56,6 +57,7 @@ class IndexChanges:
     skipped: list[str] = field(default_factory=list)
     total: int = 0
     built: object = None
+    exact: bool = True
 
     def __str__(self):
         other = f", {self.updated:,} with other columns" if self.updated else ""
@@ -182,7 +184,7 @@ def _build(place, store: EmbeddingStore, all_ids, columns, replace, lock_timeout
     else:
         index = RetrievalIndex.build(ids, store.embeddings, metadata, **options, **(build or {}))
         index.save(place, overwrite=replace, timeout=lock_timeout)
-        changes.built = index
+        changes.built, changes.exact = index.info, index.is_exact
     return changes
 
 

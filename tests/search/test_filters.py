@@ -115,7 +115,7 @@ def test_groups_lie_deep_where_the_nearest_are_all_alike():
     names = ["near"] * 400 + ["second", "third", "fourth"]
     index = RetrievalIndex.build([str(i) for i in range(403)], vectors, {"class_name": names})
     (hits,) = index.search(torch.eye(4)[:1], 3, group_by="CLASS_NAME")
-    assert [hit.metadata["class_name"] for hit in hits][0] == "near"
+    assert hits[0].metadata["class_name"] == "near"
     assert {hit.metadata["class_name"] for hit in hits} < set(names)
     assert len({hit.metadata["class_name"] for hit in hits}) == 3
     (hits,) = index.search_ids(["400"], 4, group_by="class_name")  # which doesn't find itself

@@ -177,7 +177,7 @@ def test_options_of_models_that_are_not_loaded(retriever, backbone_folder, catal
     for words, message in [
         (
             ["search", *item, "--model", retriever],
-            "--model goes with --image; items of the index are embedded already",
+            "--model goes with --image; items of the index",
         ),
         (["search", *item, "--backbone", backbone_folder], "--backbone goes with --image"),
         (["index", "--index", catalogue, "--remove", "a", "--backbone", "b"], "--backbone goes with images"),

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,18 @@ import torch
 from data_fixtures import write_classes
 from PIL import Image
 
-from vptsp import DataError, Embedder, MilvusIndex, RetrievalIndex, VPTSPModel, folder_source, list_source, open_index
+from vptsp import (
+    DataError,
+    Embedder,
+    MilvusIndex,
+    RetrievalIndex,
+    VPTSPModel,
+    edit_index,
+    embed_to_store,
+    folder_source,
+    list_source,
+    open_index,
+)
 from vptsp.data_scripts.preprocessing import build_image_processor
 from vptsp.files.locks import InUseError
 from vptsp.search.index_files import index_lock
@@ -281,8 +294,6 @@ def test_ids_of_other_files_are_refused(photos, embedder, tmp_path):
 
 
 def test_a_store_brings_an_index_in_step(photos, embedder, counted, tmp_path):
-    from vptsp import embed_to_store
-
     place, source = tmp_path / "catalogue", with_columns(folder_source(photos), price=list(range(7)))
     embed_to_store(embedder, source, tmp_path / "store", progress=False)
     store = EmbeddingStore.open(tmp_path / "store")
@@ -328,8 +339,6 @@ def test_a_second_writer_is_refused_after_waiting(photos, embedder, tmp_path):
 
 
 def _add_items(place, first):
-    from vptsp import edit_index
-
     for number in range(first, first + 5):
         with edit_index(place, timeout=60) as index:
             index.add([f"item {number}"], torch.eye(8)[:1], {"class_name": ["x"]})
@@ -345,3 +354,29 @@ def test_of_two_writers_nothing_is_lost(tmp_path):
     for writer in writers:
         writer.join()
     assert sorted(open_index(place).ids) == sorted(["first", *(f"item {i}" for i in [*range(5), *range(100, 105)])])
+
+
+@pytest.mark.distributed
+def test_several_processes_bring_one_index_in_step(photos, backbone_folder, tmp_path):
+    """Each embeds its share; one of them writes the index."""
+    words = ["--images", photos, "--index", tmp_path / "catalogue", "--embeddings_cache", tmp_path / "cache"]
+    words += ["--shard_size", 2, "--device", "cpu", "--quiet", "--model", backbone_folder]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+        "-m",
+        "vptsp.cli",
+    ]
+    launch += ["index", *map(str, words)]
+    for first in ("7 items, Flat", "3 added, 1 changed, 0 removed, 6 unchanged; 10 items"):
+        outcome = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+        assert outcome.returncode == 0, outcome.stderr
+        assert outcome.stdout.count(first) == 1
+        for number in range(3):
+            picture(photos / "c" / f"{number}.png", seed=number)
+        picture(photos / "a" / "001.png", seed=5)
+    assert len(contents_of(tmp_path / "catalogue", Embedder.from_pretrained(backbone_folder))) == 10
