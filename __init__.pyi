@@ -88,8 +88,11 @@ from .search.open_index import open_index as open_index
 from .search.report import compare_stores as compare_stores
 from .search.report import evaluate_stores as evaluate_stores
 from .search.report import write_report as write_report
+from .search.retriever import Retriever as Retriever
 from .search.store import EmbeddingStore as EmbeddingStore
 from .search.store import StoreInfo as StoreInfo
+from .search.sync import IndexChanges as IndexChanges
+from .search.sync import update_index as update_index
 from .search.vector_index import Hit as Hit
 from .search.vector_index import IndexMismatchError as IndexMismatchError
 from .training.arguments import VPTSPTrainingArguments as VPTSPTrainingArguments

@@ -26,7 +26,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
 
 from .backbones_vptsp import (
     ImageTokens,
@@ -63,6 +63,7 @@ SENTENCE_TRANSFORMERS_FILES = {
     },
     "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
 }
+logger = logging.get_logger(__name__)
 
 
 # ---- Prompts and heads
@@ -631,6 +632,14 @@ class VPTSPPreTrainedModel(PreTrainedModel):
                         (Path(aside) / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         finally:
             self.config.backbone = backbone
+        on_disk = not self.config.save_backbone and Path(backbone).is_dir()  # without a name it is always saved
+        if writes and on_disk and not self.retriever_prefix:  # of checkpoints, nobody takes the retriever elsewhere
+            logger.warning(
+                f"The retriever in {save_directory if place is None else place} names its backbone in the folder "
+                f"{backbone}, without which it can't be moved to another machine. Save it with save_backbone=True "
+                "(--save_backbone true in training) to have both in one place, or say where the backbone is when "
+                "loading it: backbone=... (--backbone)"
+            )
 
     def push_to_hub(
         self,

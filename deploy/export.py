@@ -28,6 +28,7 @@ from ..data_scripts.normalisation import Normalisation
 from ..data_scripts.preprocessing import load_image_processor
 from ..files.atomic import atomic_path
 from ..modeling_vptsp import VPTSPModel, refuse_other_adapters
+from ..search.model_names import check_model_name
 
 
 OPSET = 18  # the newest that the exporter writes without converting, and old enough for every current runtime
@@ -244,12 +245,13 @@ def _parse_arguments(argv):
     parser.add_argument("--format", required=True, choices=("onnx", "torch"), help="ONNX, or torch.export's .pt2")
     parser.add_argument("--output", required=True, type=Path, help="file to write")
     parser.add_argument("--revision", help="commit, tag or branch of the retriever on the Hub")
+    parser.add_argument("--backbone", help="its backbone: folder or Hub name, where it isn't where the retriever says")
     return parser.parse_args(argv)
 
 
-def _load(retriever, revision):
+def _load(retriever, revision, backbone):
     """The saved retriever in float32, and its image processor; None where none was saved beside it."""
-    model = VPTSPModel.from_pretrained(retriever, revision=revision, dtype=torch.float32)
+    model = VPTSPModel.from_pretrained(retriever, revision=revision, backbone=backbone, dtype=torch.float32)
     image_processor = load_image_processor(retriever, revision)
     if image_processor is None:
         print(f"note: {retriever} has no image processor, so the file will not say mean, std and resizing")
@@ -265,9 +267,9 @@ def main(argv=None):
             _require_onnx()
         if not args.output.absolute().parent.is_dir():
             raise OSError(f"output: there is no folder {args.output.absolute().parent}")
-        if Path(args.retriever).is_absolute() and not Path(args.retriever).is_dir():
-            raise OSError(f"retriever: there is no folder {args.retriever}")
-        model, image_processor = _load(args.retriever, args.revision)
+        retriever = check_model_name(args.retriever, "retriever")
+        backbone = None if args.backbone is None else check_model_name(args.backbone, "backbone")
+        model, image_processor = _load(retriever, args.revision, backbone)
         export = export_onnx if args.format == "onnx" else export_program
         difference = export(model, args.output, image_processor)
     except (ImportError, OSError, RuntimeError, ValueError) as error:

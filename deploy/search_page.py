@@ -65,26 +65,34 @@ class SearchPage:
     def __init__(self, index, image_root=None, max_megapixels=MAX_MEGAPIXELS):
         if not max_megapixels > 0:
             raise ValueError(f"max_megapixels must be > 0, got {max_megapixels}")
-        root = image_root or index.image_root
-        if root is None:
+        roots = [image_root] if image_root else [index.image_root, *(source["root"] for source in index.sources)]
+        roots = dict.fromkeys(root for root in roots if root is not None)
+        if not roots:
             raise DataError("the index doesn't say where its images are: give --image_root")
-        if not Path(root).is_dir():
-            raise DataError(f"image_root: there is no folder {root}; give --image_root")
+        for root in roots:
+            if not Path(root).is_dir():
+                raise DataError(f"image_root: there is no folder {root}; give --image_root")
         self.index = index
-        self.root = Path(root).absolute()
+        self.given_root = image_root
+        self.roots = [Path(root).absolute() for root in roots]
+        self.root = self.roots[0]
         self.max_megapixels = max_megapixels
 
     def image_path(self, name):
-        """File of an item, inside `image_root` whatever its id says.
+        """File of an item, inside the folder of its images whatever its id says.
 
         Links below the root are followed, as they were when its images were listed; `..` and absolute ids are not.
 
         Raises:
-            DataError: the id leads out of `image_root`.
+            DataError: the id leads out of it, or the index doesn't know where it is.
         """
-        path = Path(os.path.normpath(self.root / name))
-        if self.root not in path.parents:
-            raise DataError(f"the id {name!r} leads out of {self.root}")
+        known = not self.given_root and self.index.present([name])
+        path = self.index.image_path(name) if known else self.root / name
+        if path is None:
+            raise DataError(f"the index doesn't say where {name!r} is: give --image_root")
+        path = Path(os.path.normpath(path))
+        if not set(self.roots) & set(path.parents):
+            raise DataError(f"the id {name!r} leads out of {', '.join(map(str, self.roots))}")
         return path
 
     def thumbnail(self, name):
@@ -297,7 +305,7 @@ def write_space(folder, index, image_root):
         raise DataError(f"write_space: {folder} must be a new or empty folder")
     sources = {name: page.image_path(name) for name in index.ids}
     for name, source in sources.items():
-        if source.relative_to(page.root).as_posix() != name:
+        if ".." in Path(name).parts or Path(os.path.normpath(name)).as_posix() != name:
             raise DataError(f"write_space: the id {name!r} is no plain path below {page.root}")
         if not source.is_file():
             raise DataError(f"write_space: the image {source} is missing")
@@ -313,7 +321,9 @@ def write_space(folder, index, image_root):
         model["name"] = str(folder / "model")
     original = index.info
     try:
-        index.info = replace(original, model=model, image_root=str(folder / "images"))
+        root = str(folder / "images")
+        sources = [{**source, "root": root, "prefix": ""} for source in original.sources]
+        index.info = replace(original, model=model, image_root=root, sources=sources)
         index.save(folder / "index")
     finally:
         index.info = original
@@ -329,8 +339,8 @@ def write_space(folder, index, image_root):
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def open_page(index, model=None, image_root=None, max_megapixels=MAX_MEGAPIXELS):
-    """The [`SearchPage`] of an index, with the model that the index or `model` names.
+def open_page(index, model=None, image_root=None, max_megapixels=MAX_MEGAPIXELS, backbone=None):
+    """The [`SearchPage`] of an index, with the model that the index or `model` names, on the backbone that that names.
 
     Raises:
         DataError: an index, model or folder is not there, or nobody says which it is.
@@ -344,7 +354,7 @@ def open_page(index, model=None, image_root=None, max_megapixels=MAX_MEGAPIXELS)
     if name is None:
         raise DataError(f"{index} doesn't say which model made its embeddings: give --model")
     page = SearchPage(opened, image_root, max_megapixels)
-    opened.use_embedder(Embedder.from_pretrained(name))
+    opened.use_embedder(Embedder.from_pretrained(name, backbone=backbone))
     return page
 
 
@@ -355,6 +365,7 @@ def main(words=None):
     )
     parser.add_argument("--index", required=True, help="what `vptsp index` wrote")
     parser.add_argument("--model", help="folder or Hub name of the model, where it isn't where the index says")
+    parser.add_argument("--backbone", help="folder or Hub name of its backbone, where it isn't where the model says")
     parser.add_argument("--image_root", help="folder of the images, where it isn't where the index says")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (default this machine)"
@@ -378,7 +389,7 @@ def main(words=None):
     parser.add_argument("--write_space", metavar="FOLDER", help="write a Hugging Face Space instead of serving")
     args = parser.parse_args(words)
     try:
-        page = open_page(args.index, args.model, args.image_root, args.max_megapixels)
+        page = open_page(args.index, args.model, args.image_root, args.max_megapixels, args.backbone)
         if args.write_space is None:
             launch(page, args.host, args.port, args.share, args.max_upload_mb)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 
@@ -9,13 +10,26 @@ import torch
 NORM_TOLERANCE = 1e-3
 
 
+def as_tensor(values):
+    """A tensor of an array of numpy, with its memory where torch can have that; anything else as it is."""
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
+        return values
+    # torch takes neither other byte orders nor negative strides, and warns of memory that is read-only
+    values = values.astype(values.dtype.newbyteorder("="), copy=not values.flags.writeable)
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
 def check_embeddings(embeddings, name):
-    """The embeddings themselves, if they are a finite, L2-normalised `(items, width)` float tensor; else an error.
+    """The embeddings, if they are a finite, L2-normalised `(items, width)` float tensor or array; else an error.
+
+    Returns:
+        The tensor itself; of an array of numpy, a tensor.
 
     Raises:
-        TypeError: not a floating-point tensor.
+        TypeError: not a floating-point tensor or array.
         ValueError: another shape, empty, NaN or infinite values, or not L2-normalised.
     """
+    embeddings = as_tensor(embeddings)
     if not isinstance(embeddings, torch.Tensor) or not embeddings.is_floating_point():
         got = embeddings.dtype if isinstance(embeddings, torch.Tensor) else type(embeddings).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {got}")
@@ -41,12 +55,13 @@ def check_embeddings(embeddings, name):
 
 
 def check_labels(labels, name, length=None):
-    """The labels as int64.
+    """The labels, of a tensor or an array of numpy, as an int64 tensor.
 
     Raises:
-        TypeError: not an integer tensor.
+        TypeError: not an integer tensor or array.
         ValueError: wrong number of dimensions or length, empty, or a negative label.
     """
+    labels = as_tensor(labels)
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         got = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
         raise TypeError(f"{name} must be an integer tensor, got {got}")
@@ -63,8 +78,8 @@ def check_labels(labels, name, length=None):
 
 def check_labelled(embeddings, labels):
     """Embeddings and their labels (as int64, on the embeddings' device), if they fit together; else an error."""
-    check_embeddings(embeddings, "embeddings")
+    embeddings = check_embeddings(embeddings, "embeddings")
     return embeddings.detach(), check_labels(labels, "labels", length=len(embeddings)).to(embeddings.device)
 
 
-__all__ = ["NORM_TOLERANCE", "check_embeddings", "check_labelled", "check_labels"]
+__all__ = ["NORM_TOLERANCE", "as_tensor", "check_embeddings", "check_labelled", "check_labels"]

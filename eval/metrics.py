@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_labels
+from .checks import as_tensor, check_labels
 from .neighbours import BlockedSimilarity, check_block_size
 from .ties import rank_with_ties
 
@@ -64,7 +64,7 @@ def count_relevant(query_labels, gallery_labels=None, excluded=None):
     position = torch.searchsorted(classes, query_labels).clamp(max=len(classes) - 1)
     relevant = torch.where(classes[position] == query_labels, counts[position], 0)
     if excluded is not None:
-        rows, items = excluded.to(query_labels.device).unbind(1)
+        rows, items = as_tensor(excluded).to(query_labels.device).unbind(1)
         lost = rows[query_labels[rows] == gallery_labels[items]]
         relevant -= lost.bincount(minlength=len(relevant))
     return relevant
@@ -92,6 +92,7 @@ def retrieval_scores(
     Raises:
         TypeError, ValueError: as for [`retrieval_metrics`], but queries that can't be answered are no error.
     """
+    query_embeddings = as_tensor(query_embeddings)
     blocks, query_labels, gallery_labels = check_sets(
         query_embeddings, query_labels, gallery_embeddings, gallery_labels, device, excluded
     )
@@ -210,7 +211,7 @@ def mean_scores(scores):
 
 def count_in_gallery(excluded):
     """`{"num_in_gallery": n}`, how many queries have an item that they may not find; empty if none has."""
-    num_queries = 0 if excluded is None else len(excluded[:, 0].unique())
+    num_queries = 0 if excluded is None else len(as_tensor(excluded)[:, 0].unique())
     return {"num_in_gallery": num_queries} if num_queries else {}
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .checks import NORM_TOLERANCE, check_embeddings
+from .checks import NORM_TOLERANCE, as_tensor, check_embeddings
 
 
 _BLOCK_BYTES = 256 * 2**20
@@ -49,12 +49,12 @@ class BlockedSimilarity:
     """
 
     def __init__(self, query_embeddings, gallery_embeddings=None, *, device=None, excluded=None):
-        check_embeddings(query_embeddings, "query_embeddings")
+        query_embeddings = check_embeddings(query_embeddings, "query_embeddings")
         self.excludes_self = gallery_embeddings is None
         if self.excludes_self:
             gallery_embeddings = query_embeddings
         else:
-            check_embeddings(gallery_embeddings, "gallery_embeddings")
+            gallery_embeddings = check_embeddings(gallery_embeddings, "gallery_embeddings")
             if gallery_embeddings.shape[1] != query_embeddings.shape[1]:
                 raise ValueError(
                     "query_embeddings and gallery_embeddings must have the same width, got "
@@ -74,6 +74,7 @@ class BlockedSimilarity:
         self._buffer = None
 
     def _check_excluded(self, excluded):
+        excluded = as_tensor(excluded)
         if not isinstance(excluded, torch.Tensor) or excluded.is_floating_point() or excluded.dtype == torch.bool:
             got = excluded.dtype if isinstance(excluded, torch.Tensor) else type(excluded).__name__
             raise TypeError(f"excluded must be an integer tensor, got {got}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from .checks import as_tensor
 from .clustering import clustering_metrics
 from .geometry import geometry_metrics
 from .intervals import bootstrap_interval
@@ -61,7 +62,10 @@ def embedding_metrics(
     """
     if resample not in ("classes", "queries"):
         raise ValueError(f"resample must be 'classes' or 'queries', got {resample!r}")
-    sets = (query_embeddings, query_labels, gallery_embeddings, gallery_labels)
+    sets = query_embeddings, query_labels, gallery_embeddings, gallery_labels = [
+        as_tensor(values) for values in (query_embeddings, query_labels, gallery_embeddings, gallery_labels)
+    ]
+    excluded = as_tensor(excluded)
     scores = retrieval_scores(*sets, recall_at, device=device, map_at=map_at, excluded=excluded)
     metrics = mean_scores(scores) | count_in_gallery(excluded)
     if confidence is not None:

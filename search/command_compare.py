@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from .inputs import is_main_rank, stores_of
+from .inputs import check_compared, is_main_rank, stores_of
 from .report import compare_stores, write_report
 
 
 def run(options):
     """Compare, write the report and print its table."""
+    check_compared(options)
     (first, first_gallery), (second, second_gallery) = (
         stores_of(name, options) for name in (options.first, options.second)
     )

@@ -1,69 +1,96 @@
-"""`vptsp index`: build an index of embeddings, add to it, remove from it."""
+"""`vptsp index`: build an index of embeddings, bring it in step with its images, remove from it."""
 
 from __future__ import annotations
 
 from ..data_scripts.data_errors import DataError
-from .index import RetrievalIndex
-from .index_files import find_info
-from .inputs import is_main_rank, model_or_store, stores_of
-from .milvus import MilvusIndex
-from .open_index import edit_index, is_milvus
+from .inputs import (
+    choose_sets,
+    is_main_rank,
+    load_embedder,
+    load_sources,
+    model_of,
+    model_or_store,
+    refuse_model_options,
+    store_options,
+)
+from .open_index import edit_index, index_exists, is_milvus, open_index
+from .store import EmbeddingStore
+from .sync import update_index, update_index_from_store
+
+
+_BUILD_OPTIONS = ("factory", "target_recall", "memory_gb")
 
 
 def run(options):
-    """Build or change an index, and print what it is."""
-    if is_milvus(options.index) and options.factory != "auto":
+    """Build or change an index, and print what was done and what it is."""
+    if is_milvus(options.index) and options.factory is not None:
         raise DataError("--factory is for faiss: Milvus chooses its index itself")
     if options.remove is not None:
-        if options.model is not None or options.store is not None or options.add:
-            raise DataError("--remove goes without --model, --store and --add")
-        with edit_index(options.index, options.lock_timeout) as index:
-            before = len(index)
-            index.remove(options.remove)
-            removed, left = before - len(index), len(index)
-        print(f"{options.index}: removed {removed:,}, {left:,} items")
+        _remove(options)
         return
-    store, _ = stores_of(model_or_store(options), options)
-    if not is_main_rank():
-        return
-    if options.add:
-        _add(store, options)
-    else:
-        _build(store, options)
+    if options.where:
+        raise DataError("--where goes with --remove")
+    if options.add and options.replace:
+        raise DataError("give either --add or --replace, got both")
+    exists = index_exists(options.index)
+    build = {name: value for name in _BUILD_OPTIONS if (value := getattr(options, name)) is not None}
+    if exists and not options.replace and build:
+        raise DataError(
+            f"{options.index} holds an index, which stays of its kind: --{next(iter(build))} goes with --replace"
+        )
+    changes = _update(options, exists, build)
+    if is_main_rank():
+        print(_summary(options.index, changes, new=options.replace or not exists))
 
 
-def _add(store, options):
+def _remove(options):
+    if options.model is not None or options.store is not None or options.add or options.replace:
+        raise DataError("--remove goes without --model, --store and --add or --replace")
+    if options.images is not None or options.data:
+        raise DataError("--remove goes without --images and the options of data sets: it takes ids or --where")
+    refuse_model_options(options, "images")
+    if bool(options.remove) == bool(options.where):
+        got = "both" if options.remove else "neither"
+        raise DataError(f"--remove takes either ids or --where (which items), got {got}")
     with edit_index(options.index, options.lock_timeout) as index:
-        index.check_model(store.info.model)
-        present = index.present(store.ids)
-        rows = [row for row, name in enumerate(store.ids) if name not in present]
-        if rows:
-            names = store.class_names
-            ids = store.ids
-            index.add([ids[r] for r in rows], store.embeddings[rows], {"class_name": [names[r] for r in rows]})
-        total = len(index)
-    print(f"{options.index}: added {len(rows):,}, {len(present):,} were there, {total:,} items")
+        before = len(index)
+        if options.where:
+            index.require_values(options.where)
+        index.remove(options.remove or index.ids_where(options.where))
+        removed, left = before - len(index), len(index)
+    print(f"{options.index}: removed {removed:,}, {left:,} items")
 
 
-def _build(store, options):
-    content = (store.ids, store.embeddings, {"class_name": store.class_names})
-    origin = {"model": store.info.model, "image_root": store.info.image_root}
-    if is_milvus(options.index):
-        index = MilvusIndex.build(options.index, *content, **origin)
-        print(f"{options.index}: {len(index):,} items")
-        return
-    if find_info(options.index) is not None:  # now, and not after hours of training
-        raise DataError(f"{options.index} holds an index: --add adds to it; give another folder for a new one")
-    index = RetrievalIndex.build(
-        *content,
-        **origin,
-        factory=options.factory,
-        target_recall=options.target_recall,
-        memory_gb=options.memory_gb,
-    )
-    index.save(options.index, overwrite=False, timeout=options.lock_timeout)
-    info = index.info
-    print(f"{options.index}: {len(index):,} items, {info.factory} ({info.reason})")
-    if not index.is_exact:
-        effort = "" if info.effort is None else f" with {info.effort}"
-        print(f"recall@10 against exact search {info.recall_at_10:.3f}{effort}")
+def _update(options, exists, build):
+    how = {
+        "replace": options.replace,
+        "add_only": options.add,
+        "lock_timeout": options.lock_timeout,
+        "build": build,
+    }
+    if exists and options.model is None and options.store is None:  # it says which model it is of
+        index = open_index(options.index)
+        options.model = model_of(index, options)
+        if is_milvus(options.index):
+            index.close()
+    name = model_or_store(options)
+    if name == options.store:
+        return update_index_from_store(options.index, EmbeddingStore.open(name), **how) if is_main_rank() else None
+    source, _ = choose_sets(load_sources(options), options.split)
+    embedder = load_embedder(name, options)
+    how |= {"cache_dir": options.embeddings_cache, **store_options(options)}
+    return update_index(options.index, embedder, source, **how)
+
+
+def _summary(place, changes, new):
+    lines = []
+    if new:
+        info = changes.built
+        kind = "" if info is None else f", {info.factory} ({info.reason})"
+        lines.append(f"{place}: {changes.total:,} items{kind}")
+        if not changes.exact:
+            effort = "" if info.effort is None else f" with {info.effort}"
+            lines.append(f"recall@10 against exact search {info.recall_at_10:.3f}{effort}")
+    else:
+        lines.append(f"{place}: {changes}; {changes.total:,} items")
+    return "\n".join([*lines, *(f"skipped, can't be read: {name}" for name in changes.skipped)])

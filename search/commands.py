@@ -6,7 +6,8 @@
     vptsp index --store runs/photos/embeddings --index runs/photos/index
     vptsp search --index runs/photos/index --image query.jpg
 
-Exit status: 0 all is well, 2 an option, a file or a folder is not what it should be, or in use by another process.
+Exit status: 0 all is well, 1 a query of `search` can't be read, 2 an option, a file or a folder is not what it should
+be, or in use by another process.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from ..data_scripts.data_arguments import BUILDER_OPTIONS
 from ..data_scripts.data_errors import DataError
 from ..data_scripts.image_formats import MAX_IMAGE_PIXELS
 from ..files.locks import InUseError
+from .worker_counts import FEW_IMAGES
 
 
 __all__ = ["COMMANDS", "main"]
@@ -26,7 +28,7 @@ __all__ = ["COMMANDS", "main"]
 DATA_OPTIONS = ("dataset_name", "data_dir", "data_cache_dir", *BUILDER_OPTIONS)
 COMMANDS = {
     "embed": "write the embeddings of images to a folder of Parquet files; goes on where it was stopped",
-    "index": "build an index of embeddings, add to it or remove from it",
+    "index": "build an index of embeddings, or bring it in step with its images",
     "search": "find the items of an index that are most similar to images or to items",
     "evaluate": "score a model or stored embeddings, and write metrics.json and metrics.md",
     "compare": "score two models on the same images, with a paired test",
@@ -46,11 +48,10 @@ def main(words: Sequence[str] | None = None) -> int:
     options.data = {name: getattr(options, name) for name in DATA_OPTIONS if hasattr(options, name)}
     command = importlib.import_module(f".command_{options.command}", __package__)
     try:
-        command.run(options)
+        return command.run(options) or 0
     except (DataError, ValueError, OSError, InUseError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,19 +101,40 @@ def _add_index_options(index):
     index.add_argument("--store", help="stored embeddings instead of a model and data")
     index.add_argument("--model", help="retriever or backbone: folder or Hub name")
     index.add_argument("--split", default="test", help="split of the data set (default test)")
-    index.add_argument("--factory", default="auto", help="faiss's name of the index; auto chooses by size, says why")
-    index.add_argument("--target_recall", type=float, default=0.95, help="of an approximate index (default 0.95)")
-    index.add_argument("--memory_gb", type=float, default=16.0, help="what auto may take (default 16)")
-    index.add_argument("--add", action="store_true", help="add to the index that is there; ids it has are passed over")
-    index.add_argument("--remove", nargs="+", metavar="ID", help="remove items instead")
+    index.add_argument("--factory", help="faiss's name of a new index; default auto: chooses by size, says why")
+    index.add_argument("--target_recall", type=float, help="of a new approximate index (default 0.95)")
+    index.add_argument("--memory_gb", type=float, help="what auto may take (default 16)")
+    index.add_argument("--add", action="store_true", help="only add what is new: replace and remove nothing")
+    index.add_argument("--replace", action="store_true", help="build anew, of these images alone")
+    index.add_argument("--remove", nargs="*", metavar="ID", help="remove these items, or those of --where, instead")
+    _add_where(index, "what --remove removes, such as class_name=mug")
+
+
+def _add_where(parser, text):
+    parser.add_argument(
+        "--where",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILTER",
+        help=f"{text}; 'price<20' with = != < <= > >= on any column, in any case; all must hold",
+    )
 
 
 def _add_search_options(search):
     search.add_argument("--index", required=True, help="what `index` wrote")
-    search.add_argument("--image", nargs="+", default=[], metavar="FILE", help="queries")
+    search.add_argument(
+        "--image",
+        nargs="+",
+        default=[],
+        metavar="PLACE",
+        help="queries: files, folders, .txt lists with a path per line",
+    )
     search.add_argument("--id", nargs="+", default=[], metavar="ID", help="items of the index as queries")
     search.add_argument("--k", type=int, default=10, help="results per query (default 10)")
-    search.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="only items with this value")
+    _add_where(search, "only such items, as class_name=mug (or a second class_name=cup)")
+    search.add_argument("--min_similarity", type=float, metavar="S", help="only items of at least this, -1 to 1")
+    search.add_argument("--group_by", metavar="COLUMN", help="only the best item of each value, as of each class_name")
     search.add_argument("--containing", metavar="TEXT", help="only items with this text in their id or class")
     search.add_argument("--model", help="folder or Hub name, where it isn't where the index says")
     search.add_argument("--json", action="store_true", help="print JSON")
@@ -129,7 +151,12 @@ def _add_data_options(parser):
     add_data_options(group, DATA_OPTIONS)
     group.add_argument("--skip_corrupt", action="store_true", help="leave out images that can't be read")
     group.add_argument("--embeddings_cache", metavar="FOLDER", help="where embeddings are kept, by model and content")
-    group.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
+    group.add_argument(
+        "--num_workers",
+        type=int,
+        help="processes that decode images while the model runs (default: one less than the CPUs, at most 8; none for "
+        f"less than {FEW_IMAGES} images)",
+    )
     group.add_argument("--shard_size", type=int, default=1024, help="embeddings per file of a store (default 1024)")
     group.add_argument("--embedding_dtype", default="float32", help="float32 or float16, of a store")
     group.add_argument(
@@ -144,6 +171,7 @@ def _add_data_options(parser):
 
 def _add_model_options(parser):
     group = parser.add_argument_group("how the model runs")
+    group.add_argument("--backbone", help="a retriever's backbone: folder or Hub name, where it isn't where it says")
     group.add_argument("--resize_size", type=int, help="short side in pixels before the crop, of a bare backbone")
     group.add_argument("--batch_size", type=int, default=64)
     group.add_argument("--device", help="such as cuda:1; default: the accelerator, or the CPU")

@@ -13,8 +13,10 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from huggingface_hub import constants
@@ -23,6 +25,7 @@ from tqdm import tqdm
 
 from ..data_scripts.data_errors import DataError, ImageError
 from ..data_scripts.data_fingerprint import content_digest
+from .columns import arrow_column, own_columns
 from .store import (
     EMBEDDING_DTYPES,
     EmbeddingStore,
@@ -34,6 +37,7 @@ from .store import (
     store_lock,
     write_shard,
 )
+from .worker_counts import choose_workers
 
 
 def cached_store(embedder, source, cache_dir=None, **options):
@@ -49,7 +53,7 @@ def cached_store(embedder, source, cache_dir=None, **options):
         [`EmbeddingStore`].
     """
     cache_dir = Path(constants.HF_HOME) / "vptsp" / "embeddings" if cache_dir is None else Path(cache_dir)
-    data_fingerprint = _on_main_rank(lambda: source.fingerprint(_hashing_bar(source, options.get("progress", True))))
+    data_fingerprint = on_main_rank(lambda: source.fingerprint(reading_bar(source, options.get("progress", True))))
     dtype = str(embedder.dtype).removeprefix("torch.")
     folder = cache_dir / f"{embedder.fingerprint[:16]}-{data_fingerprint[:16]}-{dtype}"
     return embed_to_store(embedder, source, folder, data_fingerprint=data_fingerprint, **options)
@@ -60,7 +64,7 @@ def embed_to_store(
     source,
     folder,
     *,
-    num_workers=0,
+    num_workers=None,
     shard_size=1024,
     embedding_dtype="float32",
     skip_corrupt=False,
@@ -74,7 +78,7 @@ def embed_to_store(
         embedder: [`Embedder`].
         source: `ImageSource`.
         folder: New, or with what an earlier run of the same model on the same data has left.
-        num_workers: Processes that decode images; 0: this one.
+        num_workers: Processes that decode images while the model runs; 0: this one; None: see [`choose_workers`].
         shard_size: Rows of a shard: what an interruption may cost, and what is shared out between processes.
         embedding_dtype: `float32`, or `float16` for half the size.
         skip_corrupt: Leave out images that can't be read, and list them, instead of stopping.
@@ -96,8 +100,10 @@ def embed_to_store(
     if embedding_dtype not in EMBEDDING_DTYPES:
         raise ValueError(f"embedding_dtype must be one of {', '.join(EMBEDDING_DTYPES)}, got {embedding_dtype!r}")
 
+    columns = {name: arrow_column(values) for name, values in own_columns(source).items()}
+
     def prepare():
-        fingerprint = data_fingerprint or source.fingerprint(_hashing_bar(source, progress))
+        fingerprint = data_fingerprint or source.fingerprint(reading_bar(source, progress))
         info = StoreInfo(
             model=embedder.description(),
             data={"description": source.description, "fingerprint": fingerprint},
@@ -114,17 +120,19 @@ def embed_to_store(
         return begin_store(folder, info)
 
     with ExitStack() as held:  # the main rank's lock, for all ranks
-        info = _on_main_rank(prepare)
+        info = on_main_rank(prepare)
         if not info.complete:
             rank, world_size = _rank_and_world_size()
-            shards = _on_main_rank(lambda: missing_shards(folder, info))[rank::world_size]
-            _embed_shards(embedder, source, folder, info, shards, num_workers, skip_corrupt, progress and rank == 0)
+            shards = on_main_rank(lambda: missing_shards(folder, info))[rank::world_size]
+            workers = choose_workers(len(source)) if num_workers is None else num_workers
+            write = partial(_write_parts, folder, info, source, columns)
+            _embed_shards(embedder, source, info, shards, write, workers, skip_corrupt, progress and rank == 0)
             _barrier()
-            _on_main_rank(lambda: finish_store(folder, info))
+            on_main_rank(lambda: finish_store(folder, info))
     return EmbeddingStore.open(folder)
 
 
-def _embed_shards(embedder, source, folder, info, shards, num_workers, skip_corrupt, progress):
+def _embed_shards(embedder, source, info, shards, write, num_workers, skip_corrupt, progress):
     size = embedder.batch_size
     batches = [
         (shard, list(rows[start : start + size]))
@@ -147,11 +155,11 @@ def _embed_shards(embedder, source, folder, info, shards, num_workers, skip_corr
             parts.append((rows, readable, embeddings, contents))
             bar.update(len(rows))
             if i + 1 == len(batches) or batches[i + 1][0] != shard:
-                _write_parts(folder, info, shard, source, parts)
+                write(shard, parts)
                 parts = []
 
 
-def _write_parts(folder, info, shard, source, parts):
+def _write_parts(folder, info, source, columns, shard, parts):
     rows = [row for _, readable, _, _ in parts for row in readable]
     skipped = [source.ids[row] for asked, readable, _, _ in parts for row in asked if row not in readable]
     found = [embeddings for _, _, embeddings, _ in parts if embeddings is not None]
@@ -165,6 +173,7 @@ def _write_parts(folder, info, shard, source, parts):
         embeddings=torch.cat(found) if found else torch.empty(0, info.embedding_dim),
         skipped=skipped,
         contents=[content for *_, contents in parts for content in contents],
+        columns={name: values.take(pa.array(rows, pa.int64())) for name, values in columns.items()},
     )
 
 
@@ -199,7 +208,7 @@ def _collate(examples):
     return list(rows), torch.stack(pixels), list(contents)
 
 
-def _hashing_bar(source, progress):
+def reading_bar(source, progress):
     def bar(rows, total):
         return tqdm(rows, "Reading", total=total, unit="image", disable=not progress or total < 1000, leave=False)
 
@@ -221,7 +230,7 @@ def _barrier():
         dist.barrier()
 
 
-def _on_main_rank(compute):
+def on_main_rank(compute):
     """What `compute` gives on rank 0, on all ranks; its error too, so that no rank waits for one that has stopped."""
     rank, world_size = _rank_and_world_size()
     if world_size == 1:
@@ -241,4 +250,4 @@ def _on_main_rank(compute):
     return value
 
 
-__all__ = ["cached_store", "embed_to_store"]
+__all__ = ["cached_store", "embed_to_store", "on_main_rank", "reading_bar"]

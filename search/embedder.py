@@ -11,11 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from ..data_scripts.data_errors import ImageError
@@ -26,6 +31,7 @@ from ..data_scripts.preprocessing import build_image_processor, load_image_proce
 from ..data_scripts.transforms import central_crop, is_elongated
 from ..loading_vptsp import name_today
 from ..modeling_vptsp import VPTSPModel, refuse_other_adapters
+from .model_names import check_model_name
 
 
 # Entries of a saved image processor that say how it is run, not what it computes.
@@ -58,13 +64,13 @@ class ImagePreprocessor:
         self.image_size = image_size
         self.max_image_pixels = check_pixel_limit(max_image_pixels)
 
-    def __call__(self, image, name=None):
+    def __call__(self, image, name=None, channel_order="rgb"):
         """Read, resize, crop and normalise one image.
 
         Args:
-            image: Path, contents of a file (bytes), PIL image, uint8 tensor `(3, H, W)` of an RGB image, or
-                floating-point tensor `(3, S, S)` that is preprocessed already.
+            image: What [`read_image`] takes, or floating-point tensor `(3, S, S)` that is preprocessed already.
             name: What to call it in errors.
+            channel_order: As for [`read_image`].
 
         Returns:
             `(3, S, S)` float32.
@@ -78,7 +84,7 @@ class ImagePreprocessor:
             if tuple(image.shape) != expected:
                 raise ValueError(f"a preprocessed image must have shape {expected}, got {tuple(image.shape)}")
             return image.float()
-        image, options = self._shorten(read_image(image, name, self.max_image_pixels))
+        image, options = self._shorten(read_image(image, name, self.max_image_pixels, channel_order))
         # copied: a small tensor that keeps a view of numpy's memory can't be shared with the main process
         return torch.tensor(self.processor(images=image, return_tensors="np", **options)["pixel_values"][0])
 
@@ -94,24 +100,53 @@ class ImagePreprocessor:
         return image, {"do_resize": False, "do_center_crop": False}
 
 
-def read_image(image, name=None, max_image_pixels=MAX_IMAGE_PIXELS):
-    """RGB and upright PIL image of a path, the contents of a file, a PIL image or a uint8 tensor `(3, H, W)`.
+def read_image(image, name=None, max_image_pixels=MAX_IMAGE_PIXELS, channel_order="rgb"):
+    """RGB and upright PIL image of an image in any form.
+
+    Args:
+        image: Path, contents of a file (bytes), file object (binary), PIL image, uint8 tensor `(3, H, W)`, or uint8
+            array of numpy `(H, W, 3)`, `(H, W, 4)` (the alpha channel is dropped) or `(H, W)`.
+        name: What to call it in errors.
+        max_image_pixels: An image of more can't be read.
+        channel_order: Of arrays with colours: `rgb`, or `bgr` as OpenCV reads them.
 
     Raises:
         ImageError: it can't be read; the message names it.
-        TypeError: none of these.
-        ValueError: a tensor of another shape, or a PIL image of too many pixels.
+        TypeError: none of these, or of another dtype.
+        ValueError: an array or tensor of another shape, or an image of too many pixels.
     """
+    if channel_order not in ("rgb", "bgr"):
+        raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
+    if hasattr(image, "read") and not isinstance(image, (str, os.PathLike)):
+        name, image = name or getattr(image, "name", None), image.read()
+        if isinstance(image, str):
+            raise TypeError(f"{name or 'a file object'} must be opened in binary mode, 'rb'")
     if isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)):
         return open_image(image, name, max_image_pixels)
     if isinstance(image, Image.Image):
         return upright_rgb(check_pixels(image, max_image_pixels))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        return check_pixels(_of_array(image, channel_order), max_image_pixels)
     if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
         if image.dim() != 3 or image.shape[0] != 3:
             raise ValueError(f"a uint8 image must have shape (3, height, width), got {tuple(image.shape)}")
-        return Image.fromarray(np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy()))
-    got = f"a tensor of {image.dtype}" if isinstance(image, torch.Tensor) else type(image).__name__
-    raise TypeError(f"expected a path, bytes, a PIL image or a uint8 or floating-point tensor, got {got}")
+        return check_pixels(_of_array(image.cpu().permute(1, 2, 0).numpy(), "rgb"), max_image_pixels)
+    got = f"one of {image.dtype}" if isinstance(image, (torch.Tensor, np.ndarray)) else type(image).__name__
+    raise TypeError(
+        "expected a path, bytes, a file object, a PIL image, a uint8 array, or a uint8 or floating-point tensor, got "
+        f"{got}"
+    )
+
+
+def _of_array(pixels, channel_order):
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))) or 0 in pixels.shape:
+        raise ValueError(f"an image array must have shape (height, width, 1, 3 or 4) or 2-D, got {pixels.shape}")
+    if pixels.ndim == 2:
+        return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+    colours = pixels[:, :, :3] if channel_order == "rgb" else pixels[:, :, 2::-1]
+    return Image.fromarray(np.ascontiguousarray(colours))
 
 
 class Embedder:
@@ -157,6 +192,7 @@ class Embedder:
         self.embedding_dim = config.pooled_dim if backbone_only else config.embedding_dim
         self._fingerprint = model_fingerprint(model, processor, backbone_only)
         self.model = model.to(device=self.device, dtype=dtype).eval()
+        self._running = threading.Lock()
         self._weights = self._fingerprint if dtype == torch.float32 else self._digest()
 
     @property
@@ -176,7 +212,7 @@ class Embedder:
         return model_fingerprint(self.model, self.preprocess.processor, self.backbone_only)
 
     @classmethod
-    def from_pretrained(cls, name, *, revision=None, resize_size=None, **options):
+    def from_pretrained(cls, name, *, revision=None, backbone=None, resize_size=None, **options):
         """A retriever of this project, or a bare backbone (the zero-shot line), whichever `name` holds.
 
         A retriever's images go through the image processor saved beside it. A backbone's are cut as `train.py` cuts
@@ -187,14 +223,20 @@ class Embedder:
         Args:
             name: Folder or Hub name.
             revision: Commit, tag or branch on the Hub.
+            backbone: Where a retriever's backbone is, folder or Hub name, if it isn't where the retriever says; its
+                weights must be the same.
             resize_size: Short side in pixels, of a backbone only; None for 256 / 224 of its image size.
             **options: `device`, `dtype`, `batch_size` and `max_image_pixels`, as for [`Embedder`].
 
         Raises:
+            DataError: the name is that of a folder, which is not there.
             OSError: a file is not to be had.
-            ValueError: neither a retriever nor a supported backbone, or `resize_size` with a retriever.
+            ValueError: neither a retriever nor a supported backbone, `resize_size` with a retriever, or `backbone`
+                with a bare backbone.
         """
-        name = str(name)
+        name = check_model_name(name)
+        if backbone is not None:
+            backbone = check_model_name(backbone, "backbone")
         if is_retriever(name, revision):
             if resize_size is not None:
                 raise ValueError(
@@ -203,7 +245,10 @@ class Embedder:
             processor = load_image_processor(name, revision)
             if processor is None:
                 raise OSError(f"the retriever {name} has no image processor (preprocessor_config.json)")
-            return cls(VPTSPModel.from_pretrained(name, revision=revision), processor, name, **options)
+            model = VPTSPModel.from_pretrained(name, revision=revision, backbone=backbone)
+            return cls(model, processor, name, **options)
+        if backbone is not None:
+            raise ValueError(f"backbone is for retrievers: {name} is a backbone itself")
         # No prompts, and a head of width 1 that nothing uses
         model = VPTSPModel.from_backbone(name, revision=revision, prompt_depth=0, embedding_dim=1)
         size = model.config.backbone_config.image_size
@@ -213,32 +258,64 @@ class Embedder:
 
     @torch.inference_mode()
     def embed_pixels(self, pixel_values):
-        """`(B, 3, S, S)` preprocessed images -> `(B, E)` float32 on the CPU, L2-normalised."""
+        """`(B, 3, S, S)` preprocessed images -> `(B, E)` float32 on the CPU, L2-normalised. Threads take turns."""
         pixel_values = pixel_values.to(self.device, self.dtype, non_blocking=True)
-        if self.backbone_only:
-            return self.model.embed_with_backbone(pixel_values).float().cpu()
-        return self.model(pixel_values).embeddings.float().cpu()
+        with self._running:
+            if self.backbone_only:
+                return self.model.embed_with_backbone(pixel_values).float().cpu()
+            return self.model(pixel_values).embeddings.float().cpu()
 
-    def embed_images(self, images):
+    def embed_images(
+        self, images, *, batch_size=None, num_workers=0, progress=False, channel_order="rgb", failed=None
+    ):
         """Embed some images.
 
         Args:
-            images: Iterable of images in any form that [`ImagePreprocessor`] takes, mixed as you like.
+            images: An image, or an iterable of images, in any form that [`ImagePreprocessor`] takes, mixed as you
+                like. An array or tensor of four dimensions is a list of images.
+            batch_size: Images at a time; None for the embedder's.
+            num_workers: Threads that decode the next images while the model runs; 0: none.
+            progress: Show a progress bar.
+            channel_order: Of arrays: `rgb`, or `bgr` as OpenCV reads them.
+            failed: Dict that takes the number of each image that can't be read, and its error; such an image is left
+                out. None: the first one is an error.
 
         Returns:
-            `(n, E)` float32 on the CPU, L2-normalised.
+            `(n, E)` float32 on the CPU, L2-normalised, of those that could be read.
 
         Raises:
             ImageError: an image can't be read; the message names it.
-            TypeError, ValueError: not an image, or there are none.
+            TypeError, ValueError: not an image, there are none, or an option is out of range.
         """
-        if isinstance(images, (str, bytes, os.PathLike, torch.Tensor, Image.Image)):
-            images = [images]
-        images = list(images)
+        images, batch_size = _as_images(images), self.batch_size if batch_size is None else batch_size
+        if batch_size < 1 or num_workers < 0:
+            raise ValueError(
+                f"batch_size must be >= 1 and num_workers >= 0, got batch_size={batch_size}, num_workers={num_workers}"
+            )
         if not images:
             raise ValueError("expected at least one image, got none")
-        batches = [images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size)]
-        return torch.cat([self.embed_pixels(torch.stack([self.preprocess(i) for i in batch])) for batch in batches])
+
+        def read(image):
+            try:
+                return self.preprocess(image, channel_order=channel_order)
+            except ImageError as error:
+                if failed is None:
+                    raise
+                return error
+
+        parts, batch = [torch.empty(0, self.embedding_dim)], []
+        bar = tqdm(total=len(images), desc="Embedding", unit="image", disable=not progress, leave=False)
+        with bar, _ahead(read, images, num_workers, 2 * batch_size) as pixels:
+            for row, found in enumerate(pixels):
+                if isinstance(found, ImageError):
+                    failed[row] = found
+                else:
+                    batch.append(found)
+                if batch and (len(batch) == batch_size or row + 1 == len(images)):
+                    parts.append(self.embed_pixels(torch.stack(batch)))
+                    batch = []
+                bar.update()
+        return torch.cat(parts)
 
     def description(self):
         """Who made embeddings, for the files that hold them: dict of name, kind, fingerprint and dtype."""
@@ -248,6 +325,38 @@ class Embedder:
             "fingerprint": self.fingerprint,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+
+
+def _as_images(images):
+    """A list of images, of one image or an iterable."""
+    if isinstance(images, (torch.Tensor, np.ndarray)):
+        return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)) or hasattr(images, "read"):
+        return [images]
+    return list(images)
+
+
+@contextmanager
+def _ahead(compute, items, num_workers, depth):
+    """What `compute` gives of each item, in order, as an iterator; computed by threads, so many items ahead."""
+    if not num_workers:
+        yield map(compute, items)
+        return
+
+    def results():
+        waiting = deque()
+        for item in items:
+            waiting.append(threads.submit(compute, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    threads = ThreadPoolExecutor(num_workers)
+    try:
+        yield results()
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def is_retriever(name, revision=None):

@@ -29,10 +29,20 @@ import torch.nn.functional as F
 
 from ..data_scripts.data_errors import DataError
 from ..eval.checks import check_embeddings
+from .columns import (
+    CONTENT_COLUMN,
+    HIDDEN_COLUMNS,
+    SOURCE_COLUMN,
+    arrow_column,
+    check_items,
+    kind_of,
+    kind_of_arrow,
+)
 from .index_factory import choose_factory, effort_of, graph_of, inverted_lists, tune_effort
 from .index_files import INDEX_FILE, IndexChangedError, IndexInfo, find_info, index_lock, read_index, write_index
+from .item_table import as_table, passes, with_hidden, with_rows
 from .records import check_model, load_record
-from .vector_index import Hit, VectorIndex, check_items, check_texts
+from .vector_index import Hit, VectorIndex
 
 
 RECALL_AT = 10
@@ -57,7 +67,7 @@ class RetrievalIndex(VectorIndex):
         self._mapped = mapped
         self._gpu_index = None
         self._states = {}  # of the folders that this index was opened from or saved to: what they held then
-        self._set_table(table)
+        self._set_table(with_hidden(table))
 
     @property
     def model(self):
@@ -65,7 +75,11 @@ class RetrievalIndex(VectorIndex):
 
     @property
     def columns(self):
-        return self._table.column_names[2:]
+        return [name for name in self._table.column_names[2:] if name not in HIDDEN_COLUMNS]
+
+    @property
+    def sources(self):
+        return self.info.sources
 
     @property
     def embedding_dim(self):
@@ -95,6 +109,8 @@ class RetrievalIndex(VectorIndex):
         factory="auto",
         model=None,
         image_root=None,
+        contents=None,
+        source=None,
         target_recall=0.95,
         memory_gb=16.0,
         seed=0,
@@ -103,12 +119,14 @@ class RetrievalIndex(VectorIndex):
 
         Args:
             ids: n different texts.
-            embeddings: `(n, E)` floating-point tensor, L2-normalised.
-            metadata: Column -> n texts.
+            embeddings: `(n, E)` floating-point tensor or array of numpy, L2-normalised.
+            metadata: Column -> n texts, or n numbers, or None among either.
             factory: faiss's name, such as `Flat`, `IVF1024,Flat`, `HNSW32`, `OPQ64,IVF4096,PQ64`; or `auto`, which
                 chooses by size ([`choose_factory`]) and says why in `info.reason`.
             model: Who made the embeddings (`Embedder.description`); None where nobody will search by image.
             image_root: Folder that the ids are relative to.
+            contents: As for `add`.
+            source: Where the items come from, as in `sources`; None where nobody will bring the index in step with it.
             target_recall: Recall@10 that an approximate index's effort (`nprobe`, `efSearch`) is raised to. What it
                 reached is in `info.recall_at_10`.
             memory_gb: What `auto` may take.
@@ -122,19 +140,21 @@ class RetrievalIndex(VectorIndex):
         if not len(embeddings):
             raise ValueError("an index is built from at least one embedding, got none")
         check_model(model, "an index")
-        check_embeddings(embeddings, "embeddings")
+        embeddings = check_embeddings(embeddings, "embeddings")
         ids, columns = check_items(ids, embeddings, metadata)
         reason = "as asked for"
         if factory == "auto":
             factory, reason = choose_factory(len(embeddings), embeddings.shape[1], memory_gb)
         info = IndexInfo(factory, reason, embeddings.shape[1], model, None if image_root is None else str(image_root))
-        self = cls(_empty_index(factory, embeddings.shape[1]), _as_table([], [], {name: [] for name in columns}), info)
+        info.sources = [] if source is None else [source]
+        empty = as_table([], [], {name: arrow_column([], kind_of(values)) for name, values in columns.items()})
+        self = cls(_empty_index(factory, embeddings.shape[1]), empty, info)
         vectors = self._check_width(embeddings).numpy()
         try:
             self._index.train(vectors)
         except RuntimeError as error:
             raise ValueError(f"faiss can't train {factory!r} with {len(vectors)} embeddings: {error}") from error
-        self.add(ids, embeddings, columns)
+        self.add(ids, embeddings, columns, contents=contents, source=None if source is None else 0)
         info.recall_at_10 = 1.0
         if not self.is_exact and len(self) > RECALL_AT:
             keys = np.arange(len(self))
@@ -148,17 +168,39 @@ class RetrievalIndex(VectorIndex):
         """Whether every search finds the nearest."""
         return isinstance(faiss.downcast_index(getattr(self._index, "index", self._index)), faiss.IndexFlat)
 
-    def add(self, ids, embeddings, metadata=None):
+    def add(self, ids, embeddings, metadata=None, *, contents=None, source=None):
         """Add items; see [`VectorIndex.add`]. Centroids and codebooks stay as they were learned by `build`."""
         self._refuse_mapped("add to")
         ids, embeddings, columns = self._check_added(ids, embeddings, metadata)
         keys = np.arange(self.info.next_key, self.info.next_key + len(ids))
-        rows = _as_table(keys, ids, {name: columns[name] for name in self.columns})
-        table = pa.concat_tables([self._table, rows]).combine_chunks()
+        columns |= {CONTENT_COLUMN: contents or [None] * len(ids), SOURCE_COLUMN: [source] * len(ids)}
+        table = with_rows(self._table, keys, ids, columns).combine_chunks()
         self.info.next_key += len(ids)  # first: a key is never given again, whatever happens now
         vectors = embeddings.numpy()
         for start in range(0, len(ids), _ADD_ROWS):
             self._index.add_with_ids(vectors[start : start + _ADD_ROWS], keys[start : start + _ADD_ROWS])
+        self._set_table(table)
+
+    def update(self, ids, metadata, *, source=None):
+        """Give items other metadata; see [`VectorIndex.update`]."""
+        self._refuse_mapped("change")
+        ids, columns = self._check_updated(ids, metadata)
+        keys = self._keys(ids)
+        changed = pc.is_in(self._table.column("key"), pa.array(keys))
+        before = self._table.filter(changed)
+        order = pc.index_in(pa.array(keys), before.column("key").combine_chunks())
+        contents = before.column(CONTENT_COLUMN).take(order).to_pylist()
+        columns |= {CONTENT_COLUMN: contents, SOURCE_COLUMN: [source] * len(ids)}
+        table = with_rows(self._table.filter(pc.invert(changed)), keys, ids, columns)
+        self._set_table(table.sort_by("key").combine_chunks())
+
+    def set_columns(self, columns):
+        """Have these columns from now on; see [`VectorIndex.set_columns`]."""
+        self._refuse_mapped("change")
+        table = self._table.select(["key", "id", *(name for name in columns if name in self.columns), *HIDDEN_COLUMNS])
+        for name in columns:
+            if name not in self.columns:
+                table = table.append_column(name, arrow_column([None] * len(table)))
         self._set_table(table)
 
     def remove(self, ids):
@@ -177,13 +219,21 @@ class RetrievalIndex(VectorIndex):
             raise ValueError(f"{self.info.factory} can't remove items ({error}); build the index anew") from error
         self._set_table(table)
 
+    def add_source(self, source):
+        """See [`VectorIndex.add_source`]."""
+        self.sources.append(source)
+        return len(self.sources) - 1
+
+    def items(self):
+        """See [`VectorIndex.items`]."""
+        return {row.pop("id"): row for row in self._table.drop_columns(["key"]).to_pylist()}
+
     # ---- Searching
 
-    def search(self, embeddings, k=10, where=None, containing=None):
+    def _nearest(self, queries, k, conditions, containing):
         """See [`VectorIndex.search`]. Among equal similarities the item that was added first comes first."""
-        queries = self._check_queries(embeddings, k).numpy()
-        k = min(k, len(self))
-        keys = self._keys_that_pass(where, containing) if where or containing else None
+        queries, k = queries.numpy(), min(k, len(self))
+        keys = self._keys_that_pass(conditions, containing) if conditions or containing else None
         if k == 0 or (keys is not None and not len(keys)):
             return [[] for _ in queries]
         similarity, found = self._search_keys(queries, k, keys)
@@ -229,12 +279,22 @@ class RetrievalIndex(VectorIndex):
             items = wanted[query * found.shape[1] : (query + 1) * found.shape[1]]
             results.append(
                 [
-                    Hit(item.pop("id"), float(value), item)
+                    self._hit(item, float(value))
                     for item, value, key in zip(items, similarity[query], found[query], strict=True)
                     if key >= 0
                 ]
             )
         return results
+
+    def _hit(self, item, similarity):
+        name, source = item.pop("id"), item.pop(SOURCE_COLUMN)
+        item.pop(CONTENT_COLUMN)
+        return Hit(name, similarity, item, self.path_of(name, source))
+
+    def _paths(self, ids):
+        rows = pa.array(np.searchsorted(self._table_keys, self._keys(ids)))
+        sources = self._table.column(SOURCE_COLUMN).take(rows).to_pylist()
+        return [self.path_of(name, source) for name, source in zip(ids, sources, strict=True)]
 
     def embeddings_of(self, ids):
         """See [`VectorIndex.embeddings_of`]."""
@@ -243,19 +303,28 @@ class RetrievalIndex(VectorIndex):
     def _vectors(self, keys):
         return self._index.reconstruct_batch(np.ascontiguousarray(keys))
 
-    def _keys_that_pass(self, where, containing):
+    def ids_where(self, where, containing=None):
+        """See [`VectorIndex.ids_where`]."""
+        keys = self._keys_that_pass(self._conditions(where), containing)
+        return self._table.filter(pc.is_in(self._table.column("key"), pa.array(keys))).column("id").to_pylist()
+
+    def values_of(self, column):
+        """See [`VectorIndex.values_of`]."""
+        return pc.drop_null(pc.unique(self._table.column(column))).to_pylist()
+
+    def _kinds(self):
+        return {name: kind_of_arrow(self._table.schema.field(name).type) for name in ["id", *self.columns]}
+
+    def _keys_that_pass(self, conditions, containing):
         """Keys of the items that pass a filter, ascending."""
-        columns = self._table.column_names[1:]
-        masks = []
-        for name, values in (where or {}).items():
-            if name not in columns:
-                raise ValueError(f"there is no column {name!r}; the columns are {columns}")
-            values = [values] if isinstance(values, str) else list(values)
-            masks.append(pc.is_in(self._table.column(name), pa.array(check_texts(values, name), pa.string())))
+        mask = pa.array(np.ones(len(self), dtype=bool))
+        for condition in conditions:
+            mask = pc.and_(mask, passes(self._table.column(condition.column), condition))
         if containing:
-            found = [pc.match_substring(self._table.column(name), containing, ignore_case=True) for name in columns]
-            masks.append(reduce(pc.or_, found))
-        return self._table_keys[reduce(pc.and_, masks).to_numpy()]
+            texts = [name for name, kind in self._kinds().items() if kind == "text"]
+            found = [pc.match_substring(self._table.column(name), containing, ignore_case=True) for name in texts]
+            mask = pc.and_(mask, reduce(pc.or_, [pc.fill_null(matches, False) for matches in found]))
+        return self._table_keys[mask.to_numpy(zero_copy_only=False) if isinstance(mask, pa.Array) else mask.to_numpy()]
 
     def use_gpus(self):
         """Search on the GPUs that faiss sees, until the index is changed; filters stay on the CPU.
@@ -367,12 +436,6 @@ class RetrievalIndex(VectorIndex):
     def _refuse_mapped(self, verb):
         if self._mapped:
             raise ValueError(f"can't {verb} a memory-mapped index: open it with mmap=False")
-
-
-def _as_table(keys, ids, columns):
-    """Rows of the table; the columns of metadata in the order given."""
-    rows = {"key": pa.array(keys, pa.int64()), "id": pa.array(ids, pa.string())}
-    return pa.table(rows | {name: pa.array(values, pa.string()) for name, values in columns.items()})
 
 
 def _empty_index(factory, embedding_dim):

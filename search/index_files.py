@@ -53,6 +53,7 @@ class IndexInfo:
         generation: Number in the names of the two other files.
         format_version: Of this layout.
         files: Name -> `bytes` and `sha256` of the two; None where an older version saved.
+        sources: Where items come from; see [`VectorIndex`].
     """
 
     factory: str
@@ -67,6 +68,10 @@ class IndexInfo:
     generation: int = 0
     format_version: int = FORMAT_VERSION
     files: dict | None = field(default=None, metadata={"optional": True})
+    sources: list[dict] | None = field(default=None, metadata={"optional": True})
+
+    def __post_init__(self):
+        self.sources = self.sources or []
 
     @property
     def index_name(self):

@@ -11,7 +11,9 @@ import torch
 from ..data_scripts.data_arguments import DataArguments, check_data_arguments
 from ..data_scripts.data_errors import DataError
 from .embed import cached_store
+from .embedder import Embedder, is_retriever
 from .image_sources import folder_source, list_source, split_source
+from .model_names import check_model_name
 from .store import STORE_FILE, EmbeddingStore
 
 
@@ -19,17 +21,15 @@ def load_embedder(name, options):
     """The model of a command, on its device."""
     from transformers.utils import logging  # slow to load, and stores need no model
 
-    from .embedder import Embedder, is_retriever
-
-    if "://" not in name and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise DataError(f"model: there is no folder {name}")
-    resize_size = options.resize_size
-    if options.command == "compare" and is_retriever(name, options.revision):
-        resize_size = None  # meant for the other one
+    name = check_model_name(name)
+    resize_size, backbone = options.resize_size, options.backbone
+    if options.command == "compare":  # what is meant for the other one
+        resize_size, backbone = (None, backbone) if is_retriever(name, options.revision) else (resize_size, None)
     with _no_progress_bars(logging):
         return Embedder.from_pretrained(
             name,
             revision=options.revision,
+            backbone=backbone,
             resize_size=resize_size,
             batch_size=options.batch_size,
             device=options.device,
@@ -98,6 +98,35 @@ def store_options(options):
     }
 
 
+def model_of(index, options):
+    """The model that searches an index by image: the one of `--model`, or that which the index names.
+
+    Raises:
+        DataError: neither says which.
+    """
+    name = options.model or (index.model or {}).get("name")
+    if name is None:
+        raise DataError(f"{options.index} doesn't say which model made its embeddings: give --model")
+    return name
+
+
+def refuse_model_options(options, instead):
+    """A DataError if an option says something of a model where none is loaded; `instead` is what it goes with."""
+    for name in ("model", "backbone", "revision", "resize_size"):
+        if getattr(options, name) is not None:
+            raise DataError(f"--{name} goes with {instead}")
+
+
+def check_compared(options):
+    """A DataError if an option of `compare` is for neither of its two models."""
+    names = [name for name in (options.first, options.second) if not (Path(name) / STORE_FILE).is_file()]
+    kinds = {is_retriever(check_model_name(name), options.revision) for name in names}
+    for option, for_retrievers in (("backbone", True), ("resize_size", False)):
+        if getattr(options, option) is not None and for_retrievers not in kinds:
+            what = "a retriever" if for_retrievers else "a bare backbone"
+            raise DataError(f"--{option} is for {what}, and neither {options.first} nor {options.second} is one")
+
+
 def model_or_store(options):
     """The model or the store that a command is to take embeddings from.
 
@@ -109,6 +138,8 @@ def model_or_store(options):
         raise DataError(f"give either --model (and images) or --store, got {got}")
     if options.store is not None and (options.images is not None or options.data):
         raise DataError("--images and the options of data sets go with --model; a store has its own images")
+    if options.store is not None:
+        refuse_model_options(options, "--model; a store has its embeddings")
     return options.model or options.store
 
 
@@ -137,11 +168,14 @@ def is_main_rank():
 
 
 __all__ = [
+    "check_compared",
     "choose_sets",
     "is_main_rank",
     "load_embedder",
     "load_sources",
+    "model_of",
     "model_or_store",
+    "refuse_model_options",
     "store_options",
     "stores_of",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 from .index import RetrievalIndex
+from .index_files import find_info
 from .milvus import MilvusIndex
 
 
@@ -55,10 +56,19 @@ def open_index(place, embedder=None, **options):
     return RetrievalIndex.open(place, embedder, **options)
 
 
+def index_exists(place):
+    """Whether there is an index.
+
+    Raises:
+        DataError: the folder holds something else, or the place can't be reached.
+    """
+    return MilvusIndex.exists(place) if is_milvus(place) else find_info(place) is not None
+
+
 def is_milvus(place):
     """Whether this is the place of a Milvus collection: a file `*.db` or an address, perhaps with `#collection`."""
     place = str(place)
     return place.startswith(("http://", "https://")) or place.partition("#")[0].endswith(".db")
 
 
-__all__ = ["edit_index", "is_milvus", "open_index"]
+__all__ = ["edit_index", "index_exists", "is_milvus", "open_index"]

@@ -15,13 +15,15 @@ from ..files.digests import DamagedFileError, check_file
 def save_record(path, record):
     """Write a dataclass with `model` (dict with a `name`, or None) and `image_root` as JSON, in one go.
 
-    Both may be local paths; these are written relative to the file's folder where both lie in the same parent folder,
-    so that folder can be moved as a whole.
+    Both may be local paths, and so may the `root` of each of its `sources`, if it has any. They are written relative
+    to the file's folder where both lie in the same parent folder, so that folder can be moved as a whole.
     """
     values, folder = asdict(record), Path(path).parent
     values["image_root"] = _portable(record.image_root, folder)
     if record.model is not None:
         values["model"]["name"] = _portable(record.model["name"], folder)
+    for source in values.get("sources", []):
+        source["root"] = _portable(source["root"], folder)
     write_json(path, values)
 
 
@@ -57,6 +59,8 @@ def load_record(cls, path, what):
         raise DataError(f"{path} must have a text or null as image_root, got {values['image_root']!r}")
     check_model(values["model"], path)
     values["image_root"] = _resolve(values["image_root"], path.parent)
+    for source in _check_sources(values.get("sources"), path):
+        source["root"] = _resolve(source["root"], path.parent)
     if values["model"] is not None:
         values["model"]["name"] = _resolve(values["model"]["name"], path.parent)
     return cls(**values)
@@ -66,6 +70,14 @@ def check_model(model, owner):
     """A DataError unless this says who made embeddings: a dict with at least `name` and `fingerprint`, or None."""
     if model is not None and not (isinstance(model, dict) and {"name", "fingerprint"} <= set(model)):
         raise DataError(f"{owner} must have a model with name and fingerprint, or none, got {model!r}")
+
+
+def _check_sources(sources, owner):
+    """The sources of an index, none where it has none; else a DataError."""
+    for source in sources or []:
+        if not (isinstance(source, dict) and set(source) == {"root", "name", "prefix"}):
+            raise DataError(f"{owner} must have sources with root, name and prefix, got {source!r}")
+    return sources or []
 
 
 def check_files(folder, records, names):

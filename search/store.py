@@ -8,7 +8,7 @@
 Parquet, since one file then holds ids, classes and vectors, any tool reads it, and its fixed-size lists come out as
 one block of memory without a copy per row; safetensors would need a second file for the texts. Columns: `id` (text),
 `label` (int64, -1 without a class), `class_name` (text), `content` (text: BLAKE2b of the image's file, in hexadecimal
-digits), `embedding` (list of E float32 or float16).
+digits), those that the data have (texts or numbers), `embedding` (list of E float32 or float16).
 
 Shards hold `shard_size` rows each, in the order of the data, whoever wrote them: `shard-00003-of-00012.parquet` has
 the rows from 3 * shard_size. They appear under their names only when they are complete, and `store.json` says
@@ -42,6 +42,11 @@ FORMAT_VERSION = 1
 STORE_FILE = "store.json"
 EMBEDDING_DTYPES = ("float32", "float16")
 _SKIPPED = b"skipped"
+_COLUMNS = ("id", "label", "class_name", "content", "embedding")
+
+
+class NothingReadableError(DataError):
+    """None of the images of a store can be read."""
 
 
 @dataclass
@@ -177,7 +182,7 @@ def missing_shards(folder, info):
     return [shard for shard in range(info.num_shards) if not (Path(folder) / info.shard_name(shard)).is_file()]
 
 
-def write_shard(folder, info, shard, ids, labels, class_names, embeddings, skipped=(), contents=None):
+def write_shard(folder, info, shard, ids, labels, class_names, embeddings, skipped=(), contents=None, columns=None):
     """Write one shard, in one go.
 
     Args:
@@ -187,16 +192,18 @@ def write_shard(folder, info, shard, ids, labels, class_names, embeddings, skipp
         embeddings: `(rows, E)` float32.
         skipped: Ids of the rows that are left out, since their images can't be read.
         contents: Digests of the rows' images (`content_digest`); None where they are not known.
+        columns: Name -> Arrow array, further columns of the rows.
     """
     values = embeddings.numpy().astype(info.embedding_dtype).ravel()
-    columns = {
+    own = {
         "id": pa.array(ids, pa.string()),
         "label": pa.array(labels, pa.int64()),
         "class_name": pa.array(class_names, pa.string()),
         **({} if contents is None else {"content": pa.array(contents, pa.string())}),
+        **(columns or {}),
         "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values), info.embedding_dim),
     }
-    table = pa.table(columns).replace_schema_metadata({_SKIPPED: json.dumps(list(skipped))})
+    table = pa.table(own).replace_schema_metadata({_SKIPPED: json.dumps(list(skipped))})
     with atomic_path(Path(folder) / info.shard_name(shard)) as path:
         # No compression: embeddings have no redundancy that it would find
         pq.write_table(table, path, compression="none", use_dictionary=["class_name"], write_page_checksum=True)
@@ -206,7 +213,8 @@ def finish_store(folder, info):
     """Declare a store complete, once all shards are there; collect what was skipped, and the shards' checksums.
 
     Raises:
-        DataError: a shard is missing or damaged, or all images were skipped.
+        DataError: a shard is missing or damaged.
+        NothingReadableError: all images were skipped.
     """
     folder = Path(folder)
     missing = missing_shards(folder, info)
@@ -218,7 +226,7 @@ def finish_store(folder, info):
         info.skipped += skipped
         info.files[name] = file_record(folder / name)
     if len(info.skipped) == info.num_images:
-        raise DataError(f"{folder}: none of the {info.num_images} images can be read")
+        raise NothingReadableError(f"{folder}: none of the {info.num_images} images can be read")
     info.complete = True
     save_record(folder / STORE_FILE, info)
 
@@ -325,6 +333,13 @@ class EmbeddingStore:
         return self._names.column("class_name").to_pylist()
 
     @cached_property
+    def columns(self):
+        """Further columns of the data: dict of name -> n texts or numbers, or None among them."""
+        with pq.ParquetFile(self.folder / self.info.shard_name(0)) as file:
+            names = [name for name in file.schema_arrow.names if name not in _COLUMNS]
+        return {name: values.to_pylist() for name, values in zip(names, self._read(names).columns, strict=True)}
+
+    @cached_property
     def contents(self):
         """n digests of the images' files, in hexadecimal; None where the store doesn't know them (older versions)."""
         shards = [self._read_shard(shard, ["content"]) for shard in range(self.info.num_shards)]
@@ -353,6 +368,7 @@ __all__ = [
     "EMBEDDING_DTYPES",
     "STORE_FILE",
     "EmbeddingStore",
+    "NothingReadableError",
     "StoreInfo",
     "begin_store",
     "find_store",

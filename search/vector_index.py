@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import NamedTuple
 
 from ..data_scripts.data_errors import some
 from ..eval.checks import check_embeddings
-
-
-# What the indexes call their own columns
-RESERVED_COLUMNS = ("key", "id", "embedding")
+from ..names.registry import near_names
+from .columns import check_items, check_metadata
+from .filters import find_column, parse_conditions
 
 
 class Hit(NamedTuple):
@@ -23,12 +23,14 @@ class Hit(NamedTuple):
     Attributes:
         id: Its id.
         similarity: Cosine similarity with the query, in [-1, 1] up to rounding (of a compressing index: about).
-        metadata: Column -> value.
+        metadata: Column -> value: a text, a number, or None.
+        path: Its file, absolute; None where the index doesn't know in which folder its images are.
     """
 
     id: str
     similarity: float
     metadata: dict
+    path: str | None = None
 
 
 class IndexMismatchError(ValueError):
@@ -41,15 +43,21 @@ class VectorIndex(ABC):
     Attributes:
         model: Who made the embeddings: dict with `name` and `fingerprint`; None where nobody said.
         embedding_dim: E.
-        image_root: Folder that the ids are relative to, or None.
+        image_root: Folder that the ids of items without a source are relative to, or None.
         columns: Names of the metadata.
+        sources: Where items come from, as [`sync_index`] and `add` count them: dicts of `root` (folder of the files,
+            or None), `name` (which of that folder's images), and `prefix` (of the ids, before the path from `root`).
         embedder: [`Embedder`] for searches by image, or None.
+        max_results: What one search can give at most, or None.
     """
+
+    max_results = None
 
     model: dict | None
     embedding_dim: int
     image_root: str | None
     columns: list[str]
+    sources: list[dict]
     embedder = None
 
     def use_embedder(self, embedder):
@@ -77,16 +85,31 @@ class VectorIndex(ABC):
         """Number of items."""
 
     @abstractmethod
-    def add(self, ids, embeddings, metadata=None):
+    def add(self, ids, embeddings, metadata=None, *, contents=None, source=None):
         """Add items. All is checked before anything is changed: after an error the index is as it was.
 
         Args:
             ids: n different texts, none of them in the index.
-            embeddings: `(n, E)` floating point, L2-normalised.
-            metadata: Column -> n texts; the columns of the index.
+            embeddings: `(n, E)` floating point, a tensor or an array of numpy, L2-normalised.
+            metadata: Column -> n texts, or n numbers, or None among either; the columns of the index.
+            contents: n digests of the images' files, by which [`sync_index`] knows changed ones; None: not known.
+            source: Number of the items' source in `sources`; None: none of them.
 
         Raises:
             ValueError: the arguments don't fit together or with the index.
+        """
+
+    @abstractmethod
+    def update(self, ids, metadata, *, source=None):
+        """Give items other metadata, and another source; their embeddings and contents stay.
+
+        Args:
+            ids: Of n items of the index.
+            metadata: All of the index's columns, as for `add`.
+            source: As for `add`.
+
+        Raises:
+            ValueError: an id is not in the index, or the metadata don't fit.
         """
 
     @abstractmethod
@@ -98,21 +121,122 @@ class VectorIndex(ABC):
         """
 
     @abstractmethod
-    def search(self, embeddings, k=10, where=None, containing=None):
+    def set_columns(self, columns):
+        """Have these columns of metadata from now on; what items hold in new ones is None.
+
+        Raises:
+            ValueError: this index can't have other columns than it was built with.
+        """
+
+    @abstractmethod
+    def add_source(self, source):
+        """Know another source; its number in `sources`.
+
+        Args:
+            source: Dict as in `sources`.
+
+        Raises:
+            ValueError: this index was built by a version that couldn't.
+        """
+
+    @abstractmethod
+    def items(self):
+        """What is known of each item, id -> dict: the metadata, `vptsp_content` and `vptsp_source` (or None)."""
+
+    @abstractmethod
+    def ids_where(self, where, containing=None):
+        """Ids of all items that pass a filter; see `search`."""
+
+    @abstractmethod
+    def values_of(self, column):
+        """The different values of a column (or `id`) but None, in no order."""
+
+    @abstractmethod
+    def _kinds(self):
+        """Column (and `id`) -> `text`, `integer` or `number`."""
+
+    @abstractmethod
+    def _nearest(self, queries, k, conditions, containing):
+        """What `search` gives, all of it checked: conditions are [`Condition`] with values as they are spelt here."""
+
+    def search(self, embeddings, k=10, where=None, containing=None, *, min_similarity=None, group_by=None):
         """The items most similar to each query.
 
         Args:
-            embeddings: `(Q, E)` floating point, L2-normalised.
+            embeddings: `(Q, E)` floating point, a tensor or an array of numpy, L2-normalised.
             k: >= 1.
-            where: Column -> value or list of values: only items with one of them in every column. None: all items.
+            where: Column -> value or list of values: only items with one of them in every column, whatever the case;
+                or a list of texts such as `price<20`; see [`parse_conditions`]. None: all items.
             containing: Only items with this text in their id or in a column, in any case (in Milvus: in this case).
+            min_similarity: Only items of at least this similarity, in [-1, 1].
+            group_by: Column: of all items with the same value only the most similar, so that k different values come
+                out. An item without a value (None, or no class) stands for itself.
 
         Returns:
             Q lists of at most k [`Hit`], most similar first.
 
         Raises:
-            TypeError, ValueError: embeddings or k are not as above, or there is no such column.
+            TypeError, ValueError: embeddings, k or min_similarity are not as above, or there is no such column.
         """
+        return self._find(embeddings, k, where, containing, min_similarity, group_by)
+
+    def _find(self, embeddings, k, where, containing, min_similarity, group_by, own=None):
+        """See `search`; `own` are the ids of the queries, which don't find themselves, or None."""
+        queries = self._check_queries(embeddings, k)
+        if min_similarity is not None and not -1 <= min_similarity <= 1:
+            raise ValueError(f"min_similarity must be in [-1, 1], got {min_similarity}")
+        passing = self._conditions(where), containing
+        if group_by is None:
+            found = self._nearest(queries, self._check_most(k + (own is not None)), *passing)
+            found = [_others(hits, own, row)[:k] for row, hits in enumerate(found)]
+        else:
+            found = self._best_of_groups(queries, k, passing, find_column(group_by, self._kinds()), own)
+        if min_similarity is None:
+            return found
+        return [[hit for hit in hits if hit.similarity >= min_similarity] for hits in found]
+
+    def _best_of_groups(self, queries, k, passing, column, own):
+        """The first item of each of the k groups that come first, looking as deep as that takes."""
+        results, unfinished, depth = [[] for _ in queries], list(range(len(queries))), 4 * k + 1
+        while unfinished:
+            depth = min(depth, self.max_results or depth)
+            found = self._nearest(queries[unfinished], depth, *passing)
+            left = []
+            for row, hits in zip(unfinished, found, strict=True):
+                results[row] = _firsts(_others(hits, own, row), column)[:k]
+                if len(results[row]) < k and len(hits) == depth:  # what lies deeper may be of other groups
+                    left.append(row)
+            if left and depth == self.max_results:
+                raise ValueError(
+                    f"group_by: the {depth:,} most similar items, which are all that this index gives, hold "
+                    f"{len(results[left[0]])} groups of {k}: ask for fewer"
+                )
+            unfinished, depth = left, 4 * depth
+        return results
+
+    def _conditions(self, where):
+        """Conditions of a filter, with the values of texts as they are spelt in the index, whatever the case."""
+        conditions, kinds = parse_conditions(where, self._kinds()), self._kinds()
+        return [c._replace(values=self._spelt(c)) if kinds[c.column] == "text" else c for c in conditions]
+
+    def _spelt(self, condition):
+        if condition.column == "id" and len(self.present(condition.values)) == len(set(condition.values)):
+            return condition.values  # all of them: no need to look through the ids
+        wanted = {value.casefold() for value in condition.values}
+        return tuple(value for value in self.values_of(condition.column) if value.casefold() in wanted)
+
+    def require_values(self, where):
+        """A ValueError if a filter asks for a value that no item has; it names the nearest."""
+        for column, operator, values in parse_conditions(where, self._kinds()):
+            if operator not in ("=", "!="):
+                continue
+            there = {_folded(value): value for value in self.values_of(column)}
+            for value in values:
+                if _folded(value) not in there:
+                    texts = [name for name in there if isinstance(name, str)]
+                    near = [there[name] for name in near_names(_folded(value), texts)]
+                    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+                    raise ValueError(f"where: no item has {column} {value!r}{hint}")
 
     @abstractmethod
     def embeddings_of(self, ids):
@@ -143,18 +267,37 @@ class VectorIndex(ABC):
     def sample_ids(self, count):
         """At most `count` of the ids, the same each time."""
 
-    def search_ids(self, ids, k=10, where=None, containing=None):
+    def image_path(self, name):
+        """File of an item, absolute; None where the index doesn't know.
+
+        Raises:
+            ValueError: the id is not in the index.
+        """
+        self.require([name])
+        return self._paths([name])[0]
+
+    @abstractmethod
+    def _paths(self, ids):
+        """[`image_path`] of ids that are in the index."""
+
+    def path_of(self, name, source):
+        """File of an item with this id of the source of this number (or None)."""
+        there = {"root": self.image_root, "prefix": ""} if source is None else self.sources[source]
+        if there["root"] is None:
+            return None
+        return str(Path(there["root"]).absolute() / name.removeprefix(there["prefix"]))
+
+    def search_ids(self, ids, k=10, where=None, containing=None, *, min_similarity=None, group_by=None):
         """The items most similar to items of the index, each without itself; see `search`."""
         ids = self.require(ids)
-        found = self.search(self.embeddings_of(ids), k + 1, where, containing)
-        return [[hit for hit in hits if hit.id != own][:k] for own, hits in zip(ids, found, strict=True)]
+        return self._find(self.embeddings_of(ids), k, where, containing, min_similarity, group_by, own=ids)
 
-    def search_images(self, images, k=10, where=None, containing=None):
+    def search_images(self, images, k=10, where=None, containing=None, **options):
         """The items most similar to images; see `search`.
 
         Args:
-            images: Paths, bytes, PIL images or tensors, as `Embedder.embed_images` takes them.
-            k, where, containing: As for `search`.
+            images: In any form that `Embedder.embed_images` takes.
+            k, where, containing, **options: As for `search`.
 
         Raises:
             ImageError: an image can't be read.
@@ -162,79 +305,62 @@ class VectorIndex(ABC):
         """
         if self.embedder is None:
             raise ValueError("searching by image needs a model: open the index with embedder=..., or use_embedder")
-        return self.search(self.embedder.embed_images(images), k, where, containing)
+        return self.search(self.embedder.embed_images(images), k, where, containing, **options)
 
     def _check_added(self, ids, embeddings, metadata, **limits):
         """Ids, embeddings `(n, E)` float32 on the CPU, and metadata, if `add` can take them; else its errors."""
         embeddings = self._check_width(embeddings)
         ids, columns = check_items(ids, embeddings, metadata, **limits)
-        if sorted(columns) != sorted(self.columns):
-            raise ValueError(f"metadata must have the columns {self.columns}, got {sorted(columns)}")
+        self._check_columns(columns)
         self.refuse_present(ids)
         return ids, embeddings, columns
+
+    def _check_updated(self, ids, metadata, **limits):
+        """Ids and metadata, if `update` can take them; else its errors."""
+        ids, columns = self.require(ids), check_metadata(metadata, limits.get("max_text_bytes"))
+        self._check_columns(columns)
+        if wrong := [name for name, values in columns.items() if len(values) != len(ids)]:
+            raise ValueError(f"metadata must have one value per id, {len(ids)}, got others of {some(wrong)}")
+        return ids, columns
+
+    def _check_columns(self, columns):
+        if sorted(columns) != sorted(self.columns):
+            raise ValueError(f"metadata must have the columns {self.columns}, got {sorted(columns)}")
 
     def _check_queries(self, embeddings, k):
         if k < 1:
             raise ValueError(f"k must be >= 1, got {k}")
         return self._check_width(embeddings)
 
+    def _check_most(self, k):
+        if self.max_results is not None and k > self.max_results:
+            raise ValueError(f"k must be at most {self.max_results:,} in this index, got {k:,}")
+        return k
+
     def _check_width(self, embeddings):
-        check_embeddings(embeddings, "embeddings")
+        embeddings = check_embeddings(embeddings, "embeddings")
         if embeddings.shape[1] != self.embedding_dim:
             raise ValueError(f"embeddings must have the index's width {self.embedding_dim}, got {embeddings.shape[1]}")
         return embeddings.detach().float().cpu()
 
 
-def check_items(ids, embeddings, metadata, max_id_bytes=None, max_text_bytes=None):
-    """Ids and metadata as lists, if there is one of each per embedding and a file can hold them all.
-
-    Args:
-        ids: n different texts.
-        embeddings: n of them.
-        metadata: Column -> n texts, or None.
-        max_id_bytes, max_text_bytes: What an id and another text may take in UTF-8; None: anything.
-
-    Returns:
-        List of ids, and dict of column -> list.
-
-    Raises:
-        ValueError: something else, which the message names.
-    """
-    ids = check_texts(ids, "ids", max_id_bytes)
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"ids must differ, got {len(ids) - len(set(ids))} that occur more than once")
-    names = check_texts(metadata or {}, "names of columns")
-    if reserved := sorted(set(names) & set(RESERVED_COLUMNS)):
-        raise ValueError(f"a column of metadata can't be called {some(reserved)}: the index has its own")
-    columns = {name: check_texts(values, name, max_text_bytes) for name, values in (metadata or {}).items()}
-    for name, values in (("ids", ids), *columns.items()):
-        if len(values) != len(embeddings):
-            raise ValueError(f"{name} must have one entry per embedding, {len(embeddings)}, got {len(values)}")
-    return ids, columns
+def _folded(value):
+    return value.casefold() if isinstance(value, str) else value
 
 
-def check_texts(values, name, max_bytes=None):
-    """Values as a list, if all of them are texts that UTF-8 can hold, in `max_bytes` at most; else a ValueError."""
-    if isinstance(values, (str, bytes)):
-        raise ValueError(f"{name} must be texts, got a single one: {values!r}")
-    values = list(values)
-    for value in values:
-        if not isinstance(value, str):
-            raise ValueError(f"{name} must be texts, got {value!r} among them")
-        try:
-            size = len(value.encode())
-        except UnicodeEncodeError:
-            raise ValueError(f"{name} must be texts that UTF-8 can hold, got {value!r} among them") from None
-        if max_bytes is not None and size > max_bytes:
-            raise ValueError(f"{name} must take at most {max_bytes} bytes in UTF-8, got {size}: {value[:50]!r}...")
-    return values
+def _others(hits, own, row):
+    return hits if own is None else [hit for hit in hits if hit.id != own[row]]
 
 
-__all__ = [
-    "RESERVED_COLUMNS",
-    "Hit",
-    "IndexMismatchError",
-    "VectorIndex",
-    "check_items",
-    "check_texts",
-]
+def _firsts(hits, column):
+    """The first of each value of a column; each of those without one."""
+    seen, firsts = set(), []
+    for hit in hits:
+        value = hit.id if column == "id" else hit.metadata[column]
+        if value in (None, "") or value not in seen:
+            firsts.append(hit)
+            seen.add(value)
+    return firsts
+
+
+__all__ = ["Hit", "IndexMismatchError", "VectorIndex"]

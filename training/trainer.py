@@ -302,7 +302,9 @@ class VPTSPTrainer(SharingTrainer):
         loader = iter(DataLoader(dataset, batch_sampler=_OneTime(batches), **self._loader_options()))
         self.model.to(self.args.device).eval()
         embeddings, labels, readable = [], [], []
-        for batch in tqdm(loader, description, disable=True if self.args.disable_tqdm or rank > 0 else None, leave=False):
+        for batch in tqdm(
+            loader, description, disable=True if self.args.disable_tqdm or rank > 0 else None, leave=False
+        ):
             inputs = self.on_device(batch)
             embeddings.append(self._embed_batch(inputs["pixel_values"]).float().cpu())
             labels.append(inputs["labels"].cpu())

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vptsp import DataError, Embedder, IndexMismatchError, RetrievalIndex, VPTSPModel, folder_source
+from vptsp import DataError, Embedder, IndexMismatchError, RetrievalIndex, VPTSPModel, folder_source, update_index
 from vptsp.data_scripts.preprocessing import build_image_processor
 from vptsp.deploy.search_page import THUMBNAIL, SearchPage, open_page, write_space
 
@@ -198,3 +198,29 @@ def test_page_in_a_browser(place, tmp_path):
         expect(status).to_contain_text("broken.png: can't read this image")
         browser.close()
     assert all(url.startswith((address, "data:", "blob:")) for url in requests)
+
+
+def test_images_of_several_folders_are_shown(place, tmp_path):
+    """Each item knows its own folder, also in a Space, where all have one."""
+    second = tmp_path / "more" / "images"
+    shutil.copytree(place / "images" / "red", second / "red")
+    embedder = Embedder.from_pretrained(place / "model")
+    for folder in (place / "images", second):
+        update_index(tmp_path / "index", embedder, folder_source(folder), cache_dir=tmp_path / "cache", progress=False)
+    page = open_page(tmp_path / "index")
+    assert page.image_path("images/red/1.png") == second / "red" / "1.png"
+    assert page.image_path("red/1.png") == place / "images" / "red" / "1.png"
+    (second / "red" / "1.png").unlink()
+    assert page.thumbnail("images/red/1.png").getpixel((0, 0)) == (225, 225, 225)
+    for path in sorted(second.rglob("*.png")):
+        assert page.thumbnail(f"images/red/{path.name}").getpixel((0, 0)) != (225, 225, 225)
+    shutil.copy(place / "images" / "red" / "1.png", second / "red" / "1.png")
+    write_space(tmp_path / "space", page.index, None)
+    moved = (tmp_path / "space").rename(tmp_path / "elsewhere")
+    there = open_page(moved / "index")
+    for name in ("images/red/1.png", "red/1.png"):
+        assert there.image_path(name) == moved / "images" / name
+        assert there.image_path(name).read_bytes() == page.image_path(name).read_bytes()
+    shutil.rmtree(second)
+    with pytest.raises(DataError, match=r"image_root: there is no folder .*more/images; give --image_root"):
+        open_page(tmp_path / "index")

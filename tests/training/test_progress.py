@@ -1,4 +1,4 @@
-"""What a run prints: tested by driving the callback as the Trainer does, and on a run of its own in `test_train.py`."""
+"""What a run prints, by driving the callback as the Trainer does; `test_train.py` has whole runs."""
 
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments

@@ -1,0 +1,44 @@
+"""Names of models: folders, or repositories on the Hub. What can only be a folder is not looked for on the Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..data_scripts.data_errors import DataError
+from ..names.registry import near_names
+
+
+def check_model_name(name, option="model"):
+    """The name of a model as text, if there is such a folder or it may be one on the Hub.
+
+    Args:
+        name: Folder, or `OWNER/NAME` on the Hub.
+        option: What the caller calls it.
+
+    Raises:
+        DataError: it can only be a folder (it begins with a dot, a slash or a tilde, has no slash or more than one, or
+            begins with a folder that is there), and there is none; the message names near ones.
+    """
+    name, path = os.fspath(name), Path(name).expanduser()
+    if path.is_dir():
+        return str(path) if name.startswith("~") else name
+    if path.exists():
+        raise DataError(f"{option}: {name} is a file, expected a folder or OWNER/NAME on the Hub")
+    on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.is_dir()
+    if on_hub or "://" in name:
+        return name
+    near = near_names(path.name, _folders_beside(path))
+    hint = f"; did you mean {' or '.join(repr(str(path.parent / found)) for found in near)}?" if near else ""
+    also = "" if "/" in name or near else " (on the Hub, models are called OWNER/NAME)"
+    raise DataError(f"{option}: there is no folder {name}{hint}{also}")
+
+
+def _folders_beside(path):
+    try:
+        return sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
+    except OSError:
+        return []
+
+
+__all__ = ["check_model_name"]
