@@ -616,6 +616,7 @@ def _prompted_layer(family, layer, tokens, prompts, prompt_rows, num_queries, pr
         query, key = _rotated(query, tokens.rotation), _rotated(key, _with_unrotated(tokens.rotation, in_front=first))
     hidden = hidden if num_queries is None else hidden[:, :num_queries]
     hidden = hidden + family.attend(layer, query, key, value)
+    del query, key, value  # else the MLP's memory would come on top of theirs
     output = family.feed_forward(layer, hidden)
     return hidden + (output if adapter is None else adapter(hidden, output))
 
