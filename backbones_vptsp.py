@@ -21,15 +21,23 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # ---- Linear layers
 #
 # On CPUs `torch.nn.functional.linear` multiplies float32 matrices with the BLAS library that PyTorch was built with.
-# That of the usual builds (MKL) leaves AVX-512 unused on processors of other makers, where oneDNN, which is part of
-# the same builds, is about twice as fast (`benchmarks/step.py` prints both). Same arithmetic, another order of sums.
+# That of the usual builds (MKL) is made for Intel's processors. On AMD's, oneDNN, which is part of the same builds,
+# was 1.1 to 2 times as fast, on Intel's 5 to 25 % slower (`benchmarks/step.py` prints both). So the maker decides, not
+# a race at run time: sums come in another order, and the same training must give the same bits each time.
 
 
 def _onednn_linear():
-    """oneDNN's product of dense matrices, `op(x, weight, bias, "none", [], "")`; None where PyTorch lacks it."""
-    if not torch.backends.mkldnn.is_available():
+    """oneDNN's product of dense matrices, `op(x, weight, bias, "none", [], "")`; None where PyTorch lacks it, and on
+    Intel's processors."""
+    if not torch.backends.mkldnn.is_available() or "intel" in _processor_name().lower():
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def _processor_name() -> str:
+    """Empty where this release of PyTorch does not tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return str(capabilities.get("cpu_name", ""))
 
 
 _ONEDNN_LINEAR = _onednn_linear()
@@ -608,6 +616,7 @@ def _prompted_layer(family, layer, tokens, prompts, prompt_rows, num_queries, pr
         query, key = _rotated(query, tokens.rotation), _rotated(key, _with_unrotated(tokens.rotation, in_front=first))
     hidden = hidden if num_queries is None else hidden[:, :num_queries]
     hidden = hidden + family.attend(layer, query, key, value)
+    del query, key, value  # else the MLP's memory would come on top of theirs
     output = family.feed_forward(layer, hidden)
     return hidden + (output if adapter is None else adapter(hidden, output))
 

@@ -682,7 +682,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             self.retriever.save_pretrained(folder, save_backbone=save_backbone)
             card = _card_writer()
             if card is not None and not api.file_exists(repo_id, "README.md", revision=revision, token=token):
-                card(self, repo_id).save(Path(folder) / "README.md")
+                card(self, repo_id, token=token).save(Path(folder) / "README.md")
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import tiny_vit_config
+from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import ViTModel
@@ -65,12 +66,14 @@ def main(folder, token):
             expected[name] = model(pixel_values).embeddings
 
     # A retriever on a backbone of the Hub, public, in two versions; then the backbone's main branch moves on.
+    readme = b"---\nlicense: other\nlicense_name: birds-only\nlicense_link: LICENSE\n---\n# Backbone\n"
     pushed["backbone"] = backbone(1).push_to_hub("ann/backbone", token=token).oid
     model = untuned("ann/backbone", revision="main")
     pushed["first"] = model.push_to_hub("ann/retriever", token=token).oid
     pushed["with_processor"] = build_image_processor(16, 18).push_to_hub("ann/retriever", token=token).oid
     embed("first", model)
     backbone(8).push_to_hub("ann/backbone", token=token)
+    HfApi().upload_file(path_or_fileobj=readme, path_in_repo="README.md", repo_id="ann/backbone", token=token)
     with torch.no_grad():
         model.prompts.tokens.mul_(-1.5)
     pushed["second"] = model.push_to_hub("ann/retriever", token=token, commit_message="Better prompts").oid

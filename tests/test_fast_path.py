@@ -8,8 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vptsp import VPTSPForMetricLearning, VPTSPModel
+from vptsp import VPTSPForMetricLearning, VPTSPModel, backbones_vptsp
 from vptsp.backbones_vptsp import fast_linear
+
+
+@pytest.fixture(autouse=True)
+def _by_onednn(monkeypatch):
+    """On every processor, whether or not that is fast there."""
+    with monkeypatch.context() as unknown_processor:
+        unknown_processor.setattr(torch.cpu, "get_capabilities", dict)
+        product = backbones_vptsp._onednn_linear()
+    monkeypatch.setattr(backbones_vptsp, "_ONEDNN_LINEAR", product)
 
 
 # ---- Linear layers
@@ -49,6 +58,16 @@ def test_linear_of_a_frozen_layer_keeps_no_input():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         fast_linear(layer, torch.randn(9, 24, requires_grad=True))
     assert [tensor.shape for tensor in saved] == [layer.weight.shape]
+
+
+@pytest.mark.parametrize(
+    "name, by_onednn",
+    [("AMD EPYC", True), ("Intel(R) Xeon(R) Platinum 8480+", False), ("INTEL CORE", False), (None, True)],
+)
+def test_processor_decides_whose_products(monkeypatch, name, by_onednn):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {} if name is None else {"cpu_name": name})
+    assert (backbones_vptsp._onednn_linear() is not None) == by_onednn
 
 
 def test_linear_leaves_other_layers_and_precisions_to_pytorch():

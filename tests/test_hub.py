@@ -242,6 +242,17 @@ def test_card_of_a_run(story):
     assert "| learning_rate | 0.0005 |" in card.text
 
 
+def test_licence_of_the_backbone_is_passed_on(story):
+    """It was given to the backbone's second version."""
+    with_licence = ModelCard(story.hub.files("ann/run")["README.md"].decode()).data
+    commit = story.hub.repositories["ann/backbone"].branches["main"]
+    assert (with_licence.license, with_licence.license_name) == ("other", "birds-only")
+    assert with_licence.license_link == f"https://huggingface.co/ann/backbone/blob/{commit}/LICENSE"
+    card = ModelCard(story.hub.files("ann/retriever")["README.md"].decode())
+    assert "license" not in card.data.to_dict()
+    assert "its model card does not say" in card.text  # one that transformers wrote
+
+
 def test_snippets_of_the_card_run(story):
     snippet = story.embeddings["online"]["snippet"]
     assert snippet.shape == (2, 10)

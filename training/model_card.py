@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_vptsp import VPTSPConfig
 from ..eval.metric_definitions import MetricDefinition, definition_of
+from .backbone_licence import backbone_licence
 from .tuned_counts import tuned_counts
 
 
@@ -81,15 +82,21 @@ def without_tokens(words, *secrets) -> str:
     return shlex.join(clean)
 
 
-def retriever_card(model, repo_id=None, results=None, training_args=None, **metadata) -> ModelCard:
+def retriever_card(model, repo_id=None, results=None, training_args=None, token=None, **metadata) -> ModelCard:
     """Model card of a retriever: what it was tuned on, how well it does, how to use it, how to make it again.
+
+    The licence is the backbone's, as its own model card has it; where that can't be read, there is none and the card
+    says why. See [`backbone_licence`].
 
     Args:
         model: A `VPTSPModel` or `VPTSPForMetricLearning`.
         repo_id: Name on the Hub; None where it has none yet.
         results: What `train.py` writes into `all_results.json`; a part of it is enough.
         training_args: `VPTSPTrainingArguments` of the run.
-        **metadata: Fields of `huggingface_hub.ModelCardData`, such as `license`; they win over what is known.
+        token: Token of the Hub, for the model card of a private backbone; None for `hub_token` of the run, or the one
+            that `hf auth login` keeps.
+        **metadata: Fields of `huggingface_hub.ModelCardData`; they win over what is known. A `license` takes the place
+            of the backbone's, but for the text.
 
     Returns:
         `huggingface_hub.ModelCard`.
@@ -97,6 +104,8 @@ def retriever_card(model, repo_id=None, results=None, training_args=None, **meta
     results = results or {}
     name = repo_id or "owner/name"
     title = name.split("/")[-1]
+    token = token or getattr(training_args, "hub_token", None)
+    licence = backbone_licence(model.config, _backbone_on_hub(model.config), token)
     sections = [
         _introduction(model, title, results.get("picture")),
         _usage(model, name),
@@ -104,9 +113,11 @@ def retriever_card(model, repo_id=None, results=None, training_args=None, **meta
         _scores(results, training_args),
         _tuned(model),
         _training(model, results, training_args),
+        f"## Licence\n\n{licence.text}",
         f"## Cite\n\n```bibtex\n{CITATION}\n```",
     ]
-    data = ModelCardData(**{**_metadata(model, results, title), **metadata})
+    known = _metadata(model, results, title) | ({} if "license" in metadata else licence.metadata)
+    data = ModelCardData(**{**known, **metadata})
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 

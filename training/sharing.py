@@ -125,7 +125,7 @@ class SharingTrainer(ResumableTrainer):
         """Begin to upload what is shared, out of a folder of its own, so that nothing else can slip in."""
         staging = tempfile.TemporaryDirectory()
         folder = Path(staging.name)
-        self._write_retriever(folder, results, **metadata)
+        self._write_retriever(folder, results, token=token, **metadata)
         if picture := (results or {}).get("picture"):
             (folder / picture).parent.mkdir(exist_ok=True)
             shutil.copy(Path(self.args.output_dir, picture), folder / picture)
