@@ -6,11 +6,12 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ from ..data_scripts.image_files import list_images
 from ..data_scripts.labels import check_labels
 
 
+RESERVED_COLUMNS = frozenset({"id", "class_name", "similarity", "embedding", "image", "label"})
+"""Names of columns that stores, indexes and results give a meaning of their own."""
 _HASHING_THREADS = 8
 
 
@@ -37,10 +40,12 @@ class ImageSource:
         stored: `stored(row)` gives what holds an image (path or contents).
         description: One line on what this is.
         image_root: Folder that the ids are relative to; None where the images are in no folder.
+        columns: What else is known of the images, as a price or a title: per name n values in the order of the ids,
+            each a text, an integer, a float or None where there is none. No name is one of `RESERVED_COLUMNS`.
 
     Raises:
-        DataError: there are no images, two have the same id, an id or class is not valid UTF-8, or a label is none of
-            0..C-1.
+        DataError: there are no images, two have the same id, an id or class is not valid UTF-8, a label is none of
+            0..C-1, or a column has another length, another kind of value or a reserved name.
     """
 
     ids: list[str]
@@ -49,6 +54,7 @@ class ImageSource:
     stored: Callable[[int], str | bytes]
     description: str
     image_root: str | None = None
+    columns: dict[str, list[str | int | float | None]] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.ids:
@@ -61,6 +67,8 @@ class ImageSource:
                 raise DataError(f"{self.description}: {name!r} is not valid UTF-8, and can't be stored: rename it")
         check_labels(np.ma.filled(self.labels, 0), max(len(self.class_names), 1), self.description)
         self.labels = np.ma.asarray(self.labels, dtype=np.int64)
+        for name, values in self.columns.items():
+            check_column(name, values, len(self.ids), self.description)
 
     def __len__(self):
         return len(self.ids)
@@ -71,7 +79,7 @@ class ImageSource:
         return "" if label is np.ma.masked else self.class_names[label]
 
     def fingerprint(self, progress=lambda iterable, total: iterable):
-        """Digest of the data: ids, classes and all bytes of all images, in order.
+        """Digest of the data: columns, ids, classes and all bytes of all images, in order.
 
         It reads every file once (about a second per gigabyte, beside what the disk takes), so it knows a changed image
         whatever its date says, and knows an unchanged one on another machine.
@@ -87,6 +95,8 @@ class ImageSource:
         """
         digest = hashlib.blake2b(digest_size=32)
         with ThreadPoolExecutor(_HASHING_THREADS) as threads:
+            if self.columns:
+                digest.update(json.dumps(self.columns).encode())
             for row, content in enumerate(progress(threads.map(self._content_digest, range(len(self))), len(self))):
                 digest.update(f"{self.ids[row]}\0{self.class_name(row)}\0{self.labels[row]}\0".encode())
                 digest.update(content)
@@ -94,6 +104,24 @@ class ImageSource:
 
     def _content_digest(self, row):
         return content_digest(self.stored(row))
+
+
+def check_column(name, values, count, description):
+    """Check a column of `ImageSource.columns`.
+
+    Raises:
+        DataError: it has not `count` values, one is neither text, number nor None, or its name is reserved.
+    """
+    if not isinstance(name, str) or not name or name in RESERVED_COLUMNS:
+        reserved = ", ".join(sorted(RESERVED_COLUMNS))
+        raise DataError(f"{description}: a column can't be called {name!r} (reserved are {reserved})")
+    if len(values) != count:
+        raise DataError(f"{description}: the column {name!r} has {len(values)} values for {count} images")
+    for row, value in enumerate(values):
+        if value is not None and type(value) not in (str, int, float):
+            raise DataError(
+                f"{description}: the column {name!r} must hold text, numbers or None, got {value!r} in row {row}"
+            )
 
 
 def folder_source(folder):
@@ -220,4 +248,4 @@ def _common_root(files, preferred):
     return Path(os.path.commonpath([os.path.dirname(file) for file in files])) if files else preferred  # noqa: PTH120
 
 
-__all__ = ["ImageSource", "folder_source", "list_source", "split_source"]
+__all__ = ["RESERVED_COLUMNS", "ImageSource", "check_column", "folder_source", "list_source", "split_source"]
