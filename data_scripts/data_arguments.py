@@ -6,7 +6,7 @@ from typing import Any
 
 from .archives import archive_kind
 from .class_folders import LAYOUTS, detect_layout, existing_folder
-from .class_split import CLASS_SPLITS, class_list_file
+from .class_split import check_class_split, class_list_file
 from .data_errors import DataError
 from .dataset_options import DatasetOptions, option_names
 from .dataset_registry import DATASETS, find_dataset, load_splits, refuse_unknown_options
@@ -76,10 +76,7 @@ class DataArguments(DatasetOptions, DatasetPlace):
             )
         if self.layout not in LAYOUTS:
             raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
-        if self.class_split not in CLASS_SPLITS:
-            raise DataError(f"class_split must be one of {', '.join(CLASS_SPLITS)}, got {self.class_split!r}")
-        if not 0 < self.test_share < 1:
-            raise DataError(f"test_share must be between 0 and 1, both excluded, got {self.test_share}")
+        check_class_split(self.train_classes, self.test_classes, self.test_share, self.class_split)
         if self.digit_size < 8:
             raise DataError(f"digit_size must be >= 8, got {self.digit_size}")
         if self.image_size < 1:

@@ -36,9 +36,13 @@ class ClassSplitOptions:
     test_classes: list[str] | None = field(
         default=None, metadata={"help": "Names of the test classes, or a .txt file with one per line."}
     )
-    test_share: float = field(default=0.5, metadata={"help": "Share of the classes that test, without class lists."})
+    test_share: float = field(
+        default=0.5,
+        metadata={"help": "Share of the classes that test, without class lists; 0: all train, nothing is tested."},
+    )
     class_split: str = field(
-        default="first", metadata={"help": f"Which classes train, without class lists: {', '.join(CLASS_SPLITS)}."}
+        default="first",
+        metadata={"help": f"Which classes train, without class lists: {', '.join(CLASS_SPLITS)} (all do)."},
     )
     split_seed: int = field(default=0, metadata={"help": "Seed of class_split random."})
 
