@@ -19,6 +19,7 @@ from .class_folders import detect_layout, existing_folder, scan_class_folders, s
 from .data_errors import DataError, some
 from .dataset_options import LayoutOptions
 from .listing import SplitListing, make_listing
+from .table_files import refuse_table
 
 
 __all__ = ["ImageFolders", "ImageFoldersConfig"]
@@ -48,6 +49,7 @@ class ImageFolders(ImageDatasetBuilder):
 
     @classmethod
     def _list(cls, config: ImageFoldersConfig) -> SplitListing:
+        refuse_table(config.data_dir)
         root = existing_folder(config.data_dir)
         layout = detect_layout(root, config.layout)
         options = {"dataset": "folder", "layout": layout, "version": str(cls.VERSION)}

@@ -22,10 +22,9 @@ from ..data_scripts.data_errors import DataError, some
 from ..data_scripts.data_fingerprint import content_digest
 from ..data_scripts.image_files import list_images
 from ..data_scripts.labels import check_labels
+from ..data_scripts.table_columns import check_column
 
 
-RESERVED_COLUMNS = frozenset({"id", "class_name", "similarity", "embedding", "image", "label"})
-"""Names of columns that stores, indexes and results give a meaning of their own."""
 _HASHING_THREADS = 8
 
 
@@ -41,7 +40,7 @@ class ImageSource:
         description: One line on what this is.
         image_root: Folder that the ids are relative to; None where the images are in no folder.
         columns: What else is known of the images, as a price or a title: per name n values in the order of the ids,
-            each a text, an integer, a float or None where there is none. No name is one of `RESERVED_COLUMNS`.
+            each a text, an integer, a float or None where there is none.
 
     Raises:
         DataError: there are no images, two have the same id, an id or class is not valid UTF-8, a label is none of
@@ -104,24 +103,6 @@ class ImageSource:
 
     def _content_digest(self, row):
         return content_digest(self.stored(row))
-
-
-def check_column(name, values, count, description):
-    """Check a column of `ImageSource.columns`.
-
-    Raises:
-        DataError: it has not `count` values, one is neither text, number nor None, or its name is reserved.
-    """
-    if not isinstance(name, str) or not name or name in RESERVED_COLUMNS:
-        reserved = ", ".join(sorted(RESERVED_COLUMNS))
-        raise DataError(f"{description}: a column can't be called {name!r} (reserved are {reserved})")
-    if len(values) != count:
-        raise DataError(f"{description}: the column {name!r} has {len(values)} values for {count} images")
-    for row, value in enumerate(values):
-        if value is not None and type(value) not in (str, int, float):
-            raise DataError(
-                f"{description}: the column {name!r} must hold text, numbers or None, got {value!r} in row {row}"
-            )
 
 
 def folder_source(folder):
@@ -248,4 +229,4 @@ def _common_root(files, preferred):
     return Path(os.path.commonpath([os.path.dirname(file) for file in files])) if files else preferred  # noqa: PTH120
 
 
-__all__ = ["RESERVED_COLUMNS", "ImageSource", "check_column", "folder_source", "list_source", "split_source"]
+__all__ = ["ImageSource", "folder_source", "list_source", "split_source"]

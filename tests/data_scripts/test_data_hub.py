@@ -170,7 +170,9 @@ def test_labels_without_names_and_other_columns(tmp_path, load, feature, labels,
         splits = load(root, streaming=streaming, image_column=image, label_column=label)
         assert splits["train"].features["label"].names == train and splits["test"].features["label"].names == test
         assert [name for name, _ in summary(splits)["train"]] == [str(x) for x in labels if str(x) in train]
-        assert set(next(iter(splits["train"]))) == {"image", "label"}
+        assert set(next(iter(splits["train"]))) == {"image", "label", "note"}  # what else there is goes along
+        numbers = [number for _, number in summary(splits)["train"]]
+        assert [row["note"] for row in splits["train"]] == [f"row {number}" for number in numbers]
 
 
 def test_streams_go_to_workers(tmp_path, load):
