@@ -17,8 +17,10 @@ from transformers import TrainerCallback, set_seed
 from ..configuration_vptsp import VPTSPConfig
 from ..data_scripts.image_datasets import image_datasets
 from ..data_scripts.preprocessing import build_image_processor
+from ..data_scripts.split_record import SPLITS_NAME, has_seen_classes, record_splits
 from ..eval.run_pictures import EvaluatedImages, draw_run
 from ..loading_vptsp import resized_config
+from .fitting import fit_to_data
 from .model import VPTSPForMetricLearning
 from .offloading import describe_class_prompts
 from .output_folder import check_output_folder, output_held
@@ -154,8 +156,12 @@ def draw_pictures(folder, trainer, frozen, count):
     return {path.name for path in written}
 
 
-def prepare(model_fields, training_args, data_args):
+def prepare(model_fields, training_args, data_args, images=None):
     """Load data and model and put them together.
+
+    Args:
+        model_fields, training_args, data_args: What the run is asked to do.
+        images: The data sets by split, where they are loaded already.
 
     Returns:
         trainer: Ready to train; its `eval_dataset` is one data set, or a dict of query and gallery.
@@ -165,7 +171,7 @@ def prepare(model_fields, training_args, data_args):
     Raises:
         ConfigError or DataError: data, model and batches don't fit together.
     """
-    images = image_datasets(data_args)
+    images = image_datasets(data_args) if images is None else images
     parts = {name: part for name, part in images.items() if name != "train"}
     timer = StepTimer()
     set_seed(training_args.seed)
@@ -175,7 +181,7 @@ def prepare(model_fields, training_args, data_args):
             model=model,
             args=training_args,
             train_dataset=images["train"],
-            eval_dataset=parts.get("test", parts),
+            eval_dataset=parts.get("test", parts) or None,
             processing_class=build_image_processor(
                 data_args.image_size, data_args.resize_size, model.config.backbone, model.config.backbone_revision
             ),
@@ -184,6 +190,7 @@ def prepare(model_fields, training_args, data_args):
         )
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
+    trainer.split_record = record_splits(data_args, images)
     return trainer, images, timer.seconds
 
 
@@ -193,11 +200,17 @@ def run(model_fields, training_args, data_args, run_args, command):
     Raises:
         InUseError: another run uses `output_dir`.
     """
+    images = image_datasets(data_args)
+    notes = fit_to_data(training_args, images, run_args.final_metrics)
     with output_held(training_args):
         # again, for what another run may have done since, and now nobody can
         resume, overwrite = training_args.resume_from_checkpoint, run_args.overwrite_output
         check_output_folder(training_args.output_dir, model_fields["backbone"], resume, overwrite)
-        trainer, images, step_seconds = prepare(model_fields, training_args, data_args)
+        trainer, images, step_seconds = prepare(model_fields, training_args, data_args, images)
+        if trainer.is_world_process_zero() and has_seen_classes(data_args, images):
+            notes.append("test              classes that train too, asked for by other images of them")
+        for note in notes if trainer.is_world_process_zero() else ():
+            print(note, flush=True)
         results = train_and_evaluate(trainer, images, step_seconds, run_args)
         results = {"command": command, "seed": training_args.seed, **described_data(data_args, images), **results}
         save_results(results, trainer, run_args)
@@ -218,14 +231,20 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
     if is_main:
         print_summary(summary, images, trainer.args, describe_class_prompts(trainer.model))
 
-    frozen = trainer.evaluate_backbone()
-    if run_args.final_metrics == "all":
+    tests = trainer.eval_dataset is not None
+    frozen = trainer.evaluate_backbone() if tests else {}
+    if tests and run_args.final_metrics == "all":
         check_classes_answered(trainer)
-    if is_main:
+    if is_main and tests:
         print_scores("frozen backbone", frozen, "frozen")
     outcome = trainer.train(resume_from_checkpoint=checkpoint or False)
-    final = trainer.evaluate(metric_key_prefix="final", eval_metrics=run_args.final_metrics)
-    if is_main:
+    final = trainer.evaluate(metric_key_prefix="final", eval_metrics=run_args.final_metrics) if tests else {}
+    if is_main and tests:
+        if trainer.args.load_best_model_at_end:
+            print(
+                f"chosen            the best of its evaluations by {trainer.args.metric_for_best_model} on these same "
+                "test images, which flatters it (--load_best_model_at_end false keeps the last)"
+            )
         print_scores("frozen backbone", frozen, "frozen")
         print_scores("tuned", final, "final")
     return {
@@ -251,6 +270,7 @@ def described_data(data_args, images):
         **{f"{name}_classes": part.num_classes for name, part in images.items()},
         **{f"{name}_images": _length(part) for name, part in images.items()},
         "skipped_images": sorted(skipped),
+        "seen_classes": has_seen_classes(data_args, images),
     }
     return {"versions": versions(), "dataset": dataset}
 
@@ -265,8 +285,10 @@ def save_results(results, trainer, run_args):
     if not trainer.is_world_process_zero():
         return
     output = Path(trainer.args.output_dir)
-    print(f"saved             {output}: retriever, README.md, all_results.json", flush=True)
-    if run_args.picture_queries:
+    print(f"saved             {output}: retriever, README.md, all_results.json, {SPLITS_NAME}", flush=True)
+    if run_args.picture_queries and trainer.eval_dataset is None:
+        print("no pictures: there are no test images")
+    elif run_args.picture_queries:
         frozen = {name: value for name, value in results.items() if name.startswith("frozen_")}
         drawn = draw_pictures(output / "pictures", trainer, frozen, run_args.picture_queries)
         results["picture"] = "pictures/neighbours.png" if "neighbours.png" in drawn else None

@@ -88,6 +88,10 @@ _SCHEDULES_BY_SCORE = ("reduce_lr_on_plateau", "greedy")
 FREE_DATA_ARGUMENTS = (
     "data_dir",
     "data_cache_dir",
+    "image_root",
+    "image_column",
+    "label_column",
+    "split_column",
     "train_classes",
     "test_classes",
     "verify_counts",

@@ -1,4 +1,4 @@
-"""`VPTSPTrainer` takes tables of the library `datasets` as they are, and computes what it does of an `ImageDataset`."""
+"""`VPTSPTrainer` takes tables of the library `datasets` as they are, and computes what it does of `ImageDataset`."""
 
 import datasets
 import pytest
