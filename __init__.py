@@ -44,6 +44,7 @@ _EXPORTS = {
     "StoreInfo": "search.store",
     "StreamedImages": "data_scripts.streaming",
     "TUNINGS": "training.model_registry",
+    "TableImages": "data_scripts.tables",
     "TrainTransform": "data_scripts.transforms",
     "VPTSPConfig": "configuration_vptsp",
     "VPTSPForMetricLearning": "training.model",
@@ -86,6 +87,7 @@ _EXPORTS = {
     "image_datasets": "data_scripts.image_datasets",
     "inter_class_distance": "eval.geometry",
     "intra_class_distance": "eval.geometry",
+    "joined_source": "search.image_sources",
     "kmeans_clusters": "eval.clustering",
     "list_images": "data_scripts.image_files",
     "list_source": "search.image_sources",
@@ -99,6 +101,7 @@ _EXPORTS = {
     "open_image": "data_scripts.images",
     "open_index": "search.open_index",
     "pairwise_f1": "eval.clustering",
+    "place_source": "search.image_sources",
     "register_dataset": "data_scripts.dataset_registry",
     "register_family": "training.model_registry",
     "register_loss": "losses.loss_registry",
@@ -116,6 +119,7 @@ _EXPORTS = {
     "save_training_curves": "eval.curves",
     "spectral_decay": "eval.geometry",
     "split_source": "search.image_sources",
+    "table_source": "search.image_sources",
     "write_report": "eval.report",
 }
 
@@ -148,6 +152,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from .data_scripts.sampler import ClassBalancedBatchSampler as ClassBalancedBatchSampler
     from .data_scripts.sampler import SampleKey as SampleKey
     from .data_scripts.streaming import StreamedImages as StreamedImages
+    from .data_scripts.tables import TableImages as TableImages
     from .data_scripts.torch_dataset import ImageDataset as ImageDataset
     from .data_scripts.torch_dataset import collate_images as collate_images
     from .data_scripts.transforms import EvalTransform as EvalTransform
@@ -209,8 +214,11 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from .search.embedder import Embedder as Embedder
     from .search.image_sources import ImageSource as ImageSource
     from .search.image_sources import folder_source as folder_source
+    from .search.image_sources import joined_source as joined_source
     from .search.image_sources import list_source as list_source
+    from .search.image_sources import place_source as place_source
     from .search.image_sources import split_source as split_source
+    from .search.image_sources import table_source as table_source
     from .search.index import RetrievalIndex as RetrievalIndex
     from .search.index_factory import choose_factory as choose_factory
     from .search.index_files import IndexChangedError as IndexChangedError

@@ -32,7 +32,9 @@ IMAGE_NAMES = (
 )
 LABEL_NAMES = (
     ("label", "class", "class_name"),
-    ("product", "product_id", "category", "item", "item_id", "sku"),
+    ("product", "category"),
+    ("product_id", "item", "item_id"),
+    ("sku",),
 )
 """Names by which a column is found; the first line of names of which there is one decides."""
 SPLIT_NAMES = (("split",),)

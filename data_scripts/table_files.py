@@ -21,6 +21,7 @@ __all__ = [
     "TABLE_ENDINGS",
     "TextTable",
     "is_table_file",
+    "is_table_folder",
     "metadata_files",
     "missing_text",
     "read_text_table",
@@ -113,6 +114,11 @@ def table_kind(place: str | Path | None) -> str:
         f"{folder} holds no table: expected metadata.csv (or .jsonl, .parquet) beside the images, Parquet files, or "
         "what save_to_disk of datasets wrote; class folders are dataset_name 'folder'"
     )
+
+
+def is_table_folder(folder: str | Path) -> bool:
+    """Whether a folder is what `save_to_disk` wrote, or has metadata beside its images."""
+    return any((Path(folder) / name).is_file() for name in (*SAVED_FILES, *_METADATA))
 
 
 def refuse_table(place: str | Path | None) -> None:

@@ -139,10 +139,12 @@ def draw_pictures(folder, trainer, frozen, count):
     Returns:
         Names of the files.
     """
+    seen = (trainer.split_record or {}).get("seen_classes")
+    subject = {"subject": "classes that training has seen"} if seen else {}
     movement = Path(trainer.args.output_dir) / FILE_NAME
     written, problems = draw_run(
         folder,
-        EvaluatedImages(trainer.eval_dataset, trainer.last_evaluated),
+        EvaluatedImages(trainer.eval_dataset, trainer.last_evaluated, **subject),
         trainer.model.retriever.eval(),
         trainer.processing_class,
         [{"step": 0, "epoch": 0.0, **frozen}, *trainer.state.log_history],
