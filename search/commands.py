@@ -1,7 +1,7 @@
 """Embed, evaluate, index and search images with a retriever, a bare backbone, or embeddings that are stored already.
 
     vptsp embed --model runs/photos --images photos --output runs/photos/embeddings
-    vptsp evaluate --model runs/photos --dataset_name cub --data_dir CUB_200_2011.tgz --output scores
+    vptsp evaluate --model runs/photos --output scores
     vptsp compare runs/photos google/vit-base-patch16-224-in21k --images photos --output comparison
     vptsp index --store runs/photos/embeddings --index runs/photos/index
     vptsp search --index runs/photos/index --image query.jpg

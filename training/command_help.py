@@ -20,11 +20,13 @@ usage: train.py [CONFIG.yaml or PRESET] [--OPTION VALUE ...]
 Tune prompts for image retrieval on a frozen vision transformer. Options win over the file; defaults are in brackets.
 
 data
-  --dataset_name NAME               folder, cub, cars, sop, inshop, inaturalist, hub or digits [folder]
-  --data_dir PLACE                  folder of the data set, or a benchmark's archive
+  --dataset_name NAME               folder, table, imagefolder, saved, hub, digits or a benchmark [folder]
+  --data_dir PLACE                  folder of the data set, its table, or a benchmark's archive
+  --label_column NAME               of a table; --image_column and --split_column likewise
   --train_classes NAME ...          classes that train, or a .txt file of them
   --test_classes NAME ...           classes that test, likewise
-  --test_share SHARE                of the classes that test, where nothing says which [0.5]
+  --test_share SHARE                of the classes that test, where nothing says which; 0: all train [0.5]
+  --class_split HOW                 first, alternate, random, or seen: all train, asked by other images [first]
   --streaming true                  read the data as a stream, write no tables
   --skip_corrupt true               leave out images that can't be read, and list them
   --image_size PIXELS               side of what the model sees [224]

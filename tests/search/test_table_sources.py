@@ -72,19 +72,10 @@ def test_an_imagefolder_and_saved_data(shop, tmp_path):
         (name, name[0]) for name in ROWS["file"]
     ]
     assert source.columns == {"title": ["x", "y", "z"]}
-    features = {
-        "image": datasets.Image(),
-        "label": datasets.ClassLabel(names=["z", "a"]),
-        "price": datasets.Value("int64"),
-    }
-    table = datasets.Dataset.from_dict(
-        {
-            "image": [{"path": None, "bytes": jpeg_bytes(i)} for i in range(3)],
-            "label": [1, None, 0],
-            "price": [1, 2, 3],
-        },
-        features=datasets.Features(features),
-    )
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["z", "a"])}
+    features["price"] = datasets.Value("int64")
+    rows = {"image": [{"path": None, "bytes": jpeg_bytes(i)} for i in range(3)], "label": [1, None, 0]}
+    table = datasets.Dataset.from_dict(rows | {"price": [1, 2, 3]}, features=datasets.Features(features))
     table.save_to_disk(tmp_path / "disk")
     source = place_source(tmp_path / "disk")
     assert source.class_names == ["z", "a"] and source.columns == {"price": [1, 2, 3]}
@@ -93,7 +84,7 @@ def test_an_imagefolder_and_saved_data(shop, tmp_path):
 
 
 def test_options_of_tables_go_with_tables(shop):
-    with pytest.raises(DataError, match="label_column: .*shop is no table, which these options are for"):
+    with pytest.raises(DataError, match=r"label_column: .*shop is no table, which these options are for"):
         place_source(shop, label_column="product")
 
 
@@ -158,9 +149,9 @@ def test_training_and_embedding_give_nested_folders_the_same_classes(tmp_path, c
         trained |= {row["image"]["path"].removeprefix(f"{photos}/"): names[row["label"]] for row in split}
     source = folder_source(photos)
     assert {name: source.class_name(row) for row, name in enumerate(source.ids)} == trained
-    assert not caplog.records
+    assert "all images are of the class" not in caplog.text
     write_classes(tmp_path / "above/inner", {"a": 1, "b": 1})
-    with pytest.raises(DataError, match="Did you mean .*inner"):
+    with pytest.raises(DataError, match=r"Did you mean .*inner"):
         load_splits("folder", tmp_path / "above", tmp_path / "cache")
     folder_source(tmp_path / "above")
     assert "all images are of the class 'inner', its only folder; if the classes are 'a', 'b', give" in caplog.text

@@ -62,8 +62,11 @@ def test_twenty_classes(start, tmp_path, capsys):
     assert "chosen            the best of its evaluations by recall_at_1 on these same test images" in printed
 
 
-def test_the_preset_splits_as_everything_else_does():
-    assert "class_split" not in yaml.safe_load(PRESET.read_text())
+def test_the_presets_split_as_everything_else_does():
+    folder, table = (yaml.safe_load(PRESET.with_stem(name).read_text()) for name in ("folder", "table"))
+    assert "class_split" not in folder
+    own = {"dataset_name": "table", "output_dir": "runs/table"}
+    assert table == folder | own  # the same setting
 
 
 def test_train_and_test_folders(start, tmp_path):
