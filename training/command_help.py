@@ -30,7 +30,6 @@ data
   --streaming true                  read the data as a stream, write no tables
   --skip_corrupt true               leave out images that can't be read, and list them
   --image_size PIXELS               side of what the model sees [224]
-  --crop_scale_min SHARE            smallest part of an image that a training crop covers [0.08]
 model
   --backbone NAME                   vision transformer, from the Hub or a folder
   --num_prompts N                   prompt tokens of the first layer [10]
@@ -53,7 +52,6 @@ training
   --images_per_class K              images of each class in it [2]
   --learning_rate X                 [0.0005]
   --proxy_learning_rate X           of the original proxies [0.01]
-  --warmup_steps N                  before the rates fall along a cosine [0]
   --optim NAME                      optimiser [adamw_torch_fused]
   --weight_decay X                  [0.0]
   --bf16 true                       compute in bfloat16
