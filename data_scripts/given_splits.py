@@ -5,7 +5,7 @@ used split by split if training and test have different classes, or put together
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +23,15 @@ from .listing import GROUP_SPLITS
 from .table_columns import IMAGE_NAMES, LABEL_NAMES, choose_column, free_name
 
 
-__all__ = ["ColumnsConfig", "further_columns", "image_column_of", "named_columns", "split_given", "with_class_names"]
+__all__ = [
+    "ColumnsConfig",
+    "LazySplits",
+    "further_columns",
+    "image_column_of",
+    "named_columns",
+    "split_given",
+    "with_class_names",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +48,27 @@ class _Part(NamedTuple):
 
     rows: Any
     labels: list
+
+
+class LazySplits(Mapping):
+    """Splits that are made ready when they are asked for: one that no run takes need have no classes.
+
+    Args:
+        found: Per name what there is.
+        prepare: Gives the data set of a name and what there is.
+    """
+
+    def __init__(self, found: Mapping[str, Any], prepare: Callable[[str, Any], Any]):
+        self._found, self._prepare = found, prepare
+
+    def __getitem__(self, name: str) -> Any:
+        return self._prepare(name, self._found[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 def split_given(found: Mapping[str, Any], config: ColumnsConfig, where: str):

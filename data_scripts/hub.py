@@ -16,7 +16,7 @@ import datasets
 from .class_folders import LAYOUTS, existing_folder
 from .data_errors import DataError
 from .dataset_options import HubOptions
-from .given_splits import ColumnsConfig, named_columns, split_given
+from .given_splits import ColumnsConfig, LazySplits, named_columns, split_given
 from .table_files import SAVED_FILES
 
 
@@ -56,7 +56,7 @@ class HubImages:
         if config.layout not in LAYOUTS:
             raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {config.layout!r}")
         where, found = _load(config, cache_dir, streaming)
-        splits = {name: named_columns(split, config, f"{where}, split {name}") for name, split in found.items()}
+        splits = LazySplits(found, lambda name, split: named_columns(split, config, f"{where}, split {name}"))
         return split_given(splits, config, where)
 
 

@@ -6,7 +6,11 @@ row is in which split, and others, which go along as columns of the data set. Wh
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +22,17 @@ from .builder import quiet_progress
 from .class_folders import class_of_path, split_folders
 from .data_errors import DataError, some
 from .dataset_options import TableOptions
-from .given_splits import ColumnsConfig, image_column_of, named_columns, split_given
+from .given_splits import ColumnsConfig, LazySplits, image_column_of, named_columns, split_given
 from .hub import load_saved
+from .image_files import LeftOut, list_images
 from .table_columns import IMAGE_NAMES, LABEL_NAMES, SPLIT_NAMES, choose_column, plain_value, typed_column
 from .table_files import metadata_files, missing_text, read_text_table, table_kind
 
 
 __all__ = ["TableImages", "TableImagesConfig", "read_tables"]
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,13 +65,13 @@ class TableImages:
         config = TableImagesConfig(data_dir=None if is_frame else data_dir, **options)
         where, splits = read_tables(data_dir, config, cache_dir)
         if streaming:
-            splits = {name: split.to_iterable_dataset() for name, split in splits.items()}
+            splits = LazySplits(splits, lambda name, split: split.to_iterable_dataset())
         return split_given(splits, config, where)
 
 
 def read_tables(
     place: Any, config: TableImagesConfig, cache_dir: str | None = None, labelled: bool = True
-) -> tuple[str, dict[str, datasets.Dataset]]:
+) -> tuple[str, Mapping[str, datasets.Dataset]]:
     """Read what a place holds.
 
     Args:
@@ -85,18 +93,32 @@ def read_tables(
     kind, path = table_kind(place), Path(place).expanduser().absolute()
     if kind in ("saved", "parquet"):
         found = _load_folder(kind, path, cache_dir)
-        return str(path), {
-            name: _joined(_Table(f"{path}, split {name}", path, split).splits(config, labelled))
-            for name, split in found.items()
-        }
+        return str(path), LazySplits(
+            found, lambda name, split: _joined(_Table(f"{path}, split {name}", path, split).splits(config, labelled))
+        )
     if kind == "file":
         table = _of_file(path, config, cache_dir)
         return str(path), table.splits(config, labelled)
     files = metadata_files(path)
     tables = {name: _of_file(file, config, cache_dir, in_folders=True) for name, file in files.items()}
     if "" in tables:
-        return str(path), tables[""].splits(config, labelled)
-    return str(path), {name.lower(): _joined(table.splits(config, labelled)) for name, table in tables.items()}
+        splits = tables[""].splits(config, labelled)
+    else:
+        splits = {name.lower(): _joined(table.splits(config, labelled)) for name, table in tables.items()}
+    _say_unlisted(path, splits, files.values())
+    return str(path), splits
+
+
+def _say_unlisted(folder: Path, splits: Mapping[str, datasets.Dataset], metadata: Iterable[Path]) -> None:
+    """Say which images of a folder its metadata don't name, and what other files it has."""
+    left_out = LeftOut()
+    images = list_images(folder, left_out)
+    left_out.endings -= Counter(file.suffix.lower() for file in metadata)
+    left_out.say(folder)
+    named = {image["path"] for split in splits.values() for image in _values(split, "image")}
+    rest = [file.path for file in images if str(folder / file.path) not in named]
+    if rest:
+        logger.warning("%s: %d images are not named in the metadata, left out: %s", folder, len(rest), some(rest))
 
 
 def _joined(splits: dict[str, datasets.Dataset]) -> datasets.Dataset:
@@ -184,8 +206,9 @@ class _Table:
             )
         return [role.lower() for role in roles]
 
-    def _of_folders(self, paths: Sequence[str]) -> dict[str, list[str]]:
+    def _of_folders(self, paths: Sequence[str | None]) -> dict[str, list[str]]:
         """Class and split of each image by its place, where all have one."""
+        paths = [posixpath.normpath((path or "").replace("\\", "/")) for path in paths]
         splits = split_folders({path.split("/")[0] for path in paths if "/" in path})
         classes = [class_of_path(path, splits) for path in paths]
         found = {} if None in classes else {"label": classes}
@@ -244,9 +267,9 @@ class _Table:
                 raise DataError(
                     f"{self.where(row)}: {path!r} is an address; expected a file (download the images first)"
                 )
-            file = root / Path(path).expanduser()
+            file = Path(os.path.normpath(root / Path(path).expanduser()))
             if not file.is_file() and "\\" in path:
-                file = root / path.replace("\\", "/")
+                file = Path(os.path.normpath(root / path.replace("\\", "/")))
             if not file.is_file():
                 missing.append(row)
             name = str(file)

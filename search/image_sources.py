@@ -31,6 +31,7 @@ from ..data_scripts.table_files import is_table_file, is_table_folder
 
 logger = logging.getLogger(__name__)
 
+TABLE_COLUMN_OPTIONS = frozenset({"image_column", "label_column", "split_column", "image_root"})
 _HASHING_THREADS = 8
 
 
@@ -229,13 +230,14 @@ def split_source(split, description, data_dir=None):
     return ImageSource(ids, labels, class_names, stored, description, None if root is None else str(root), others)
 
 
-def table_source(place, **options):
+def table_source(place, cache_dir=None, **options):
     """All images of a table, whatever their split; further columns go along.
 
     Args:
         place: A file (CSV, TSV, JSONL, Parquet, Arrow), a pandas DataFrame, a folder with `metadata.csv`, or what
             `save_to_disk` of `datasets` wrote. See `TableImages`.
-        **options: Of `TableOptions`: `image_column`, `label_column`, `split_column`, `image_root`.
+        cache_dir: Where Parquet files are unpacked to; by default where `datasets` keeps its tables.
+        **options: `image_column`, `label_column`, `split_column`, `image_root`.
 
     Raises:
         DataError: as `load_splits`; but classes need not be there.
@@ -244,7 +246,9 @@ def table_source(place, **options):
 
     from ..data_scripts.tables import TableImagesConfig, read_tables
 
-    where, splits = read_tables(place, TableImagesConfig(**options), labelled=False)
+    if others := sorted(set(options) - TABLE_COLUMN_OPTIONS):
+        raise DataError(f"{', '.join(others)}: all images of a table are taken; only data sets are split")
+    where, splits = read_tables(place, TableImagesConfig(**options), cache_dir, labelled=False)
     parts = {}
     for name, split in splits.items():
         description = f"{name} of {where}"
@@ -356,16 +360,16 @@ def place_source(place, **options):
 
     Args:
         place: File or folder.
-        **options: Of tables.
+        **options: As for `table_source`, and `data_cache_dir`; of tables only.
 
     Raises:
         DataError: as these functions; or options for what is no table.
     """
     path = Path(place).expanduser()
     if is_table_file(path) or is_table_folder(path):
-        return table_source(path, **options)
+        return table_source(path, options.pop("data_cache_dir", None), **options)
     if options:
-        raise DataError(f"{', '.join(options)}: {place} is no table, which these options are for")
+        raise DataError(f"{', '.join(options)}: {place} is no table; all of its images are taken, with their folders")
     return list_source(path) if path.suffix.lower() == ".txt" else folder_source(path)
 
 

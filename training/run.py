@@ -288,7 +288,7 @@ def save_results(results, trainer, run_args):
         return
     output = Path(trainer.args.output_dir)
     print(f"saved             {output}: retriever, README.md, all_results.json, {SPLITS_NAME}", flush=True)
-    if run_args.picture_queries and trainer.eval_dataset is None:
+    if run_args.picture_queries and not any(name.startswith("final_") for name in results):
         print("no pictures: there are no test images")
     elif run_args.picture_queries:
         frozen = {name: value for name, value in results.items() if name.startswith("frozen_")}

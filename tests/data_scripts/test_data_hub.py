@@ -142,6 +142,12 @@ def test_splits_are_chosen_and_never_merged_by_themselves(tmp_path, load, stream
     fails("2 classes of .* are in both training and test", train_split="clean", test_split="noisy")
 
 
+def test_splits_that_nothing_takes_need_no_labels(tmp_path, load):
+    plain = table([1]).remove_columns("label")
+    datasets.DatasetDict({"train": table([0, 1]), "test": table([2]), "rest": plain}).save_to_disk(tmp_path / "disk")
+    assert set(load(tmp_path / "disk")) == {"train", "test"}
+
+
 def test_train_split_of_a_repository_in_the_usual_form(tmp_path, load):
     splits = {"train": table([0, 1]), "test": table([2, 3], first=10), "validation": table([1, 1], first=20)}
     root = write_repository(tmp_path / "flowers", **splits)

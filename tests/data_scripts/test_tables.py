@@ -163,6 +163,23 @@ def test_imagefolders(shop, load, ending):
     assert load(shop, "imagefolder")["train"].features["label"].names == ["x"]
 
 
+def test_images_that_metadata_do_not_name_are_said(shop, load, caplog):
+    (shop / "note.txt").write_text("")
+    write_csv(shop / "metadata.csv", [{"file_name": "a/1.jpg", "price": 1}, {"file_name": "./b/3.jpg", "price": 2}])
+    assert load(shop, "imagefolder", test_share=0)["train"].features["label"].names == ["a", "b"]
+    assert "2 images are not named in the metadata, left out: 'a/2.jpg', 'c/4.jpg'" in caplog.text
+    assert "1 files are no images that can be read, left out: .txt 1" in caplog.text
+
+
+def test_splits_that_nothing_takes_need_no_classes(tmp_path, load):
+    part = datasets.Dataset.from_dict({"image": [jpeg_bytes(0), jpeg_bytes(1)], "label": ["a", "b"]})
+    other = datasets.Dataset.from_dict({"image": [jpeg_bytes(2)], "label": ["c"]})
+    unlabelled = datasets.Dataset.from_dict({"image": [jpeg_bytes(3)]})
+    datasets.DatasetDict({"train": part, "test": other, "more": unlabelled}).save_to_disk(tmp_path / "disk")
+    for streaming in (False, True):
+        assert set(load(tmp_path / "disk", "saved", streaming=streaming)) == {"train", "test"}
+
+
 def test_imagefolders_in_splits(tmp_path, load):
     files = {f"{split}/{i}.jpg": jpeg_bytes(i) for split, i in (("train", 0), ("train", 1), ("test", 2))}
     root = write_files(tmp_path / "root", files)
@@ -226,6 +243,7 @@ def test_what_is_wrong_is_said_with_its_line(shop, load):
     fails(missing, rows(file=["a/1.jpg", "a/9.jpg", "b/3.jpg", "c/4.jpg"]))
     twice = ["a/1.jpg", "a/2.jpg", "a/1.jpg", "c/4.jpg"]
     fails(r"t.csv:4: the image 'a/1.jpg' was named before, at .*t.csv:2", rows(file=twice))
+    fails(r"t.csv:3: the image './b/../a/1.jpg' was named before", rows(file=[NAMES[0], "./b/../a/1.jpg", *NAMES[2:]]))
     fails(r"t.jsonl:5: the image 'a/1.jpg' was named before, at .*t.jsonl:1", rows(file=twice), "t.jsonl")
     fails(r"t.parquet, row 2: the image 'a/1.jpg' was named before", rows(file=twice), "t.parquet")
     fails(r"t.csv:3: the label \('product'\) is empty", rows(product=["a", " ", "b", "c"]))

@@ -84,8 +84,10 @@ def test_an_imagefolder_and_saved_data(shop, tmp_path):
 
 
 def test_options_of_tables_go_with_tables(shop):
-    with pytest.raises(DataError, match=r"label_column: .*shop is no table, which these options are for"):
+    with pytest.raises(DataError, match=r"label_column: .*shop is no table; all of its images are taken"):
         place_source(shop, label_column="product")
+    with pytest.raises(DataError, match="class_split, test_share: all images of a table are taken"):
+        place_source(shop / "products.csv", test_share=0.3, class_split="first")
 
 
 def test_columns_are_checked(shop):
