@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .builder import quiet_progress
 from .class_folders import class_of_path, split_folders
@@ -190,12 +191,20 @@ class _Table:
         return feature.int2str(values) if isinstance(feature, datasets.ClassLabel) else values
 
     def _split_column(self, config: TableImagesConfig) -> str | None:
-        """The column that says the split; one that is only called so, and holds other words, is none."""
+        """The column that says the split; one that is only called so, and holds nothing but other words, is none."""
         column = choose_column("split_column", config.split_column, self.rows.column_names, SPLIT_NAMES, self.name)
         if column is None or config.split_column is not None:
             return column
-        values = {str(value).lower() for value in self._texts(column)}
-        return column if values and split_folders(values) == values else None
+        values = self._texts(column)
+        others = [row for row, value in enumerate(values) if not split_folders([str(value).strip()])]
+        if len(others) == len(values):
+            return None
+        if others:
+            raise DataError(
+                f"{self.where(others[0])}: the column {column!r} holds {values[others[0]]!r} beside names of splits; "
+                "expected train, test or another split everywhere, or split_column naming the column that says it"
+            )
+        return column
 
     def _roles(self, column: str) -> list[str]:
         roles = [None if value is None else str(value).strip() for value in self._texts(column)]
@@ -224,30 +233,46 @@ class _Table:
     def _with_images(self, rows, image: str, paths: list | None, config: TableImagesConfig) -> datasets.Dataset:
         """The rows with files or contents in the column `image`, as `datasets.Image` has them."""
         feature = rows.features[image]
-        if isinstance(feature, datasets.Image):
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
+            rows = rows.cast_column(image, datasets.Image(decode=False))
+            self._check_stored(rows, image)
             return rows
         if paths is not None:
             root = self.root if config.image_root is None else Path(config.image_root).expanduser().absolute()
             stored: Any = [{"path": path, "bytes": None} for path in self._files(paths, root)]
         elif isinstance(feature, datasets.Value) and "binary" in feature.dtype:
             stored = self._contents(rows, image)
-        elif isinstance(feature, dict) and set(feature) == {"bytes", "path"}:
-            return rows.cast_column(image, datasets.Image(decode=False))
         else:
             raise DataError(f"{self.name}: the column {image!r} must hold paths or contents of images, got {feature}")
-        known = f"{self.name} {len(rows)} {rows.cache_files}"
-        fingerprint = None if paths is not None else hashlib.sha256(known.encode()).hexdigest()[:16]
+        fingerprint = None  # of the values; those of a file on disk, which may be gigabytes, are known by their file
+        if paths is None and rows.cache_files:
+            fingerprint = hashlib.sha256(f"{self.name} {len(rows)} {rows.cache_files}".encode()).hexdigest()[:16]
         order = rows.column_names
         rows = rows.remove_columns(image).add_column(
             image, stored, new_fingerprint=fingerprint, feature=datasets.Image(decode=False)
         )
         return rows.select_columns(order)
 
+    def _check_stored(self, rows: datasets.Dataset, image: str) -> None:
+        """Look whether every row has contents, or a file that is there."""
+        missing = []
+        column = rows.with_format("arrow", columns=[image])[:].column(image)
+        has_bytes = [known for chunk in column.chunks for known in chunk.field("bytes").is_valid().to_pylist()]
+        for row, path in enumerate(path for chunk in column.chunks for path in chunk.field("path").to_pylist()):
+            if has_bytes[row]:
+                continue
+            if not path:
+                raise DataError(f"{self.where(row)}: there is no image in the column {image!r}")
+            if not Path(path).is_file():
+                missing.append((path, self.where(row)))
+        if missing:
+            raise DataError(missing_text(*zip(*missing, strict=True), len(rows), self.name))
+
     def _contents(self, rows: datasets.Dataset, image: str) -> pa.ChunkedArray:
         """Contents with the name of their row; nothing is copied."""
         chunks, start = [], 0
         for chunk in rows.with_format("arrow", columns=[image])[:].column(image).chunks:
-            lengths = pa.compute.fill_null(pa.compute.binary_length(chunk), 0).to_pylist()
+            lengths = pc.fill_null(pc.binary_length(chunk), 0).to_pylist()
             if 0 in lengths:
                 raise DataError(f"{self.where(start + lengths.index(0))}: the image ({image!r}) is empty")
             names = [f"{Path(self.name).name} row {start + row}" for row in range(len(chunk))]
@@ -349,7 +374,7 @@ def _as_rows(columns: dict[str, list], config, name: str, place: Callable[[int],
         elif typed:
             kept[column] = typed_column(values)
         else:
-            kept[column] = _alike(values, column, place)
+            kept[column] = _alike(values, column, name)
     return datasets.Dataset.from_dict({name: values for name, values in kept.items() if values is not None})
 
 
@@ -364,14 +389,13 @@ def _text(value: Any, column: str, place: str) -> str | None:
     return None if value is None else str(value).strip()
 
 
-def _alike(values: Sequence[Any], column: str, place: Callable[[int], str]) -> list | None:
-    """Values of one type: numbers, or text where some are no numbers."""
-    plain = []
-    for row, value in enumerate(values):
-        try:
-            plain.append(plain_value(value))
-        except TypeError as error:
-            raise DataError(f"{place(row)}: the column {column!r} holds {error}; expected text or numbers") from error
+def _alike(values: Sequence[Any], column: str, name: str) -> list | None:
+    """Values of one type: numbers, or text where some are no numbers; None for a column of others, which is said."""
+    try:
+        plain = [plain_value(value) for value in values]
+    except TypeError:
+        logger.warning("%s: the column %r holds neither text nor numbers, left out", name, column)
+        return None
     kinds = {type(value) for value in plain if value is not None}
     if kinds <= {int} or kinds <= {float} or kinds <= {str}:
         return plain

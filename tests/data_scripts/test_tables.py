@@ -7,6 +7,7 @@ import datasets
 import pandas as pd
 import pyarrow as pa
 import pyarrow.feather
+import pyarrow.parquet
 import pytest
 from data_fixtures import jpeg_bytes, rows_of, write_files
 
@@ -260,12 +261,37 @@ def test_what_is_wrong_is_said_with_its_line(shop, load):
     fails("t.csv has no rows", text=b"")
     fails(r"t.jsonl:2: not JSON", name="t.jsonl", text=b'{"file": "a/1.jpg", "label": "x"}\n{"file"\n')
     fails(r"t.jsonl:1: expected a JSON object per line, got \[1\]", name="t.jsonl", text=b"[1]\n")
-    fails(r"t.jsonl:1: the column 'box' holds .*list; expected text or numbers", rows(box=[[1]] * 4), "t.jsonl")
     fails("t.parquet can't be read", name="t.parquet", text=b"PAR1 no table")
     fails("there is no label_column 'kind'; the columns are file, product", rows(), label_column="kind")
     fails("label_column could be 'product' or 'category': say which", rows(category=LABELS))
     fails("no column is called label, class or product: give label_column", rows(product=None, who=LABELS))
     fails("no column is called image, file or path: give image_column", rows(file=None, where=NAMES))
+
+
+def test_columns_of_other_kinds_are_left_out_and_said(shop, load, caplog):
+    place = write_jsonl(
+        shop / "t.jsonl", rows(box=[[1]] * 4, new=[True, None, False, True], mixed=["a", 1, 2.5, None])
+    )
+    row = load(place, test_share=0)["train"][2]
+    assert "the column 'box' holds neither text nor numbers, left out" in caplog.text
+    assert (row["new"], row["mixed"], "box" in row) == ("false", "2.5", False)
+
+
+def test_stored_images_are_there(tmp_path, load):
+    def write(name, stored):
+        kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        table = pa.table({"image": pa.array(stored, kind), "label": ["a", "b"]})
+        pyarrow.parquet.write_table(table, tmp_path / name)
+        return tmp_path / name
+
+    there = {"path": "1.jpg", "bytes": jpeg_bytes(0)}
+    assert len(load(write("a.parquet", [there, there]), test_share=0)["train"]) == 2
+    gone = {"path": "/gone/1.jpg", "bytes": None}
+    with pytest.raises(DataError, match=r"1 of the 2 images that .*names are not there: '/gone/1.jpg' .*row 1\)"):
+        load(write("b.parquet", [there, gone]))
+    for nothing in (None, {"path": None, "bytes": None}):
+        with pytest.raises(DataError, match="row 1: there is no image in the column 'image'"):
+            load(write("c.parquet", [there, nothing]))
 
 
 def test_lines_are_those_of_the_file(shop, load):
