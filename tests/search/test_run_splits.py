@@ -8,8 +8,11 @@ import pandas as pd
 import pytest
 from data_fixtures import write_classes, write_image
 
-from vptsp import EmbeddingStore, RetrievalIndex, train
+from vptsp import DataArguments, DataError, EmbeddingStore, RetrievalIndex, image_datasets, train
+from vptsp.data_scripts.split_record import record_splits
+from vptsp.files.atomic import write_json
 from vptsp.search.commands import main
+from vptsp.search.run_splits import recorded_sources
 
 
 PRESET = Path(__file__).resolve().parents[2] / "configs" / "folder.yaml"
@@ -138,6 +141,19 @@ def test_streams_and_tables_are_found_again(photos, trained, score, tmp_path):
     assert score("evaluate", "--model", run)[0] == 0
     table.iloc[1:].drop(columns="file").to_parquet(tmp_path / "t.parquet")
     assert score("evaluate", "--model", run)[0] == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_without_files_must_be_what_they_were(tmp_path, streaming):
+    arguments = DataArguments(dataset_name="digits", data_cache_dir=str(tmp_path / "cache"), streaming=streaming)
+    record = record_splits(arguments, image_datasets(arguments))
+    write_json(tmp_path / "splits.json", record)
+    sources = recorded_sources(tmp_path, {})
+    assert {name: len(source) for name, source in sources.items()} == {"train": 901, "test": 896}
+    record["data"]["train_classes"] = ["0", "9"]  # as if the data were others now
+    write_json(tmp_path / "splits.json", record)
+    with pytest.raises(DataError, match="the split train are no longer those that"):
+        recorded_sources(tmp_path, {})
 
 
 def test_embedding_and_indexing_take_all_photos(photos, trained, tmp_path):

@@ -90,3 +90,18 @@ def test_what_can_not_be_taken_is_said(backbone_folder, tmp_path):
     three = plain(["a", "b", "c", "a"])
     with pytest.raises(ValueError, match=r"labels of train_dataset must be in 0\.\.1"):
         make_trainer(backbone_folder, tmp_path, three, plain(["x", "y"]))
+
+
+def test_the_record_of_splits_is_of_this_run_and_stays_here(backbone_folder, tmp_path):
+    """Another run's is taken away; what is uploaded has none, as it names files."""
+    trainer = make_trainer(backbone_folder, tmp_path / "run", plain(["a", "b"] * 2), plain(["x", "y"] * 2))
+    (tmp_path / "run").mkdir(exist_ok=True)
+    path = tmp_path / "run" / "splits.json"
+    path.write_text("of an earlier run")
+    trainer.save_model()
+    assert not path.exists()
+    trainer.split_record = {"splits": {}}
+    trainer.save_model()
+    assert path.read_text().startswith("{")
+    trainer._write_retriever(tmp_path / "upload", None)
+    assert (tmp_path / "upload" / "config.json").is_file() and not (tmp_path / "upload" / "splits.json").exists()
