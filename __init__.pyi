@@ -28,6 +28,7 @@ from .data_scripts.preprocessing import build_image_processor as build_image_pro
 from .data_scripts.sampler import ClassBalancedBatchSampler as ClassBalancedBatchSampler
 from .data_scripts.sampler import SampleKey as SampleKey
 from .data_scripts.streaming import StreamedImages as StreamedImages
+from .data_scripts.tables import TableImages as TableImages
 from .data_scripts.torch_dataset import ImageDataset as ImageDataset
 from .data_scripts.torch_dataset import collate_images as collate_images
 from .data_scripts.transforms import EvalTransform as EvalTransform
@@ -77,8 +78,11 @@ from .search.embed import embed_to_store as embed_to_store
 from .search.embedder import Embedder as Embedder
 from .search.image_sources import ImageSource as ImageSource
 from .search.image_sources import folder_source as folder_source
+from .search.image_sources import joined_source as joined_source
 from .search.image_sources import list_source as list_source
+from .search.image_sources import place_source as place_source
 from .search.image_sources import split_source as split_source
+from .search.image_sources import table_source as table_source
 from .search.index import RetrievalIndex as RetrievalIndex
 from .search.index_factory import choose_factory as choose_factory
 from .search.index_files import IndexChangedError as IndexChangedError

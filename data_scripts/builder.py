@@ -16,14 +16,14 @@ files therefore lives elsewhere (`images.py`, `class_folders.py`, `archives.py`,
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import datasets
 
 from .archives import free_bytes, read_members
-from .class_split import split_classes
+from .class_split import asked_images, check_class_split, split_classes
 from .data_errors import DataError
 from .dataset_options import BenchmarkOptions, ClassSplitOptions, option_names
 from .listing import GROUP_SPLITS, SplitListing, SplitRows
@@ -70,10 +70,43 @@ class ClassSplitConfig(ClassSplitOptions, ImageDatasetConfig):
         train, test = split_classes(class_names, *values, keep_order)
         return {"train": train, "test": test}
 
+    @property
+    def seen(self) -> bool:
+        """Whether classes that train are asked for again, with other images."""
+        return self.class_split == "seen" and self.test_share > 0
+
+    def split_files(
+        self, classes: Mapping[str, Sequence[Any]]
+    ) -> tuple[dict[str, dict[str, list]], dict[str, list[str]]]:
+        """Split what one set of classes holds.
+
+        Args:
+            classes: Per class its images.
+
+        Returns:
+            Per split (train and test; train alone without a test; with `class_split` `seen` train, query and gallery,
+            which has the images of train) the images by class, and the class names by group.
+        """
+        check_class_split(self.train_classes, self.test_classes, self.test_share, self.class_split)
+        if not self.seen:
+            names = self.split(list(classes)) if self.test_share else {"train": sorted(classes), "test": []}
+            return {group: {name: classes[name] for name in names[group]} for group in names if names[group]}, names
+        parts: dict[str, dict[str, list]] = {"train": {}, "query": {}}
+        for name, images in classes.items():
+            asked = set(asked_images(len(images), name, self.test_share, self.split_seed))
+            parts["train"][name] = [image for place, image in enumerate(images) if place not in asked]
+            parts["query"][name] = [image for place, image in enumerate(images) if place in asked]
+        if not any(parts["query"].values()):
+            raise DataError(
+                f"class_split 'seen' asks for a class by another image of it, but each of the {len(classes)} classes "
+                "has one only; test_share 0 trains without a test"
+            )
+        return parts | {"gallery": parts["train"]}, dict.fromkeys(GROUP_SPLITS, sorted(classes))
+
     def refuse_split(self, why: str) -> None:
         """A `DataError` if an option says how to split where there is nothing to; `why` goes on after "splits"."""
         for item in fields(ClassSplitOptions):
-            if getattr(self, item.name) != item.default:
+            if getattr(self, item.name) != item.default and not (item.name == "class_split" and self.seen):
                 raise DataError(f"{item.name} splits {why}")
 
 
@@ -162,6 +195,8 @@ class ImageDatasetBuilder(datasets.GeneratorBasedBuilder):
         listing = cls.list_splits(data_dir, cache_dir, **options)
         splits = datasets.IterableDatasetDict() if streaming else datasets.DatasetDict()
         for group in GROUP_SPLITS:
+            if not listing.group_splits(group):  # all classes train
+                continue
             builder = cls(group, data_dir, cache_dir=cache_dir, listing=listing, **options)
             if streaming:
                 streams = builder.as_streaming_dataset()

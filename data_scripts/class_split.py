@@ -1,4 +1,4 @@
-"""Which classes train and which test, when one set of class folders holds both.
+"""Which classes train and which test, when one set of classes holds both; or which images, where classes are the same.
 
 Nothing here imports torch or `datasets`.
 """
@@ -14,9 +14,9 @@ from ..names.registry import near_names
 from .data_errors import DataError, some
 
 
-__all__ = ["CLASS_SPLITS", "class_list_file", "read_class_list", "split_classes"]
+__all__ = ["CLASS_SPLITS", "asked_images", "check_class_split", "class_list_file", "read_class_list", "split_classes"]
 
-CLASS_SPLITS = ("first", "alternate", "random")
+CLASS_SPLITS = ("first", "alternate", "random", "seen")
 
 
 def class_list_file(value: str | Sequence[str] | None) -> str | None:
@@ -70,6 +70,45 @@ def read_class_list(value: str | Sequence[str], option: str) -> list[str]:
     return names
 
 
+def check_class_split(
+    train_classes: str | Sequence[str] | None = None,
+    test_classes: str | Sequence[str] | None = None,
+    test_share: float = 0.5,
+    class_split: str = "first",
+) -> None:
+    """Check the options that say how to split.
+
+    Raises:
+        DataError: one is out of range, or lists of classes come with an option that leaves nothing to list.
+    """
+    if not 0 <= test_share < 1:
+        raise DataError(f"test_share must be between 0 and 1 (0: no test; 1 excluded), got {test_share}")
+    if class_split not in CLASS_SPLITS:
+        raise DataError(f"class_split must be one of {', '.join(CLASS_SPLITS)}, got {class_split!r}")
+    given = "test_classes" if train_classes is None else "train_classes"
+    if (train_classes, test_classes) != (None, None) and (test_share == 0 or class_split == "seen"):
+        other = (
+            "test_share 0 lets all classes train" if test_share == 0 else "class_split 'seen' lets all train and test"
+        )
+        raise DataError(f"{given} says which classes are on which side, but {other}: give one of them")
+
+
+def asked_images(count: int, class_name: str, test_share: float, split_seed: int = 0) -> list[int]:
+    """Which images of a class are the queries of `class_split` `seen`, where all classes train and are asked for.
+
+    Args:
+        count: Images of the class.
+        class_name: Its name; with the seed it decides which, whatever other classes there are.
+        test_share: Of the images, 0 < share < 1.
+        split_seed: Another seed, other images.
+
+    Returns:
+        `floor(count * test_share)` positions, sorted, but at least one of two images and none of a single one.
+    """
+    asked = min(max(math.floor(count * Fraction(str(test_share))), 1), count - 1)
+    return sorted(random.Random(f"{split_seed} {class_name}").sample(range(count), max(asked, 0)))
+
+
 def split_classes(
     class_names: Sequence[str],
     train_classes: str | Sequence[str] | None = None,
@@ -90,34 +129,38 @@ def split_classes(
       gives even positions to training and odd ones to test;
     - `random`: drawn with `split_seed`.
 
+    A share of 0 lets all classes train. (`seen` is no split of classes: see `asked_images`.)
+
     Args:
         class_names: All C names.
         train_classes: Names, or the path of a text file with one per line.
         test_classes: The same.
-        test_share: 0 < share < 1.
+        test_share: 0 <= share < 1.
         class_split: `first`, `alternate` or `random`.
         split_seed: For `random`.
         keep_order: Take the order of `class_names` instead of the sorted one.
 
     Returns:
-        `(train, test)`, each in sorted order (code points; or that of `class_names`), each with at least one class.
+        `(train, test)`, each in sorted order (code points; or that of `class_names`), each with at least one class,
+        but for the test with a share of 0.
 
     Raises:
         DataError: an unknown or repeated name, a class in both lists, an option out of range, or a side left empty.
     """
     names = list(class_names) if keep_order else sorted(class_names)
+    check_class_split(train_classes, test_classes, test_share, class_split)
+    if class_split == "seen":
+        raise DataError("class_split 'seen' splits the images of each class, not the classes")
     if train_classes is not None or test_classes is not None:
         return _split_by_lists(names, train_classes, test_classes)
-    if not 0 < test_share < 1:
-        raise DataError(f"test_share must be between 0 and 1, both excluded, got {test_share}")
-    if class_split not in CLASS_SPLITS:
-        raise DataError(f"class_split must be one of {', '.join(CLASS_SPLITS)}, got {class_split!r}")
+    if test_share == 0:
+        return names, []
     share = Fraction(str(test_share))
     num_test = math.floor(len(names) * share)
     if num_test < 1 or num_test >= len(names):
         raise DataError(
             f"test_share {test_share} of {len(names)} classes gives {len(names) - num_test} training and {num_test} "
-            "test classes; expected at least one of each"
+            "test classes; expected at least one of each, or test_share 0 for no test"
         )
     if class_split == "first":
         test = set(names[len(names) - num_test :])

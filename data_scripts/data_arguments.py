@@ -6,12 +6,13 @@ from typing import Any
 
 from .archives import archive_kind
 from .class_folders import LAYOUTS, detect_layout, existing_folder
-from .class_split import CLASS_SPLITS, class_list_file
+from .class_split import check_class_split, class_list_file
 from .data_errors import DataError
 from .dataset_options import DatasetOptions, option_names
 from .dataset_registry import DATASETS, find_dataset, load_splits, refuse_unknown_options
 from .image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
 from .sources import locate
+from .table_files import refuse_table, table_kind
 
 
 __all__ = ["BUILDER_OPTIONS", "DataArguments", "check_data_arguments", "check_output_apart"]
@@ -25,7 +26,7 @@ class DatasetPlace:
 
     dataset_name: str = field(default="folder", metadata={"help": f"Data set: {', '.join(DATASETS)}."})
     data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the data set, or (for the benchmarks) its archive."}
+        default=None, metadata={"help": "Folder of the data set, its table, or (for the benchmarks) its archive."}
     )
     data_cache_dir: str | None = field(
         default=None, metadata={"help": "Where prepared tables go; by default where `datasets` keeps them."}
@@ -76,10 +77,7 @@ class DataArguments(DatasetOptions, DatasetPlace):
             )
         if self.layout not in LAYOUTS:
             raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
-        if self.class_split not in CLASS_SPLITS:
-            raise DataError(f"class_split must be one of {', '.join(CLASS_SPLITS)}, got {self.class_split!r}")
-        if not 0 < self.test_share < 1:
-            raise DataError(f"test_share must be between 0 and 1, both excluded, got {self.test_share}")
+        check_class_split(self.train_classes, self.test_classes, self.test_share, self.class_split)
         if self.digit_size < 8:
             raise DataError(f"digit_size must be >= 8, got {self.digit_size}")
         if self.image_size < 1:
@@ -133,6 +131,9 @@ def check_data_arguments(args: DataArguments) -> None:
     if args.dataset_name == "hub" and (args.data_dir is None) == (args.dataset_repo is None):
         got = "neither" if args.data_dir is None else "both"
         raise DataError(f"give either dataset_repo (a repository) or data_dir (a local copy of one), got {got}")
+    if entry.data_dir == "table":
+        table_kind(args.data_dir)
+        return
     if args.data_dir is None and entry.data_dir.endswith("none"):
         return
     if entry.data_dir == "none":
@@ -140,6 +141,8 @@ def check_data_arguments(args: DataArguments) -> None:
     if args.data_dir is None:
         holds = "that holds its images" + (", or its archive" if "archive" in entry.data_dir else "")
         raise DataError(f"data_dir is missing: the data set {args.dataset_name!r} needs the folder {holds}")
+    if args.dataset_name == "folder":
+        refuse_table(args.data_dir)
     if not entry.any_of:
         root = existing_folder(args.data_dir)
     else:

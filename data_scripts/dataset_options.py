@@ -13,10 +13,12 @@ from .class_split import CLASS_SPLITS
 __all__ = [
     "BenchmarkOptions",
     "ClassSplitOptions",
+    "ColumnOptions",
     "DatasetOptions",
     "DigitsOptions",
     "HubOptions",
     "LayoutOptions",
+    "TableOptions",
     "option_names",
 ]
 
@@ -36,9 +38,13 @@ class ClassSplitOptions:
     test_classes: list[str] | None = field(
         default=None, metadata={"help": "Names of the test classes, or a .txt file with one per line."}
     )
-    test_share: float = field(default=0.5, metadata={"help": "Share of the classes that test, without class lists."})
+    test_share: float = field(
+        default=0.5,
+        metadata={"help": "Share of the classes that test, without class lists; 0: all train, nothing is tested."},
+    )
     class_split: str = field(
-        default="first", metadata={"help": f"Which classes train, without class lists: {', '.join(CLASS_SPLITS)}."}
+        default="first",
+        metadata={"help": f"Which classes train, without class lists: {', '.join(CLASS_SPLITS)} (all do)."},
     )
     split_seed: int = field(default=0, metadata={"help": "Seed of class_split random."})
 
@@ -53,7 +59,7 @@ class LayoutOptions(ClassSplitOptions):
 
     layout: str = field(
         default="auto",
-        metadata={"help": f"Layout of class folders, or splits of a Hub data set: {', '.join(LAYOUTS)}."},
+        metadata={"help": f"Layout of class folders, or splits of a table: {', '.join(LAYOUTS)}."},
     )
 
 
@@ -78,29 +84,54 @@ class BenchmarkOptions:
 
 
 @dataclass
-class HubOptions(LayoutOptions):
-    """Options of `HubImages`.
+class ColumnOptions(LayoutOptions):
+    """Options of data sets that are tables.
 
     Attributes:
-        dataset_revision: A commit pins the data.
         label_column: `ClassLabel`, integers or strings.
         train_split: Whose classes are split, where they are; None for `train`, or the only split there is.
         test_split: Of the layout `train_test`; None for `test`.
     """
 
-    dataset_repo: str | None = field(default=None, metadata={"help": "Data set repository on the Hub, as owner/name."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
-    image_column: str = field(default="image", metadata={"help": "Column of images in a Hub data set."})
-    label_column: str = field(default="label", metadata={"help": "Column of labels in a Hub data set."})
-    train_split: str | None = field(
-        default=None, metadata={"help": "Split of a Hub data set that trains, or several as in train+validation."}
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of images, or of their paths; by default found by its name."}
     )
-    test_split: str | None = field(default=None, metadata={"help": "Split of a Hub data set that tests, or several."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of classes; by default found by its name."}
+    )
+    train_split: str | None = field(
+        default=None, metadata={"help": "Split of a table that trains, or several as in train+validation."}
+    )
+    test_split: str | None = field(default=None, metadata={"help": "Split of a table that tests, or several."})
 
 
 @dataclass
-class DatasetOptions(HubOptions, BenchmarkOptions, DigitsOptions):
+class TableOptions(ColumnOptions):
+    """Options of `TableImages`."""
+
+    split_column: str | None = field(
+        default=None, metadata={"help": "Column that says train, test, query, ...; by default one called split."}
+    )
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder that a table's paths are relative to; by default that of the table."}
+    )
+
+
+@dataclass
+class HubOptions(ColumnOptions):
+    """Options of `HubImages`.
+
+    Attributes:
+        dataset_revision: A commit pins the data.
+    """
+
+    dataset_repo: str | None = field(default=None, metadata={"help": "Data set repository on the Hub, as owner/name."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
+
+
+@dataclass
+class DatasetOptions(HubOptions, TableOptions, BenchmarkOptions, DigitsOptions):
     """The options of all data sets of this package."""
 
 

@@ -1,13 +1,14 @@
 """The data sets by name, and the one function that loads any of them. Importing this is cheap."""
 
 import importlib
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..names.registry import Registry, nearest
 from .data_errors import DataError
-from .dataset_options import BenchmarkOptions, DigitsOptions, HubOptions, LayoutOptions, option_names
+from .dataset_options import BenchmarkOptions, DigitsOptions, HubOptions, LayoutOptions, TableOptions, option_names
 from .sources import tar_names
 
 
@@ -33,7 +34,8 @@ class DatasetEntry(NamedTuple):
         builder: `module:Class`, the module relative to this package; or the class itself, for one from elsewhere.
         description: One line.
         options: Names of the options that it takes, beside `data_dir`.
-        data_dir: What `data_dir` is: `folder`, `folder or archive`, `folder or none`, or `none`.
+        data_dir: What `data_dir` is: `folder`, `folder or archive`, `folder or none`, `table` (a file or a folder), or
+            `none`.
         any_of: Paths in `data_dir` of which one must exist (a check that costs nothing); empty: not checked.
     """
 
@@ -97,6 +99,24 @@ DATASETS: Registry[DatasetEntry] = Registry(
             tuple(
                 f"{folder}Inaturalist_{split}_set1.txt" for folder in ("", "Inat_dataset_splits/") for split in _SPLITS
             ),
+        ),
+        "table": DatasetEntry(
+            "tables:TableImages",
+            "a table (CSV, TSV, JSONL, Parquet, Arrow) with a column of image paths or contents and one of classes",
+            option_names(TableOptions),
+            "table",
+        ),
+        "imagefolder": DatasetEntry(
+            "tables:TableImages",
+            "a folder of images with metadata.csv, .jsonl or .parquet",
+            option_names(TableOptions),
+            "table",
+        ),
+        "saved": DatasetEntry(
+            "tables:TableImages",
+            "what save_to_disk of the library datasets wrote, or a folder of Parquet files",
+            option_names(TableOptions),
+            "table",
         ),
         "hub": DatasetEntry(
             "hub:HubImages",
@@ -177,7 +197,7 @@ def builder_class(name: str) -> type:
 
 def load_splits(
     name: str,
-    data_dir: str | Path | None = None,
+    data_dir: Any = None,
     cache_dir: str | Path | None = None,
     streaming: bool = False,
     **options: Any,
@@ -190,22 +210,24 @@ def load_splits(
 
     Args:
         name: A key of `DATASETS`.
-        data_dir: Folder of the data set, or its archive.
+        data_dir: Folder of the data set, its archive, or its table; of `table` also a pandas DataFrame, whose paths
+            are relative to `image_root` or the current folder.
         cache_dir: Where the prepared tables go; by default where `datasets` keeps them.
         streaming: Write nothing, and read the rows as they are asked for. The rows are the same, in the same order.
         options: What the data set takes, see `DatasetEntry.options`.
 
     Returns:
         `DatasetDict` (streaming: `IterableDatasetDict`) with `train` and `test`, or `train`, `query` and `gallery`.
-        Columns `image` (not decoded) and `label`. `train` has its own `ClassLabel`, the others share theirs; both
-        number from 0.
+        Columns `image` (not decoded) and `label`, and the further ones of a table. With `test_share=0` there is only
+        `train`; with `class_split="seen"` `gallery` holds the images of `train`. `train` has its own
+        `ClassLabel`, the others share theirs; both number from 0.
 
     Raises:
         DataError: unknown name or option, or what the builder finds wrong with the data.
     """
     refuse_unknown_options(name, options)
     return builder_class(name).load_splits(
-        None if data_dir is None else str(data_dir),
+        str(data_dir) if isinstance(data_dir, os.PathLike) else data_dir,
         None if cache_dir is None else str(cache_dir),
         streaming,
         **options,

@@ -65,6 +65,8 @@ def view_splits(name: str, data_dir: str | None, cache_dir: str | None, options:
     listing = builder.list_splits(data_dir, cache_dir, **options)
     views = {}
     for group, class_names in listing.class_names.items():
+        if not listing.group_splits(group):
+            continue
         group_builder = builder(group, data_dir, cache_dir, listing, **options)
         for split, rows in listing.group_splits(group).items():
             views[split] = SplitView(rows.labels, class_names, _reader_of_builder(group_builder, split))

@@ -49,7 +49,7 @@ class Digits(ImageDatasetBuilder):
         classes: dict[str, list[ImageFile]] = {str(digit): [] for digit in range(10)}
         for row, label in enumerate(labels):
             classes[str(label)].append(ImageFile(f"{row:04d}.png", 64, 0))
-        class_names = config.split(list(classes))
+        splits, class_names = config.split_files(classes)
         options = {
             "dataset": "digits",
             "version": str(cls.VERSION),
@@ -58,7 +58,7 @@ class Digits(ImageDatasetBuilder):
             "train_classes": class_names["train"],
             "test_classes": class_names["test"],
         }
-        return make_listing(dict.fromkeys(("train", "test"), ("digits", classes)), class_names, options)
+        return make_listing({name: ("digits", part) for name, part in splits.items()}, class_names, options)
 
     def _read_bytes(self, file: str) -> bytes:
         scans, _ = _load_scans()

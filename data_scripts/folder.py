@@ -19,6 +19,7 @@ from .class_folders import detect_layout, existing_folder, scan_class_folders, s
 from .data_errors import DataError, some
 from .dataset_options import LayoutOptions
 from .listing import SplitListing, make_listing
+from .table_files import refuse_table
 
 
 __all__ = ["ImageFolders", "ImageFoldersConfig"]
@@ -48,6 +49,7 @@ class ImageFolders(ImageDatasetBuilder):
 
     @classmethod
     def _list(cls, config: ImageFoldersConfig) -> SplitListing:
+        refuse_table(config.data_dir)
         root = existing_folder(config.data_dir)
         layout = detect_layout(root, config.layout)
         options = {"dataset": "folder", "layout": layout, "version": str(cls.VERSION)}
@@ -58,26 +60,29 @@ class ImageFolders(ImageDatasetBuilder):
                     f"{root} holds one class only ({next(iter(classes))!r}); expected at least two, one to "
                     "train on and one to test on"
                 )
-            class_names = config.split(list(classes))
+            splits, class_names = config.split_files(classes)
             _warn_of_few_classes(class_names["test"], str(root))
             options |= {"train_classes": class_names["train"], "test_classes": class_names["test"]}
-            return make_listing(dict.fromkeys(("train", "test"), (str(root), classes)), class_names, options)
+            return make_listing({name: (str(root), part) for name, part in splits.items()}, class_names, options)
         config.refuse_split(
             f"the classes of the layout 'classes', but {root} has the layout {layout!r}, whose folders already say "
             "which classes train and which test"
         )
         found = scan_split_folders(root, layout)
+        if config.seen and layout == "train_test":
+            found = {"train": found["train"], "query": found["test"], "gallery": found["train"]}
         class_names = {
             "train": sorted(found["train"][1]),
             "test": sorted({name for split in found if split != "train" for name in found[split][1]}),
         }
         shared = sorted(set(class_names["train"]) & set(class_names["test"]))
-        if shared:
+        if shared and not config.seen:
             raise DataError(
                 f"{len(shared)} classes of {root} are in both training and test ({some(shared)}); they must be "
-                "disjoint: retrieval is tested on classes that were never trained on"
+                "disjoint: retrieval is tested on classes that were never trained on. class_split 'seen' tests known "
+                "classes, by other images of them"
             )
-        if layout == "query_gallery":
+        if "query" in found:
             _check_queries(found["query"][1], found["gallery"][1], str(root))
         else:
             _warn_of_few_classes(class_names["test"], str(root))

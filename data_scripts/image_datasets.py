@@ -1,12 +1,17 @@
 """The data sets of a run, as `DataArguments` say: images, cut to size."""
 
+import datasets
+
 from .data_arguments import DataArguments
+from .data_errors import DataError
+from .given_splits import ColumnsConfig, named_columns, with_class_names
+from .preprocessing import geometry_of
 from .streaming import StreamedImages
 from .torch_dataset import ImageDataset
 from .transforms import EvalTransform, TrainTransform
 
 
-__all__ = ["image_datasets", "make_transforms"]
+__all__ = ["image_datasets", "images_of", "make_transforms"]
 
 
 def make_transforms(args: DataArguments) -> tuple[TrainTransform, EvalTransform]:
@@ -30,3 +35,29 @@ def image_datasets(args: DataArguments) -> dict[str, ImageDataset | StreamedImag
         )
         for name, split in args.load_splits().items()
     }
+
+
+def images_of(dataset, where: str, processor=None, image_size: int | None = None, training: bool = False):
+    """A table of the library `datasets` as an `ImageDataset`; anything else as it is.
+
+    Args:
+        dataset: A `datasets.Dataset` has a column of images (`Image()`) and one of labels: `ClassLabel`, integers from
+            0, or texts, whose classes are numbered in sorted order.
+        where: What it is, for errors.
+        processor: Image processor, which says how images are cut to size.
+        image_size: Side in pixels of what the model sees, where the processor does not say it.
+        training: Crop and flip at random.
+
+    Raises:
+        DataError: a column is not there or can't be told by its name, a label is empty, it is a stream, or nothing
+            says how large images are to be.
+    """
+    if isinstance(dataset, datasets.IterableDataset):
+        raise DataError(f"{where} is a stream of the library datasets: give StreamedImages({where}, transform)")
+    if not isinstance(dataset, datasets.Dataset):
+        return dataset
+    size, resize = geometry_of(processor, image_size)
+    if not isinstance(size, int):
+        raise DataError(f"{where}: neither processing_class nor the backbone says how large images are to be")
+    rows = with_class_names(named_columns(dataset, ColumnsConfig(), where), where)
+    return ImageDataset(rows, TrainTransform(size) if training else EvalTransform(resize, size))

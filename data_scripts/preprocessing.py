@@ -160,6 +160,18 @@ def check_geometry(processor, transform):
         )
 
 
+def geometry_of(processor, image_size):
+    """How an image processor cuts images: side of what the model sees, and short side before the crop.
+
+    Args:
+        processor: Image processor of transformers; None, or one of other steps, for those of evaluation.
+        image_size: The model's, where the processor does not say it; None where nobody knows.
+    """
+    size, crop = (getattr(processor, name, None) or {} for name in ("size", "crop_size"))
+    image_size = crop.get("height") or size.get("height") or image_size
+    return image_size, size.get("shortest_edge") or (image_size and round(image_size * 256 / 224))
+
+
 def _preprocessing_of(backbone, revision, hub_kwargs):
     timm_config = read_timm_config(backbone, revision, **hub_kwargs)
     if timm_config is not None:
@@ -176,4 +188,4 @@ def _preprocessing_of(backbone, revision, hub_kwargs):
         raise ValueError(f"the image processor of {str(backbone)!r} can't be used: {error}") from error
 
 
-__all__ = ["build_image_processor", "check_geometry", "load_image_processor", "normalisation_for"]
+__all__ = ["build_image_processor", "check_geometry", "geometry_of", "load_image_processor", "normalisation_for"]

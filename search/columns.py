@@ -15,7 +15,7 @@ CLASS_COLUMN = "class_name"
 CONTENT_COLUMN, SOURCE_COLUMN = "vptsp_content", "vptsp_source"
 HIDDEN_COLUMNS = (CONTENT_COLUMN, SOURCE_COLUMN)
 # What the indexes call their own columns
-RESERVED_COLUMNS = ("key", "id", "embedding", *HIDDEN_COLUMNS)
+INDEX_COLUMNS = ("key", "id", "embedding", *HIDDEN_COLUMNS)
 _ARROW_TYPES = {"text": pa.string(), "integer": pa.int64(), "number": pa.float64()}
 _LARGEST = 2**63
 
@@ -30,15 +30,9 @@ def own_columns(source):
         Dict of name -> list.
 
     Raises:
-        ValueError: a column has not one value per image, values of different kinds, or a name that stores and indexes
-            have a meaning for; the message names it.
+        ValueError: a column has values of different kinds; the message names it.
     """
-    columns = {name: check_values(values, name) for name, values in source.columns.items()}
-    if taken := sorted(set(columns) & {*RESERVED_COLUMNS, "label", "content", CLASS_COLUMN, "path", "similarity"}):
-        raise ValueError(f"{source.description}: a column can't be called {some(taken)}: rename it")
-    if wrong := [name for name, values in columns.items() if len(values) != len(source)]:
-        raise ValueError(f"{source.description}: there must be one value per image, {len(source)}, in {some(wrong)}")
-    return columns
+    return {name: check_values(values, name) for name, values in source.columns.items()}
 
 
 def check_items(ids, embeddings, metadata, max_id_bytes=None, max_text_bytes=None):
@@ -69,7 +63,7 @@ def check_items(ids, embeddings, metadata, max_id_bytes=None, max_text_bytes=Non
 def check_metadata(metadata, max_bytes=None):
     """Metadata as dict of lists, if a file can hold them; see [`check_items`]."""
     names = check_texts(metadata or {}, "names of columns")
-    if reserved := sorted(set(names) & set(RESERVED_COLUMNS)):
+    if reserved := sorted(set(names) & set(INDEX_COLUMNS)):
         raise ValueError(f"a column of metadata can't be called {some(reserved)}: the index has its own")
     checks = {name: check_texts if name == CLASS_COLUMN else check_values for name in names}
     return {name: checks[name](values, name, max_bytes) for name, values in (metadata or {}).items()}
@@ -161,7 +155,7 @@ __all__ = [
     "CLASS_COLUMN",
     "CONTENT_COLUMN",
     "HIDDEN_COLUMNS",
-    "RESERVED_COLUMNS",
+    "INDEX_COLUMNS",
     "SOURCE_COLUMN",
     "arrow_column",
     "check_items",

@@ -8,7 +8,7 @@ from .inputs import choose_sets, is_main_rank, load_embedder, load_sources, stor
 
 def run(options):
     """Embed, and print what is in the store."""
-    source, _ = choose_sets(load_sources(options), options.split)
+    source, _ = choose_sets(load_sources(options), options.split, whole=True)
     embedder = load_embedder(options.model, options)
     store = embed_to_store(embedder, source, options.output, **store_options(options))
     if is_main_rank():

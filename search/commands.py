@@ -1,7 +1,7 @@
 """Embed, evaluate, index and search images with a retriever, a bare backbone, or embeddings that are stored already.
 
     vptsp embed --model runs/photos --images photos --output runs/photos/embeddings
-    vptsp evaluate --model runs/photos --dataset_name cub --data_dir CUB_200_2011.tgz --output scores
+    vptsp evaluate --model runs/photos --output scores
     vptsp compare runs/photos google/vit-base-patch16-224-in21k --images photos --output comparison
     vptsp index --store runs/photos/embeddings --index runs/photos/index
     vptsp search --index runs/photos/index --image query.jpg
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     embed = parts["embed"]
     embed.add_argument("--model", required=True, help="retriever or backbone: folder or Hub name")
     embed.add_argument("--output", required=True, metavar="STORE", help="folder to write to")
-    embed.add_argument("--split", default="test", help="split of the data set (default test)")
+    embed.add_argument("--split", help="split of the data set (default: all images)")
 
     evaluate = parts["evaluate"]
     evaluate.add_argument("--model", help="retriever or backbone: folder or Hub name")
@@ -100,7 +100,7 @@ def _add_index_options(index):
     index.add_argument("--index", required=True, help="folder, FILE.db or http://HOST:PORT (Milvus; #COLLECTION)")
     index.add_argument("--store", help="stored embeddings instead of a model and data")
     index.add_argument("--model", help="retriever or backbone: folder or Hub name")
-    index.add_argument("--split", default="test", help="split of the data set (default test)")
+    index.add_argument("--split", help="split of the data set (default: all images)")
     index.add_argument("--factory", help="faiss's name of a new index; default auto: chooses by size, says why")
     index.add_argument("--target_recall", type=float, help="of a new approximate index (default 0.95)")
     index.add_argument("--memory_gb", type=float, help="what auto may take (default 16)")
@@ -147,7 +147,7 @@ def _add_search_options(search):
 
 def _add_data_options(parser):
     group = parser.add_argument_group("images", "--images, or --dataset_name (default folder) and what it needs")
-    group.add_argument("--images", metavar="PLACE", help="folder of images, or a .txt file with a path per line")
+    group.add_argument("--images", metavar="PLACE", help="folder of images, table, or .txt file with a path per line")
     add_data_options(group, DATA_OPTIONS)
     group.add_argument("--skip_corrupt", action="store_true", help="leave out images that can't be read")
     group.add_argument("--embeddings_cache", metavar="FOLDER", help="where embeddings are kept, by model and content")

@@ -1,12 +1,14 @@
-"""Where images to embed come from: a folder, a list of files, or a split of a data set; with ids and classes.
+"""Where images to embed come from: a folder, a list of files, a table, or a split of a data set; with ids and classes.
 
 Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -21,11 +23,15 @@ from ..data_scripts.class_folders import class_of_path, split_folders, visible_f
 from ..data_scripts.data_errors import DataError, some
 from ..data_scripts.data_fingerprint import content_digest
 from ..data_scripts.image_files import list_images
+from ..data_scripts.image_names import common_root, image_names
 from ..data_scripts.labels import check_labels
+from ..data_scripts.table_columns import check_column, free_name, plain_value
+from ..data_scripts.table_files import is_table_file, is_table_folder
 
 
-RESERVED_COLUMNS = frozenset({"id", "class_name", "similarity", "embedding", "image", "label"})
-"""Names of columns that stores, indexes and results give a meaning of their own."""
+logger = logging.getLogger(__name__)
+
+TABLE_COLUMN_OPTIONS = frozenset({"image_column", "label_column", "split_column", "image_root"})
 _HASHING_THREADS = 8
 
 
@@ -41,7 +47,8 @@ class ImageSource:
         description: One line on what this is.
         image_root: Folder that the ids are relative to; None where the images are in no folder.
         columns: What else is known of the images, as a price or a title: per name n values in the order of the ids,
-            each a text, an integer, a float or None where there is none. No name is one of `RESERVED_COLUMNS`.
+            each a text, an integer, a float or None where there is none. No name is one of
+            `table_columns.RESERVED_COLUMNS`.
 
     Raises:
         DataError: there are no images, two have the same id, an id or class is not valid UTF-8, a label is none of
@@ -106,24 +113,6 @@ class ImageSource:
         return content_digest(self.stored(row))
 
 
-def check_column(name, values, count, description):
-    """Check a column of `ImageSource.columns`.
-
-    Raises:
-        DataError: it has not `count` values, one is neither text, number nor None, or its name is reserved.
-    """
-    if not isinstance(name, str) or not name or name in RESERVED_COLUMNS:
-        reserved = ", ".join(sorted(RESERVED_COLUMNS))
-        raise DataError(f"{description}: a column can't be called {name!r} (reserved are {reserved})")
-    if len(values) != count:
-        raise DataError(f"{description}: the column {name!r} has {len(values)} values for {count} images")
-    for row, value in enumerate(values):
-        if value is not None and type(value) not in (str, int, float):
-            raise DataError(
-                f"{description}: the column {name!r} must hold text, numbers or None, got {value!r} in row {row}"
-            )
-
-
 def folder_source(folder):
     """All images in a folder, however deep; the class of each is the first folder below it, as in training.
 
@@ -136,7 +125,18 @@ def folder_source(folder):
     folder = Path(folder).expanduser().absolute()
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
-    return _file_source([file.path for file in list_images(folder)], folder, folder, f"images in {folder}")
+    source = _file_source([file.path for file in list_images(folder)], folder, folder, f"images in {folder}")
+    _say_one_class(source, folder)
+    return source
+
+
+def _say_one_class(source, folder):
+    """Say that the class folders may be further down, which a training run refuses."""
+    below = {parts[1] for parts in (name.split("/") for name in source.ids) if len(parts) > 2}
+    if len(source.class_names) == 1 and len(below) > 1 and not source.labels.mask.any():
+        (name,) = source.class_names
+        logger.warning("%s: all images are of the class %r, its only folder; if the classes are %s, give %s", folder,
+                       name, some(sorted(below)), folder / name)  # fmt: skip
 
 
 def list_source(path):
@@ -158,8 +158,8 @@ def list_source(path):
     missing = [file for file in files if not Path(file).is_file()]
     if missing:
         raise DataError(f"{path} names {len(missing)} files that are not there: {some(missing)}")
-    root = _common_root(files, path.parent)
-    class_root = _common_root(files, None) or path.parent
+    root = common_root(files, path.parent)
+    class_root = common_root(files) or path.parent
     if class_root != path.parent and any(Path(file).parent == class_root for file in files):
         class_root = class_root.parent
     where = "" if class_root == path.parent else f", classes are the folders in {class_root}"
@@ -218,34 +218,168 @@ def split_source(split, description, data_dir=None):
     from ..data_scripts.torch_dataset import ImageColumns
 
     columns = ImageColumns.find(split.features, "image", "label")
-    table = (
-        split.with_format(None).select_columns(["image", "label"]).cast_column("image", datasets.Image(decode=False))
-    )
-    arrow = table.with_format("arrow")[:]
+    split = split.with_format(None)
+    table = split.select_columns(["image", "label"]).cast_column("image", datasets.Image(decode=False))
     names = columns.class_names
-    labels = check_labels(arrow.column("label"), None if names is None else len(names), description)
-    images = arrow.column("image").chunks
-    paths = [path for chunk in images for path in chunk.field("path").to_pylist()]
-    on_disk = all(chunk.field("bytes").null_count == len(chunk) for chunk in images)
+    labels = check_labels(
+        table.with_format("arrow")[:].column("label"), None if names is None else len(names), description
+    )
     class_names = names or [str(number) for number in range(int(labels.max(initial=-1)) + 1)]
-    root = None
-    if on_disk and paths and None not in paths:
-        root = _common_root(paths, data_dir)
-        ids = [Path(path).relative_to(root).as_posix() for path in paths]
-    elif None not in paths and len(set(paths)) == len(paths):
-        ids = paths
+    ids, root, _ = image_names(table, data_dir)
+    stored = _TableRows(table.select_columns(["image"]), description)
+    others = _further(split, description)
+    return ImageSource(ids, labels, class_names, stored, description, None if root is None else str(root), others)
+
+
+def table_source(place, cache_dir=None, **options):
+    """All images of a table, whatever their split; further columns go along.
+
+    Args:
+        place: A file (CSV, TSV, JSONL, Parquet, Arrow), a pandas DataFrame, a folder with `metadata.csv`, or what
+            `save_to_disk` of `datasets` wrote. See `TableImages`.
+        cache_dir: Where Parquet files are unpacked to; by default where `datasets` keeps its tables.
+        **options: `image_column`, `label_column`, `split_column`, `image_root`.
+
+    Raises:
+        DataError: as `load_splits`; but classes need not be there.
+    """
+    import datasets
+
+    from ..data_scripts.tables import TableImagesConfig, read_tables
+
+    if others := sorted(set(options) - TABLE_COLUMN_OPTIONS):
+        raise DataError(f"{', '.join(others)}: all images of a table are taken; only data sets are split")
+    where, splits = read_tables(place, TableImagesConfig(**options), cache_dir, labelled=False)
+    parts = {}
+    for name, split in splits.items():
+        description = f"{name} of {where}"
+        labels, class_names = _labels_of(split)
+        table = split.cast_column("image", datasets.Image(decode=False))
+        found = image_names(table, None if hasattr(place, "columns") else place)
+        root = None if found.root is None else str(found.root)
+        stored = _TableRows(table.select_columns(["image"]), description)
+        parts[name] = ImageSource(found.names, labels, class_names, stored, description, root, _further(split, where))
+    return joined_source(parts, f"images of {where}")
+
+
+def _labels_of(split):
+    """Labels of a table, masked where there are none, and the names of its classes in their order."""
+    if "label" not in split.column_names:
+        return np.ma.masked_all(len(split), dtype=np.int64), []
+    feature = split.features["label"]
+    values = split.with_format("arrow", columns=["label"])[:].column("label").to_pylist()
+    if getattr(feature, "names", None):
+        known = range(len(feature.names))
+        bad = next((row for row, value in enumerate(values) if value is not None and value not in known), None)
+        if bad is not None:
+            raise DataError(f"row {bad} has the label {values[bad]}; expected 0..{len(feature.names) - 1}")
+        numbers, class_names = values, list(feature.names)
     else:
-        ids = [f"row {row}" for row in range(len(paths))]
-    stored = _TableRows(table, description)
-    return ImageSource(ids, labels, class_names, stored, description, None if root is None else str(root))
+        classes = sorted({value for value in values if value not in (None, "")})
+        number = {value: position for position, value in enumerate(classes)}
+        numbers, class_names = [number.get(value) for value in values], list(map(str, classes))
+    mask = [number is None for number in numbers]
+    return np.ma.array([number or 0 for number in numbers], mask=mask, dtype=np.int64), class_names
 
 
-def _common_root(files, preferred):
-    """`preferred` if all files lie in it, else the deepest folder that they share."""
-    preferred = None if preferred is None else Path(preferred).expanduser().absolute()
-    if preferred is not None and all(preferred in Path(file).parents for file in files):
-        return preferred
-    return Path(os.path.commonpath([os.path.dirname(file) for file in files])) if files else preferred  # noqa: PTH120
+def _further(split, description):
+    """The columns of text and numbers beside image and label, as `ImageSource.columns` has them."""
+    from ..data_scripts.given_splits import further_columns
+
+    names = further_columns(split.features, ("image", "label"), description)
+    arrow = split.with_format("arrow", columns=names)[:] if names else None
+    return {free_name(name): [plain_value(value) for value in arrow.column(name).to_pylist()] for name in names}
 
 
-__all__ = ["RESERVED_COLUMNS", "ImageSource", "check_column", "folder_source", "list_source", "split_source"]
+class _JoinedRows(NamedTuple):
+    """`ImageSource.stored` of several sources."""
+
+    parts: list
+    rows: list
+
+    def __call__(self, row):
+        part, place = self.rows[row]
+        return self.parts[part](place)
+
+
+def joined_source(parts, description):
+    """Several sources as one: all splits of a data set. Images that two of them share are there once.
+
+    Args:
+        parts: Per split its [`ImageSource`]; those in folders have the same or no `image_root`.
+        description: One line on what this is.
+
+    Raises:
+        DataError: an image has different classes in two splits.
+    """
+    parts = _without_copies(parts)
+    if len(parts) == 1:
+        (only,) = parts.values()
+        return dataclasses.replace(only, description=description)
+    roots = {part.image_root for part in parts.values()}
+    root = os.path.commonpath(roots) if None not in roots else None
+    twice = root is None and len({name for part in parts.values() for name in part.ids}) < sum(
+        map(len, parts.values())
+    )
+    class_names = sorted({name for part in parts.values() for name in part.class_names})
+    if len({tuple(part.class_names) for part in parts.values()}) == 1:
+        class_names = next(iter(parts.values())).class_names  # in their own order
+    column_names = list(dict.fromkeys(name for part in parts.values() for name in part.columns))
+    rows, classes = {}, {}
+    for number, (split, part) in enumerate(parts.items()):
+        for row, name in enumerate(part.ids):
+            key, own = f"{split}/{name}" if twice else name, part.class_name(row)
+            if root is not None:
+                key = Path(part.image_root, name).relative_to(root).as_posix()
+            if classes.setdefault(key, own) != own:
+                raise DataError(f"{description}: {key!r} is of the classes {classes[key]!r} and {own!r}")
+            rows.setdefault(key, (number, row))
+    sources = list(parts.values())
+    numbers = {name: label for label, name in enumerate(class_names)}
+    known = [classes[key] for key in rows]
+    labels = np.ma.array([numbers.get(name, 0) for name in known], mask=[not name for name in known], dtype=np.int64)
+    columns = {
+        name: [None if name not in sources[n].columns else sources[n].columns[name][row] for n, row in rows.values()]
+        for name in column_names
+    }
+    stored = _JoinedRows([source.stored for source in sources], list(rows.values()))
+    return ImageSource(list(rows), labels, class_names, stored, description, root, columns)
+
+
+def _without_copies(parts):
+    """The parts, but for those that hold the same images as an earlier one, as a gallery may."""
+    kept = {}
+    for split, part in parts.items():
+        if not any(part.ids == other.ids and part.image_root == other.image_root and split == "gallery"
+                   for other in kept.values()):  # fmt: skip
+            kept[split] = part
+    return kept
+
+
+def place_source(place, **options):
+    """The images of a place: a `.txt` list, a table, or a folder. See `list_source`, `table_source`, `folder_source`.
+
+    Args:
+        place: File or folder.
+        **options: As for `table_source`, and `data_cache_dir`; of tables only.
+
+    Raises:
+        DataError: as these functions; or options for what is no table.
+    """
+    path = Path(place).expanduser()
+    if is_table_file(path) or is_table_folder(path):
+        return table_source(path, options.pop("data_cache_dir", None), **options)
+    if options:
+        raise DataError(f"{', '.join(options)}: {place} is no table; all of its images are taken, with their folders")
+    return list_source(path) if path.suffix.lower() == ".txt" else folder_source(path)
+
+
+__all__ = [
+    "ImageSource",
+    "folder_source",
+    "joined_source",
+    "list_source",
+    "place_source",
+    "split_source",
+    "table_source",
+]

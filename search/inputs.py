@@ -10,10 +10,12 @@ import torch
 
 from ..data_scripts.data_arguments import DataArguments, check_data_arguments
 from ..data_scripts.data_errors import DataError
+from ..data_scripts.split_record import SPLITS_NAME
 from .embed import cached_store
 from .embedder import Embedder, is_retriever
-from .image_sources import folder_source, list_source, split_source
+from .image_sources import place_source, split_source
 from .model_names import check_model_name
+from .run_splits import recorded_sources, say_trained_on
 from .store import STORE_FILE, EmbeddingStore
 
 
@@ -49,18 +51,43 @@ def _no_progress_bars(logging):
 
 
 def load_sources(options):
-    """The images that a command names: dict of split -> `ImageSource`; `images` for a folder or a list.
+    """The images that a command names: dict of split -> `ImageSource`; `images` for a folder, a list or a table.
+
+    Scores of a run are of the images that it has kept apart, unless others are named.
 
     Raises:
         DataError: neither `--images` nor a data set was given, or both, or the split is not there.
     """
+    model = _run_of(options)
+    if model is not None and options.images is None:
+        recorded = recorded_sources(model, options.data)
+        if recorded is not None:
+            return recorded
+    sources = _named_sources(options)
+    if model is not None:
+        say_trained_on(model, {name: source for name, source in sources.items() if name != "train"})
+    return sources
+
+
+def _run_of(options):
+    """The folder of the run that a command scores; None where there is none that recorded its images."""
+    names = {"evaluate": ("model",), "compare": ("first", "second")}.get(options.command, ())
+    models = [getattr(options, name) for name in names]
+    return next((name for name in models if name is not None and (Path(name) / SPLITS_NAME).is_file()), None)
+
+
+def _named_sources(options):
     names_data = bool({"dataset_name", "data_dir"} & set(options.data))  # a place alone is class folders
     if (options.images is None) == (not names_data):
         got = "neither" if options.images is None else "both"
-        raise DataError(f"give either --images (a folder or a list) or --dataset_name or --data_dir, got {got}")
+        hint = ""
+        if got == "neither" and options.command in ("evaluate", "compare"):
+            hint = f" (no model has a {SPLITS_NAME}, by which a run says what it kept apart)"
+        raise DataError(
+            f"give either --images (a folder, a list or a table) or --dataset_name or --data_dir, got {got}{hint}"
+        )
     if options.images is not None:
-        place = Path(options.images).expanduser()
-        return {"images": list_source(place) if place.suffix == ".txt" else folder_source(place)}
+        return {"images": place_source(options.images, **options.data)}
     arguments = DataArguments(**options.data)
     check_data_arguments(arguments)
     splits = arguments.load_splits()
@@ -68,22 +95,34 @@ def load_sources(options):
     return {name: split_source(split, f"{name} of {place}", arguments.data_dir) for name, split in splits.items()}
 
 
-def choose_sets(sources, split=None):
+def choose_sets(sources, split=None, whole=False):
     """Queries and gallery (or None) among the splits of a data set.
 
     Args:
         sources: Dict of [`load_sources`].
         split: Name of one; None for `images`, `test`, or `query` against `gallery`.
+        whole: None stands for all images instead.
 
     Raises:
         DataError: there is no such split.
     """
+    if split is None and whole:
+        from .image_sources import joined_source
+
+        return joined_source(sources, _all_description(sources)), None
     if split is None and "query" in sources:
         return sources["query"], sources["gallery"]
     split = next(iter(sources)) if list(sources) == ["images"] else split or "test"
     if split not in sources:
         raise DataError(f"split must be one of {', '.join(sources)}, got {split!r}")
     return sources[split], None
+
+
+def _all_description(sources):
+    """As the descriptions of the splits, of all of them."""
+    if len(sources) == 1:
+        return next(iter(sources.values())).description
+    return f"{', '.join(sources)} of {next(iter(sources.values())).description.partition(' of ')[2]}"
 
 
 def store_options(options):
@@ -154,7 +193,7 @@ def stores_of(name, options, gallery_store=None):
     if (Path(name) / STORE_FILE).is_file():
         gallery = None if gallery_store is None else EmbeddingStore.open(gallery_store)
         return EmbeddingStore.open(name), gallery
-    sets = choose_sets(load_sources(options), options.split)
+    sets = choose_sets(load_sources(options), options.split, whole=options.command == "index")
     embedder = load_embedder(name, options)
     return tuple(
         None if source is None else cached_store(embedder, source, options.embeddings_cache, **store_options(options))

@@ -20,15 +20,16 @@ usage: {usage}
 Tune prompts for image retrieval on a frozen vision transformer. Options win over the file; defaults are in brackets.
 
 data
-  --dataset_name NAME               folder, cub, cars, sop, inshop, inaturalist, hub or digits [folder]
-  --data_dir PLACE                  folder of the data set, or a benchmark's archive
+  --dataset_name NAME               folder, table, imagefolder, saved, hub, digits or a benchmark [folder]
+  --data_dir PLACE                  folder of the data set, its table, or a benchmark's archive
+  --label_column NAME               of a table; --image_column and --split_column likewise
   --train_classes NAME ...          classes that train, or a .txt file of them
   --test_classes NAME ...           classes that test, likewise
-  --test_share SHARE                of the classes that test, where nothing says which [0.5]
+  --test_share SHARE                of the classes that test, where nothing says which; 0: all train [0.5]
+  --class_split HOW                 first, alternate, random, or seen: all train, asked by other images [first]
   --streaming true                  read the data as a stream, write no tables
   --skip_corrupt true               leave out images that can't be read, and list them
   --image_size PIXELS               side of what the model sees [224]
-  --crop_scale_min SHARE            smallest part of an image that a training crop covers [0.08]
 model
   --backbone NAME                   vision transformer, from the Hub or a folder
   --num_prompts N                   prompt tokens of the first layer [10]
@@ -51,7 +52,6 @@ training
   --images_per_class K              images of each class in it [2]
   --learning_rate X                 [0.0005]
   --proxy_learning_rate X           of the original proxies [0.01]
-  --warmup_steps N                  before the rates fall along a cosine [0]
   --optim NAME                      optimiser [adamw_torch_fused]
   --weight_decay X                  [0.0]
   --bf16 true                       compute in bfloat16

@@ -187,7 +187,7 @@ def _introduction(model, title, picture) -> str:
         f"Backbone: {backbone}.",
     ]
     if picture is not None:
-        lines += ["", f"![Queries with their nearest neighbours, of classes that training has not seen]({picture})"]
+        lines += ["", f"![Queries with their nearest neighbours]({picture})"]
     return "\n".join(lines)
 
 
@@ -247,6 +247,8 @@ def _scores(results, training_args) -> str | None:
     has_gallery = "gallery_images" in results.get("dataset", {})
     text = "Cosine similarity; "
     text += "queries against a gallery of other images" if has_gallery else "a query never retrieves itself"
+    if results.get("dataset", {}).get("seen_classes"):
+        text += "; the classes are those that training has seen, asked for by other images of them"
     text += ". All in percent"
     text += f", over {count:,} queries." if count else "."
     if lone := results.get("final_num_unanswerable"):

@@ -33,6 +33,9 @@ class ScoreTable:
             self._write("")
         self._line("", "step", "loss", self._scores.values(), "time")
 
+    def say(self, text):
+        self._write(text)
+
     def row(self, label, step=None, loss=None, scores=None, seconds=None):
         """One line.
 

@@ -19,7 +19,9 @@ from transformers.utils import logging
 from ..configuration_vptsp import VPTSPConfig
 from ..data_scripts.image_datasets import image_datasets
 from ..data_scripts.preprocessing import build_image_processor
+from ..data_scripts.split_record import SPLITS_NAME, has_seen_classes, record_splits
 from ..loading_vptsp import resized_config
+from .fitting import fit_to_data
 from .model import VPTSPForMetricLearning
 from .offloading import describe_class_prompts
 from .output_folder import check_output_folder, output_held
@@ -128,10 +130,12 @@ def draw_pictures(folder, trainer, frozen, count):
     Returns:
         Names of the files.
     """
+    seen = (trainer.split_record or {}).get("seen_classes")
+    subject = {"subject": "classes that training has seen"} if seen else {}
     movement = Path(trainer.args.output_dir) / FILE_NAME
     written, problems = draw_run(
         folder,
-        EvaluatedImages(trainer.eval_dataset, trainer.last_evaluated),
+        EvaluatedImages(trainer.eval_dataset, trainer.last_evaluated, **subject),
         trainer.model.retriever.eval(),
         trainer.processing_class,
         [{"step": 0, "epoch": 0.0, **frozen}, *trainer.state.log_history],
@@ -145,8 +149,12 @@ def draw_pictures(folder, trainer, frozen, count):
     return {path.name for path in written}
 
 
-def prepare(model_fields, training_args, data_args):
+def prepare(model_fields, training_args, data_args, images=None):
     """Load data and model and put them together.
+
+    Args:
+        model_fields, training_args, data_args: What the run is asked to do.
+        images: The data sets by split, where they are loaded already.
 
     Returns:
         trainer: Ready to train; its `eval_dataset` is one data set, or a dict of query and gallery.
@@ -156,7 +164,7 @@ def prepare(model_fields, training_args, data_args):
     Raises:
         ConfigError or DataError: data, model and batches don't fit together.
     """
-    images = image_datasets(data_args)
+    images = image_datasets(data_args) if images is None else images
     parts = {name: part for name, part in images.items() if name != "train"}
     timer = StepTimer()
     set_seed(training_args.seed)
@@ -166,7 +174,7 @@ def prepare(model_fields, training_args, data_args):
             model=model,
             args=training_args,
             train_dataset=images["train"],
-            eval_dataset=parts.get("test", parts),
+            eval_dataset=parts.get("test", parts) or None,
             processing_class=build_image_processor(
                 data_args.image_size, data_args.resize_size, model.config.backbone, model.config.backbone_revision
             ),
@@ -175,6 +183,7 @@ def prepare(model_fields, training_args, data_args):
         )
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
+    trainer.split_record = record_splits(data_args, images)
     return trainer, images, timer.seconds
 
 
@@ -185,11 +194,17 @@ def run(model_fields, training_args, data_args, run_args, command):
         InUseError: another run uses `output_dir`.
     """
     logging.disable_progress_bar()  # of loading and writing a few files
+    images = image_datasets(data_args)
+    notes = fit_to_data(training_args, images, run_args.final_metrics)
     with output_held(training_args):
         # again, for what another run may have done since, and now nobody can
         resume, overwrite = training_args.resume_from_checkpoint, run_args.overwrite_output
         check_output_folder(training_args.output_dir, model_fields["backbone"], resume, overwrite)
-        trainer, images, step_seconds = prepare(model_fields, training_args, data_args)
+        trainer, images, step_seconds = prepare(model_fields, training_args, data_args, images)
+        if trainer.is_world_process_zero() and has_seen_classes(data_args, images):
+            notes.append("test              classes that train too, asked for by other images of them")
+        for note in notes if trainer.is_world_process_zero() else ():
+            print(note, flush=True)
         results = train_and_evaluate(trainer, images, step_seconds, run_args)
         results = {"command": command, "seed": training_args.seed, **described_data(data_args, images), **results}
         save_results(results, trainer, run_args)
@@ -212,17 +227,17 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
 
     table = ScoreTable(trainer.args.recall_at, write=tqdm.write if is_main else lambda line: None)
     RunProgress.of(trainer, table)
-    frozen = trainer.evaluate_backbone()
-    if run_args.final_metrics == "all":
+    tests = trainer.eval_dataset is not None
+    frozen = trainer.evaluate_backbone() if tests else {}
+    if tests and run_args.final_metrics == "all":
         check_classes_answered(trainer)
     table.header()
-    table.rows("frozen backbone", without_prefix(frozen, "frozen"))
+    if tests:
+        table.rows("frozen backbone", without_prefix(frozen, "frozen"))
     outcome = trainer.train(resume_from_checkpoint=checkpoint or False)
-    final = trainer.evaluate(metric_key_prefix="final", eval_metrics=run_args.final_metrics)
-    step = trainer.state.best_global_step if trainer.args.load_best_model_at_end else outcome.global_step
-    table.header(after_others=True)
-    table.rows("frozen backbone", without_prefix(frozen, "frozen"))
-    table.rows("tuned", without_prefix(final, "final"), step)
+    final = trainer.evaluate(metric_key_prefix="final", eval_metrics=run_args.final_metrics) if tests else {}
+    if tests:
+        print_comparison(table, frozen, final, trainer)
     return {
         **summary,
         **frozen,
@@ -234,6 +249,20 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
         "train_loss": outcome.training_loss,
         "peak_memory_megabytes": peak_memory_megabytes(),
     }
+
+
+def print_comparison(table, frozen, final, trainer):
+    """What tuning brought, in the table's last lines."""
+    args, state = trainer.args, trainer.state
+    step = state.best_global_step if args.load_best_model_at_end else state.global_step
+    table.header(after_others=True)
+    table.rows("frozen backbone", without_prefix(frozen, "frozen"))
+    table.rows("tuned", without_prefix(final, "final"), step)
+    if args.load_best_model_at_end:
+        table.say(
+            f"chosen            the best of its evaluations by {args.metric_for_best_model}, on these same test "
+            "images, which flatters it (--load_best_model_at_end false keeps the last)"
+        )
 
 
 def without_prefix(metrics, prefix):
@@ -250,6 +279,7 @@ def described_data(data_args, images):
         **{f"{name}_classes": part.num_classes for name, part in images.items()},
         **{f"{name}_images": _length(part) for name, part in images.items()},
         "skipped_images": sorted(skipped),
+        "seen_classes": has_seen_classes(data_args, images),
     }
     return {"versions": versions(), "dataset": dataset}
 
@@ -264,8 +294,10 @@ def save_results(results, trainer, run_args):
     if not trainer.is_world_process_zero():
         return
     output = Path(trainer.args.output_dir)
-    print(f"saved             {output}: retriever, README.md, all_results.json", flush=True)
-    if run_args.picture_queries:
+    print(f"saved             {output}: retriever, README.md, all_results.json, {SPLITS_NAME}", flush=True)
+    if run_args.picture_queries and not any(name.startswith("final_") for name in results):
+        print("no pictures: there are no test images")
+    elif run_args.picture_queries:
         frozen = {name: value for name, value in results.items() if name.startswith("frozen_")}
         drawn = draw_pictures(output / "pictures", trainer, frozen, run_args.picture_queries)
         results["picture"] = "pictures/neighbours.png" if "neighbours.png" in drawn else None

@@ -38,10 +38,12 @@ class EvaluatedImages:
             `(N,)` and which images could be read `(N,)` bool, in the data set's order; the gallery's is None where the
             queries are the gallery. Its `excluded`, if there, are pairs of a query and a gallery item that it may not
             find.
+        subject: What the images are of, for titles.
     """
 
     dataset: object
     embeddings: dict
+    subject: str = SUBJECT
 
     def __post_init__(self):
         both = isinstance(self.dataset, dict)
@@ -103,7 +105,7 @@ def draw_neighbours(path, evaluated, count=8, seed=0):
         neighbour_names=_in_rows(names, columns),
         similarity=similarity,
         correct=evaluated.gallery_labels[index] == evaluated.query_labels[chosen][:, None],
-        title=f"Nearest neighbours of {SUBJECT}",
+        title=f"Nearest neighbours of {evaluated.subject}",
         dpi=GRID_DPI,
     )
 
@@ -161,7 +163,7 @@ def draw_map(path, evaluated, method="tsne", seed=0):
     points = map_embeddings(evaluated.query_embeddings[rows], method, seed)
     total = len(evaluated.query_labels)
     shown = f"{total:,}" if len(rows) == total else f"{len(rows):,} of {total:,}"
-    title = f"Embeddings of {shown} images of {SUBJECT}"
+    title = f"Embeddings of {shown} images of {evaluated.subject}"
     labels = evaluated.query_labels[rows]
     return save_embedding_map(path, points, labels, evaluated.queries.class_names, classes, title, method=method)
 

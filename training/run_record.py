@@ -88,6 +88,7 @@ _SCHEDULES_BY_SCORE = ("reduce_lr_on_plateau", "greedy")
 FREE_DATA_ARGUMENTS = (
     "data_dir",
     "data_cache_dir",
+    "image_root",
     "train_classes",
     "test_classes",
     "verify_counts",

@@ -12,6 +12,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from ..data_scripts.image_files import RESULTS_NAME
+from ..data_scripts.split_record import SPLITS_NAME
 from ..files.atomic import atomic_path, write_json
 from .model_card import TAGS, retriever_card
 from .output_folder import refuse_other_model, replaced_together
@@ -30,6 +31,9 @@ class SharingTrainer(ResumableTrainer):
     that file and the model card; None as long as they aren't known. `picture` in it names a file in `output_dir` that
     is uploaded along.
     """
+
+    split_record = None
+    """What `splits.json` of the saved retriever holds, see `record_splits`; it is not uploaded."""
 
     def save_model(self, output_dir=None, _internal_call=False, results=None):
         """`save_retriever`; with `push_to_hub`, upload as well, as `Trainer.save_model` does."""
@@ -51,6 +55,8 @@ class SharingTrainer(ResumableTrainer):
         if self.args.should_save:
             folder = Path(self.args.output_dir if folder is None else folder)
             refuse_other_model(folder, self.model.config.backbone)
+            if self.split_record is None:  # one that is there speaks of another run
+                (folder / SPLITS_NAME).unlink(missing_ok=True)
             with replaced_together(folder) as staged:
                 self._write_retriever(staged, results, place=folder)
 
@@ -147,6 +153,8 @@ class SharingTrainer(ResumableTrainer):
             self.processing_class.save_pretrained(folder)
         if results is not None:
             write_json(folder / RESULTS_NAME, results)
+        if place is not None and self.split_record is not None:
+            write_json(folder / SPLITS_NAME, self.split_record)
         if place is None or not _is_foreign_card(place / "README.md"):
             self._card(results, **metadata).save(folder / "README.md")
 

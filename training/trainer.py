@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import EvalPrediction, SaveStrategy, speed_metrics
 from transformers.utils import logging
 
+from ..data_scripts.image_datasets import images_of
 from ..data_scripts.labels import check_labels
 from ..data_scripts.normalisation import Normalisation
 from ..data_scripts.overlap import same_dataset_images, select_pairs
@@ -57,7 +58,8 @@ class VPTSPTrainer(SharingTrainer):
         model: A `VPTSPForMetricLearning`.
         args: A `VPTSPTrainingArguments`.
         train_dataset: An [`ImageDataset`] (or another map-style dataset with `labels`, a sequence of class indices)
-            whose classes are 0..C-1, or a [`StreamedImages`].
+            whose classes are 0..C-1, a `datasets.Dataset` with a column of images and one of labels, whose images are
+            cut as `processing_class` does (else to the backbone's size), or a [`StreamedImages`].
         eval_dataset: One of these, of classes that training does not see, or a dict with `query` and `gallery`.
         processing_class: The image processor; what it does to pixels is done to the images, and it is saved along.
             Without one, pixels are treated as the backbone's own processor does, and none is saved.
@@ -81,6 +83,9 @@ class VPTSPTrainer(SharingTrainer):
         refuse_other_adapters(model)
         refuse_other_model(args.output_dir, model.config.backbone)
         kwargs.setdefault("data_collator", collate_images)
+        self._cut = (kwargs.get("processing_class"), getattr(model.config.backbone_config, "image_size", None))
+        train_dataset = images_of(train_dataset, "train_dataset", *self._cut, training=True)
+        eval_dataset = self._evaluated(eval_dataset)
         self._extra_metrics = kwargs.pop("compute_metrics", None)
         self._backbone_only = False
         self.last_evaluated = None
@@ -100,6 +105,12 @@ class VPTSPTrainer(SharingTrainer):
         self._offloaded = model.offloaded_class_prompts
         self._ahead = None
         prepare_class_prompts(self)
+
+    def _evaluated(self, dataset):
+        """A data set, or a dict of them, with tables of the library `datasets` made ready for evaluation."""
+        if isinstance(dataset, dict):
+            return {name: self._evaluated(part) for name, part in dataset.items()}
+        return images_of(dataset, "eval_dataset", *self._cut)
 
     def _check_train_dataset(self):
         dataset, num_classes = self.train_dataset, self.model.config.num_classes
@@ -292,7 +303,7 @@ class VPTSPTrainer(SharingTrainer):
             Embeddings `(n, E)` float32 and labels `(n,)` int64 on the CPU, in the data set's order, the same on every
             process. Images that could not be read and were to be skipped are not among them.
         """
-        return _readable(*self._embed_all(dataset, description))
+        return _readable(*self._embed_all(self._evaluated(dataset), description))
 
     def _embed_all(self, dataset, description="Embedding"):
         """As `embed`, of all images, with `(n,)` bool that says which could be read."""
@@ -333,7 +344,7 @@ class VPTSPTrainer(SharingTrainer):
             Dict of `{metric_key_prefix}_recall_at_1`, ..., `_map_at_r` and so on, all in 0..1, with times.
         """
         start = time.time()
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset if eval_dataset is None else self._evaluated(eval_dataset)
         if dataset is None:
             raise ValueError("evaluation needs an eval_dataset, got None")
         if isinstance(dataset, dict):

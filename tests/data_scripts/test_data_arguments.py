@@ -54,8 +54,9 @@ def test_resize_follows_image_size(size, resize):
     "values, message",
     [
         ({"layout": "flat"}, "layout must be one of auto, classes, train_test, query_gallery, got 'flat'"),
-        ({"class_split": "even"}, "class_split must be one of first, alternate, random, got 'even'"),
-        ({"test_share": 0.0}, "test_share must be between 0 and 1, both excluded, got 0.0"),
+        ({"class_split": "even"}, "class_split must be one of first, alternate, random, seen, got 'even'"),
+        ({"test_share": -0.1}, "test_share must be between 0 and 1 (0: no test; 1 excluded), got -0.1"),
+        ({"test_share": 1.0}, "test_share must be between 0 and 1 (0: no test; 1 excluded), got 1.0"),
         ({"dataset_revision": 1234567}, "dataset_revision must be text, got the number 1234567: put it in quotes"),
         ({"digit_size": 7}, "digit_size must be >= 8, got 7"),
         ({"image_size": 0}, "image_size must be >= 1, got 0"),

@@ -142,6 +142,12 @@ def test_splits_are_chosen_and_never_merged_by_themselves(tmp_path, load, stream
     fails("2 classes of .* are in both training and test", train_split="clean", test_split="noisy")
 
 
+def test_splits_that_nothing_takes_need_no_labels(tmp_path, load):
+    plain = table([1]).remove_columns("label")
+    datasets.DatasetDict({"train": table([0, 1]), "test": table([2]), "rest": plain}).save_to_disk(tmp_path / "disk")
+    assert set(load(tmp_path / "disk")) == {"train", "test"}
+
+
 def test_train_split_of_a_repository_in_the_usual_form(tmp_path, load):
     splits = {"train": table([0, 1]), "test": table([2, 3], first=10), "validation": table([1, 1], first=20)}
     root = write_repository(tmp_path / "flowers", **splits)
@@ -170,7 +176,9 @@ def test_labels_without_names_and_other_columns(tmp_path, load, feature, labels,
         splits = load(root, streaming=streaming, image_column=image, label_column=label)
         assert splits["train"].features["label"].names == train and splits["test"].features["label"].names == test
         assert [name for name, _ in summary(splits)["train"]] == [str(x) for x in labels if str(x) in train]
-        assert set(next(iter(splits["train"]))) == {"image", "label"}
+        assert set(next(iter(splits["train"]))) == {"image", "label", "note"}  # what else there is goes along
+        numbers = [number for _, number in summary(splits)["train"]]
+        assert [row["note"] for row in splits["train"]] == [f"row {number}" for number in numbers]
 
 
 def test_streams_go_to_workers(tmp_path, load):

@@ -103,7 +103,13 @@ def test_split_errors(tmp_path):
         split_classes(classes, test_share=0.2)
     with pytest.raises(DataError, match=r"test_share must be between 0 and 1.* got 1"):
         split_classes(classes, test_share=1)
-    with pytest.raises(DataError, match="class_split must be one of first, alternate, random, got 'even'"):
+    with pytest.raises(
+        DataError, match=r"test_classes says which .* but test_share 0 lets all classes train: give one"
+    ):
+        split_classes(classes, test_classes=["Pear"], test_share=0)
+    with pytest.raises(DataError, match=r"train_classes says which .* but class_split 'seen' lets all train and test"):
+        split_classes(classes, train_classes=["Pear"], class_split="seen")
+    with pytest.raises(DataError, match="class_split must be one of first, alternate, random, seen, got 'even'"):
         split_classes(classes, class_split="even")
 
 

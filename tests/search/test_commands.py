@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_refused(store, retriever, photos, tmp_path, capsys
     index, search = {"command": "index", "index": tmp_path}, {"command": "search", "index": tmp_path}
     for message, options in [
         (
-            "give either --images (a folder or a list) or --dataset_name or --data_dir, got neither",
+            "give either --images (a folder, a list or a table) or --dataset_name or --data_dir, got neither",
             {**embed, "model": retriever},
         ),
         ("give either --model (and images) or --store, got neither", evaluate),

@@ -205,6 +205,7 @@ OTHER_DATA = {
     "dataset_revision": "abc",
     "image_column": "picture",
     "label_column": "class",
+    "split_column": "part",
     "streaming": True,
     "image_size": 32,
     "resize_size": 300,

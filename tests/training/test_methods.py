@@ -45,6 +45,7 @@ TRAIN_CLASSES = {
     "inaturalist": 5_690,
     "digits": 4,
     "folder": 9,
+    "table": 9,
 }
 
 PUBLISHED_SETTINGS = """

@@ -195,7 +195,6 @@ def test_earlier_results_are_not_overwritten(arguments, tmp_path, capsys):
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor must be 0.0, got 0.1: "),
         (["--picture_queries", "-1"], "picture_queries must be >= 0, got -1"),
         (["--loss_kwargs", '{"a": 1, "a": 2}'], "loss_kwargs must be a JSON mapping: 'a' is there twice"),
-        (["--per_device_train_batch_size", "8"], "asks for 4 different classes in a batch, but there are 3"),
     ],
 )
 def test_what_can_not_work_is_refused_in_one_line(arguments, capsys, options, message):

@@ -1,0 +1,138 @@
+"""Columns of tables: which holds the images, which the classes, and which of the others go along.
+
+Nothing here imports torch or `datasets`.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..names.registry import nearest
+from .data_errors import DataError
+
+
+__all__ = [
+    "IMAGE_NAMES",
+    "LABEL_NAMES",
+    "RESERVED_COLUMNS",
+    "SPLIT_NAMES",
+    "Value",
+    "check_column",
+    "choose_column",
+    "free_name",
+    "plain_value",
+    "typed_column",
+]
+
+Value = str | int | float | None
+"""What a further column holds."""
+IMAGE_NAMES = (
+    ("image", "file_name", "filename", "file", "path"),
+    ("image_path", "image_file", "filepath", "file_path", "photo", "picture", "img"),
+)
+LABEL_NAMES = (
+    ("label", "class", "class_name"),
+    ("product", "category"),
+    ("product_id", "item", "item_id"),
+    ("sku",),
+)
+"""Names by which a column is found; the first line of names of which there is one decides."""
+SPLIT_NAMES = (("split",),)
+RESERVED_COLUMNS = frozenset(
+    {"key", "id", "class_name", "similarity", "embedding", "image", "label", "content", "path"}
+    | {"vptsp_content", "vptsp_source"}
+)
+"""Names that data sets, stores, indexes and results give a meaning of their own."""
+_INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
+
+
+def choose_column(
+    option: str, given: str | None, columns: Sequence[str], names: Iterable[Sequence[str]], where: str
+) -> str | None:
+    """The column that an option names, or the one whose name says what it is.
+
+    Args:
+        option: Name of the option, for errors.
+        given: Its value; None to look.
+        columns: All columns.
+        names: As `LABEL_NAMES`; capital letters are the same.
+        where: File, for errors.
+
+    Returns:
+        Its name; None where it was not given and there is none.
+
+    Raises:
+        DataError: there is none of the name that was given, or several could be meant.
+    """
+    shown = ", ".join(map(str, columns))
+    if given is not None:
+        if given not in columns:
+            hint = nearest(given, columns, most=1)
+            raise DataError(f"{where}: there is no {option} {given!r}; the columns are {shown}{hint}")
+        return given
+    for line in names:
+        found = [column for column in columns if str(column).strip().lower() in line]
+        if len(found) > 1:
+            raise DataError(
+                f"{where}: {option} could be {' or '.join(map(repr, found))}: say which (the columns are {shown})"
+            )
+        if found:
+            return found[0]
+    return None
+
+
+def free_name(column: str) -> str:
+    """The name under which a further column goes along: its own, unless that is reserved."""
+    return f"table_{column}" if column in RESERVED_COLUMNS else column
+
+
+def plain_value(value: Any) -> Value:
+    """A value of a table as text or number; None for nothing, NaN among it.
+
+    Raises:
+        TypeError: it holds other values, such as a list.
+    """
+    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    if value is None or value != value:
+        return None
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, (list, tuple, dict, set, bytes)) or hasattr(value, "__array__"):
+        raise TypeError(f"no text and no number: {type(value).__name__}")
+    return str(value)  # dates, decimals
+
+
+def typed_column(values: Sequence[str]) -> list[Value]:
+    """A column of text as integers or numbers, if every value is written as one; nothing becomes None.
+
+    Codes keep their leading zeros, as a column with such a value is text.
+
+    >>> typed_column(["3", "", "10"]), typed_column(["007", "10"]), typed_column(["1.50", "2"])
+    ([3, None, 10], ['007', '10'], [1.5, 2.0])
+    """
+    there = [value for value in values if value]
+    for pattern, kind in ((_INTEGER, int), (_NUMBER, float)):
+        if there and all(map(pattern.fullmatch, there)):
+            return [kind(value) if value else None for value in values]
+    return [value or None for value in values]
+
+
+def check_column(name: Any, values: Sequence[Any], count: int, where: str) -> None:
+    """Check a further column.
+
+    Raises:
+        DataError: it has not `count` values, one is neither text, number nor None, or its name is reserved.
+    """
+    if not isinstance(name, str) or not name or name in RESERVED_COLUMNS:
+        reserved = ", ".join(sorted(RESERVED_COLUMNS))
+        raise DataError(f"{where}: a column can't be called {name!r} (reserved are {reserved})")
+    if len(values) != count:
+        raise DataError(f"{where}: the column {name!r} has {len(values)} values for {count} images")
+    for row, value in enumerate(values):
+        if value is not None and type(value) not in (str, int, float):
+            raise DataError(
+                f"{where}: the column {name!r} must hold text, numbers or None, got {value!r} in row {row}"
+            )
