@@ -76,7 +76,7 @@ def _update(options, exists, build):
     name = model_or_store(options)
     if name == options.store:
         return update_index_from_store(options.index, EmbeddingStore.open(name), **how) if is_main_rank() else None
-    source, _ = choose_sets(load_sources(options), options.split)
+    source, _ = choose_sets(load_sources(options), options.split, whole=True)
     embedder = load_embedder(name, options)
     how |= {"cache_dir": options.embeddings_cache, **store_options(options)}
     return update_index(options.index, embedder, source, **how)

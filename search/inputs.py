@@ -13,7 +13,7 @@ from ..data_scripts.data_errors import DataError
 from ..data_scripts.split_record import SPLITS_NAME
 from .embed import cached_store
 from .embedder import Embedder, is_retriever
-from .image_sources import place_source, split_source
+from .image_sources import joined_source, place_source, split_source
 from .model_names import check_model_name
 from .run_splits import recorded_sources, say_trained_on
 from .store import STORE_FILE, EmbeddingStore
@@ -107,8 +107,6 @@ def choose_sets(sources, split=None, whole=False):
         DataError: there is no such split.
     """
     if split is None and whole:
-        from .image_sources import joined_source
-
         return joined_source(sources, _all_description(sources)), None
     if split is None and "query" in sources:
         return sources["query"], sources["gallery"]

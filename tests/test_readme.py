@@ -57,7 +57,7 @@ def test_snippets_turn_images_as_training_does(here, backbone_folder, source, or
     codes = [snippet("AutoModel")]
     if source == "card":
         codes = re.findall(r"```python\n(.*?)```", retriever_card(model, str(folder)).text, re.DOTALL)
-        assert len(codes) == 2
+        assert len(codes) == 3
     names = {}
     for code in codes:
         exec(code.replace("a.png", "turned.jpg"), names)
@@ -65,6 +65,7 @@ def test_snippets_turn_images_as_training_does(here, backbone_folder, source, or
     torch.testing.assert_close(names["embeddings"], expected)
     if source == "card":
         torch.testing.assert_close(torch.tensor(names["embedding"]), expected[0])
+        torch.testing.assert_close(torch.from_numpy(names["encoded"]), expected)
 
 
 def test_embedding_and_scoring(here, backbone_folder):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vptsp import DataError, MilvusIndex, RetrievalIndex, open_index, retrieval_metrics
-from vptsp.search.columns import check_values, own_columns
+from vptsp import DataError, ImageSource, MilvusIndex, RetrievalIndex, open_index, retrieval_metrics
+from vptsp.search.columns import check_values
 
 
 NUM_ITEMS = 90
@@ -237,15 +237,11 @@ def test_an_added_column_of_another_kind_is_refused(index):
     assert len(index) == NUM_ITEMS
 
 
-def test_columns_of_a_source_are_one_value_per_image(tmp_path):
-    class Source:
-        description, columns = "photos", {"price": [1, 2]}
-
-        def __len__(self):
-            return 3
-
-    with pytest.raises(ValueError, match="photos: there must be one value per image, 3, in 'price'"):
-        own_columns(Source())
-    Source.columns = {"path": ["a"] * 3}
-    with pytest.raises((ValueError, DataError), match="can't be called 'path'"):
-        own_columns(Source())
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [({"price": [1, 2]}, "'price' has 2 values for 3 images"), ({"path": ["a"] * 3}, "can't be called 'path'")],
+)
+def test_columns_of_a_source_are_one_value_per_image(columns, message):
+    labels = np.ma.array([0, 0, 0])
+    with pytest.raises(DataError, match=message):
+        ImageSource(["a", "b", "c"], labels, ["x"], None, "photos", columns=columns)

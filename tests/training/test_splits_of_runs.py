@@ -59,7 +59,7 @@ def test_twenty_classes(start, tmp_path, capsys):
         in printed
     )
     assert results["steps"] == 1 and results["dataset"]["train_classes"] == 10
-    assert "chosen            the best of its evaluations by recall_at_1 on these same test images" in printed
+    assert "chosen            the best of its evaluations by recall_at_1, on these same test" in printed
 
 
 def test_the_presets_split_as_everything_else_does():
