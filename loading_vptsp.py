@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, DeiTConfig, PreTrainedConfig, ViTConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
@@ -222,16 +222,51 @@ _RENAMED = {"vit": _VIT_NAMES, "deit": _VIT_NAMES, "dinov2": _ATTENTION_NAMES}
 _UNUSED_PARTS = ("mask_token", "position_ids")
 
 
+# Of a saved retriever's tensors, in the metadata of their file, so that it goes where they go. Tools that write them
+# anew leave it out, or must.
+WEIGHTS_DIGEST = "vptsp_sha256"
+
+
 def read_weights(path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file.
+    """Tensors of a safetensors file, compared with their digest where it has one (see `write_digest`).
 
     Raises:
         ValueError: the file is cut short or damaged; the message names it.
     """
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            expected = (file.metadata() or {}).get(WEIGHTS_DIGEST)
+        weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or not in safetensors' format ({error})") from error
+    if expected is not None and (found := _weights_digest(weights)) != expected:
+        raise ValueError(
+            f"{path} is damaged: the SHA-256 of its tensors is {found[:12]}..., {expected[:12]}... was written. If "
+            f"another tool has changed them on purpose, let it leave {WEIGHTS_DIGEST} out of the file's metadata"
+        )
+    return weights
+
+
+def write_digest(path):
+    """Write a safetensors file anew, with the digest of its tensors, which `read_weights` compares, in its metadata.
+
+    Args:
+        path: The file; it is replaced in one step.
+    """
+    weights = load_file(path)
+    metadata = {"format": "pt", WEIGHTS_DIGEST: _weights_digest(weights)}
+    temporary = Path(f"{path}.tmp")
+    save_file(weights, temporary, metadata=metadata)
+    temporary.replace(path)
+
+
+def _weights_digest(weights) -> str:
+    """SHA-256 of names, dtypes, shapes and all bytes, whatever their order in the file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class FoundBackbone(NamedTuple):
@@ -602,4 +637,5 @@ __all__ = [
     "timm_backbone_config",
     "timm_backbone_weights",
     "timm_preprocessing",
+    "write_digest",
 ]

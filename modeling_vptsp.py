@@ -48,6 +48,7 @@ from .loading_vptsp import (
     read_weights,
     refuse_local_backbone,
     relative_to,
+    write_digest,
 )
 
 
@@ -611,6 +612,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             writes = kwargs.get("is_main_process", True)
             with _written_aside(Path(save_directory)) if writes else nullcontext(save_directory) as aside:
                 super().save_pretrained(aside, state_dict=state_dict, **kwargs)
+                if writes:
+                    write_digest(aside / SAFE_WEIGHTS_NAME)
         finally:
             self.config.backbone = backbone
 
