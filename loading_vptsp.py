@@ -8,6 +8,7 @@ Part of what a shared retriever needs, like `modeling_vptsp.py`.
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 import json
 import os
@@ -200,6 +201,19 @@ def _names_in_backbone(config) -> dict[str, tuple[str, ...]]:
 # ---- Opening
 
 
+# Arguments of `from_pretrained` that say where files are, and so go to every look-up on the Hub.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "subfolder")
+
+
+def check_hub_arguments(given):
+    """Raise a `TypeError` for keywords that are none of `HUB_ARGUMENTS`: what looks files up passes over them."""
+    if unknown := [name for name in given if name not in HUB_ARGUMENTS]:
+        near = "".join(
+            f"; did you mean {name!r}?" for name in difflib.get_close_matches(unknown[0], HUB_ARGUMENTS, n=1)
+        )
+        raise TypeError(f"there is no argument {', '.join(unknown)} of a look-up on the Hub{near}")
+
+
 # In front of a fingerprint that says nothing about names; those without it are of the first kind.
 FINGERPRINT_PREFIX = "v2:"
 
@@ -348,6 +362,7 @@ def read_timm_config(source, revision=None, **hub_kwargs) -> dict | None:
 
 def _read_config(source, revision, **hub_kwargs):
     """Path and content of `config.json`; None and nothing for a folder without one."""
+    check_hub_arguments(hub_kwargs)
     path = cached_file(source, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
     if path is None:
         return None, {}
@@ -368,6 +383,7 @@ def open_backbone(found, **hub_kwargs) -> nn.Module:
         OSError: the weights are not to be had.
         ValueError: tensors are missing (of timm's: or unknown, or misshapen), or damaged.
     """
+    check_hub_arguments(hub_kwargs)
     source, revision, config, is_timm = found
     if is_timm:
         return _open_timm_backbone(source, revision, config, **hub_kwargs)
@@ -535,14 +551,19 @@ def has_fingerprint(state_dict, expected, model_type) -> bool:
     return any(_first_fingerprint(dict(zip(names, state_dict.values(), strict=True))) == expected for names in namings)
 
 
-def backbone_has(config, fingerprint) -> bool:
+def backbone_has(config, fingerprint, **hub_kwargs) -> bool:
     """Whether the backbone that a configuration names has a fingerprint of the first kind; it is opened once more.
 
     False for any other fingerprint: these can be compared as they are.
+
+    Args:
+        config: A `VPTSPConfig`.
+        fingerprint: As saved, or None.
+        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
     """
     if fingerprint is None or fingerprint.startswith(FINGERPRINT_PREFIX) or config.backbone is None:
         return False
-    backbone = open_backbone(find_backbone(config.backbone, config.backbone_revision))
+    backbone = open_backbone(find_backbone(config.backbone, config.backbone_revision, **hub_kwargs), **hub_kwargs)
     return has_fingerprint(backbone.state_dict(), fingerprint, backbone.config.model_type)
 
 
@@ -616,10 +637,12 @@ def resized_weights(backbone, image_size) -> dict[str, torch.Tensor]:
 
 
 __all__ = [
+    "HUB_ARGUMENTS",
     "FoundBackbone",
     "TimmPreprocessing",
     "backbone_fingerprint",
     "backbone_has",
+    "check_hub_arguments",
     "find_backbone",
     "has_fingerprint",
     "is_timm_config",

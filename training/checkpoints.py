@@ -369,4 +369,11 @@ def _read_json(path):
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-__all__ = ["check_checkpoint", "check_files", "check_listed_file", "checkpoints_in", "delete_checkpoints", "last_checkpoint"]
+__all__ = [
+    "check_checkpoint",
+    "check_files",
+    "check_listed_file",
+    "checkpoints_in",
+    "delete_checkpoints",
+    "last_checkpoint",
+]
