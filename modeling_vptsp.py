@@ -585,8 +585,9 @@ class VPTSPPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: the folder holds another model; `push_to_hub` was asked for, use the method of that name;
-                `max_shard_size` or `variant`, since it is all one file; `save_backbone=False`, but all of the backbone is tuned; or
-                PEFT has changed the model.
+                `max_shard_size` or `variant`, since it is all one file; `save_backbone=False`, but all of the backbone
+                is tuned; or PEFT has changed the model.
+            TypeError: a keyword is none that is read.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("save_pretrained does not push: use model.push_to_hub(repo_id)")

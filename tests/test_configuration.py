@@ -114,7 +114,7 @@ def test_unknown_fields_are_refused(fields, message):
 
 
 def test_what_a_file_holds_beside_fields(tmp_path):
-    """What transformers and the Hub put into it is read; what a newer version may have meant by a name is not known."""
+    """What transformers and the Hub put into it is read; what a newer version may have meant is not known."""
     config = VPTSPConfig(backbone_config=tiny_vit_config(own_field=3), num_prompts=7)
     assert VPTSPConfig(**config.to_dict()).to_dict() == config.to_dict()
     config.save_pretrained(tmp_path)
@@ -125,7 +125,7 @@ def test_what_a_file_holds_beside_fields(tmp_path):
     assert (loaded.num_prompts, loaded.backbone_config.own_field) == (7, 3)
     (tmp_path / "config.json").write_text(json.dumps({**values, "gating": "soft"}))
     for load in (VPTSPConfig.from_pretrained, by_auto_config):
-        with pytest.raises(ValueError, match="VPTSPConfig has no field 'gating'; was it saved by a newer vptsp?"):
+        with pytest.raises(ValueError, match=r"VPTSPConfig has no field 'gating'; was it saved by a newer vptsp\?"):
             load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**values, "gating": "soft", "format_version": 99}))
     with pytest.raises(ValueError, match="saved by a newer version of vptsp: format_version is 99"):

@@ -291,7 +291,7 @@ def check_files(folder) -> dict:
 
 
 def check_listed_file(path):
-    """Check that a file of a checkpoint is the one that was written; of a folder that is no checkpoint, nothing is known.
+    """Check that a file of a checkpoint is the one that was written; of another folder, nothing is known.
 
     Raises:
         CheckpointError: it is damaged, or the checkpoint's `run.json` can't be read.
