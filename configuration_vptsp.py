@@ -170,7 +170,8 @@ class VPTSPConfig(PreTrainedConfig):
             layers = 1 if self.prompt_mode == "shallow" else self.backbone_config.num_hidden_layers
             self.prompt_depth = layers if self.prompt_depth is None else self.prompt_depth
             self.class_prompt_depth = layers if self.class_prompt_depth is None else self.class_prompt_depth
-        self.save_backbone = self.save_backbone or self.tune_backbone
+        if self.tune_backbone is True and self.save_backbone is False:
+            self.save_backbone = True
         self.validate_fields()
         super().__post_init__(**kwargs)
 
@@ -334,7 +335,9 @@ def _require(config, name, accepted, expected):
 _OF_TRANSFORMERS = {
     *("model_type", "name_or_path", "dtype", "torch_dtype", "auto_map", "custom_pipelines", "num_labels"),
     *("attn_implementation", "experts_implementation", "output_attentions", "quantization_config"),
-    *("trust_remote_code", "adapter_kwargs", "stage_names", "out_features", "out_indices"),
+    *("trust_remote_code", "adapter_kwargs", "stage_names", "out_features", "out_indices", "use_cache", "loss_type"),
+    *("tie_word_embeddings", "torchscript", "is_decoder", "add_cross_attention", "pruned_heads", "tokenizer_class"),
+    *("keys_to_ignore_at_inference", "task_specific_params", "finetuning_task", "pad_token_id"),
 }
 
 

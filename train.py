@@ -36,15 +36,20 @@ def main(argv=None):
     if {"-h", "--help"} & set(argv):
         print(HELP, end="")
         return
-    # PyTorch and transformers, which take seconds, are not loaded for the help
-    from vptsp.training.model_card import without_tokens
-    from vptsp.training.run import run
-    from vptsp.training.run_arguments import all_options_text, check_run, parse_arguments
-
-    if "--help-all" in argv:
-        print(all_options_text(), end="")
-        return
     try:
+        # PyTorch and transformers' models, which take seconds, are loaded neither for the help nor for what is wrong
+        # with the file, the data or the place of the results
+        if "--help-all" not in argv:
+            from vptsp.training.command_line import check_early
+
+            check_early(argv)
+        from vptsp.training.model_card import without_tokens
+        from vptsp.training.run import run
+        from vptsp.training.run_arguments import all_options_text, check_run, parse_arguments
+
+        if "--help-all" in argv:
+            print(all_options_text(), end="")
+            return
         arguments = parse_arguments(argv)
         check_run(*arguments)
         run(*arguments, command=without_tokens(["train.py", *argv], arguments[1].hub_token))
