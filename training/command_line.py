@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_type_hints
@@ -109,6 +111,11 @@ def checked_values(path, values, known, hints, bounds=BOUNDS, choices=CHOICES) -
     return values
 
 
+def _field(word) -> str:
+    """Name of the field that an option sets."""
+    return word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
+
+
 def refuse_unread(words, known):
     """Refuse words of a command line that no option has taken. What may be somebody's token is not repeated.
 
@@ -121,8 +128,7 @@ def refuse_unread(words, known):
     """
     options = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
     if options:
-        name = options[0].removeprefix("--").replace("-", "_")
-        near = nearest(name, known, most=1).replace("'", "--", 1).replace("'", "")
+        near = nearest(_field(options[0]), known, most=1).replace("'", "--", 1).replace("'", "")
         raise ConfigError(f"there is no option {options[0]}{near} (--help-all lists them)")
     if words:
         raise ConfigError(
@@ -131,13 +137,31 @@ def refuse_unread(words, known):
         )
 
 
+# Where the fields are that take long to import: module, class.
+_LATE = (
+    ("transformers.training_args", "TrainingArguments"),
+    ("vptsp.training.arguments", "VPTSPTrainingArguments"),
+    ("vptsp.configuration_vptsp", "VPTSPConfig"),
+)
+
+
+def all_names() -> set[str]:
+    """Names of all fields, those of `_LATE` as they are written, and a few more that are nobody's to set."""
+    names = {item.name for cls in (DataArguments, RunArguments) for item in fields(cls)}
+    for module, name in _LATE:
+        tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))
+        (written,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+        names |= {node.target.id for node in written.body if isinstance(node, ast.AnnAssign)}
+    return names
+
+
 class _EarlyParser(HfArgumentParser):
     def error(self, message):
         raise ConfigError(message)
 
 
 def check_early(argv):
-    """Find what is wrong with the configuration file, the data and where results go, in the time of a look at them.
+    """Find unknown fields, and what is wrong with the configuration file and the data, in the time of a look at them.
 
     What else is wrong, `parse_arguments` and `check_run` find.
 
@@ -145,13 +169,14 @@ def check_early(argv):
         ConfigError or DataError: with the file, field or folder, and what was expected.
     """
     path, values, words = split_command_line(argv)
-    classes = (DataArguments, RunArguments)
-    known = {item.name for cls in classes for item in fields(cls)} | {"output_dir"}
+    classes, known = (DataArguments, RunArguments), all_names()
     hints = {**data_hints(), **get_type_hints(RunArguments), "output_dir": str | None}
-    values = checked_values(path, {name: values[name] for name in values if name in known}, known, hints)
+    values = checked_values(path, values, known, hints)
+    options = [word for word in words if word.startswith("--") and word != "--"]
+    refuse_unread([word for word in options if _field(word) not in known], known)
     parser = _EarlyParser(classes, add_help=False, allow_abbrev=False)
     parser.add_argument("--output_dir", "--output-dir", default=None)
-    parser.set_defaults(**values)
+    parser.set_defaults(**{name: value for name, value in values.items() if name in hints})
     try:
         data_args, _, others, _ = parser.parse_args_into_dataclasses(
             words, look_for_args_file=False, return_remaining_strings=True
@@ -168,6 +193,7 @@ __all__ = [
     "CHOICES",
     "EVAL_METRICS",
     "RunArguments",
+    "all_names",
     "check_early",
     "checked_values",
     "read_config",

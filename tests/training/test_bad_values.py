@@ -15,7 +15,8 @@ from transformers import TrainingArguments
 
 from vptsp import DataArguments, VPTSPConfig, VPTSPTrainingArguments, train
 from vptsp.training.argument_values import TRAINING_BOUNDS, TRAINING_CHOICES, training_hints
-from vptsp.training.run_arguments import RunArguments, parse_arguments
+from vptsp.training.command_line import RunArguments, all_names
+from vptsp.training.run_arguments import model_arguments_class, parse_arguments
 from vptsp.training.run_errors import ConfigError
 from vptsp.training.unsupported_arguments import REFUSED_FIELDS
 
@@ -211,12 +212,20 @@ def test_nothing_waits_for_pytorch(tmp_path):
         ["--image_size", "0"],
         ["--picture_queries", "-1"],
         ["--streaming", "maybe"],
+        ["--num_promts", "3", "--data_dri", "photos"],
     ):
         done = subprocess.run([sys.executable, "-c", EARLY, *argv], capture_output=True, text=True, cwd=tmp_path)
         assert done.stdout.strip() == "2 []", (argv, done.stdout, done.stderr)
 
 
 # ---- All fields, whatever they are
+
+
+def test_names_are_known_before_the_classes_are():
+    known = {item.name for cls in CLASSES for item in dataclasses.fields(cls) if item.init}
+    known |= {item.name for item in dataclasses.fields(model_arguments_class())}
+    more = {"sub_configs", "num_classes", "backbone_fingerprint", "format_version"}
+    assert known <= all_names() and {name for name in all_names() - known if not name.startswith("_")} == more
 
 
 def test_tables_speak_of_fields():
