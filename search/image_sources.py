@@ -6,6 +6,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -16,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data_scripts.class_folders import class_of_path, split_folders, visible_folders
+from ..data_scripts.class_folders import class_of_path, say_loose, split_folders, visible_folders
 from ..data_scripts.data_errors import DataError, some
 from ..data_scripts.data_fingerprint import content_digest
-from ..data_scripts.image_files import list_images
+from ..data_scripts.image_files import has_images, list_images
 from ..data_scripts.labels import check_labels
 
 
@@ -100,7 +101,7 @@ def folder_source(folder):
     """All images in a folder, however deep; the class of each is the first folder below it, as in training.
 
     Where the folder holds splits (`train` and `test`, say), the class is the first folder below the split's. Images
-    that lie in no class folder have no class.
+    that lie beside the class folders have no class, as in training, which leaves them out; here a warning names them.
 
     Raises:
         DataError: there is no such folder, it can't be read, or holds no images.
@@ -114,9 +115,10 @@ def folder_source(folder):
 def list_source(path):
     """The images that a text file names, one path per line, relative to the file's own folder.
 
-    The class of each is the first folder below the deepest one that holds all of them (of which the description
-    speaks); where some lie in that folder itself, and it isn't the list's own, it is a class folder. Empty lines and
-    lines that begin with `#` are passed over.
+    The class of each is the one that training would give it: on the way from the list's own folder down to the images,
+    the first folder with images in several folders is that of the class folders (the description speaks of it).
+    Without such a folder it is the deepest one that holds all images; where some lie in that folder itself, and it
+    isn't the list's own, it is a class folder. Empty lines and lines that begin with `#` are passed over.
 
     Raises:
         DataError: the list or a file in it is not there, or the list names none or one twice.
@@ -134,9 +136,21 @@ def list_source(path):
     class_root = _common_root(files, None) or path.parent
     if class_root != path.parent and any(Path(file).parent == class_root for file in files):
         class_root = class_root.parent
+    class_root = _first_with_classes(Path(os.path.normpath(path.parent)), class_root)
     where = "" if class_root == path.parent else f", classes are the folders in {class_root}"
     paths = [Path(file).relative_to(root).as_posix() for file in files]
     return _file_source(paths, root, class_root, f"images listed in {path}{where}")
+
+
+def _first_with_classes(top, bottom):
+    """The first folder from `top` down to `bottom` with images in several of its folders; else `bottom`."""
+    steps = [bottom, *bottom.parents]
+    steps = steps[: steps.index(top) + 1] if top in steps else []
+    for folder in reversed(steps[1:]):
+        with_images = (name for name, path in visible_folders(folder).items() if has_images(path))
+        if len(list(itertools.islice(with_images, 2))) == 2:
+            return folder
+    return bottom
 
 
 def _file_source(paths, root, class_root, description):
@@ -145,6 +159,9 @@ def _file_source(paths, root, class_root, description):
     class_names = sorted(set(classes) - {None})
     numbers = {name: number for number, name in enumerate(class_names)}
     known = [name is not None for name in classes]
+    if class_names:
+        loose = [path for path, name in zip(paths, classes, strict=True) if name is None]
+        say_loose(class_root, loose, "the class folders and have no class")
     labels = np.ma.array([numbers.get(name, 0) for name in classes], mask=np.logical_not(known), dtype=np.int64)
     return ImageSource(paths, labels, class_names, _Files(str(root), paths), description, str(root))
 
