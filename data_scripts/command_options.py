@@ -18,8 +18,9 @@ class CommandParser(argparse.ArgumentParser):
         """As `parse_args`: a word that no option takes is an error of the command that it was given to."""
         found, left = super().parse_known_args(args, namespace)
         if left:
-            known = [word for action in self._actions for word in action.option_strings if word.startswith("--")]
-            near = nearest(left[0].partition("=")[0], known, most=1) if left[0].startswith("--") else ""
+            options = (word for action in self._actions for word in action.option_strings)
+            known = [word.removeprefix("--") for word in options if word.startswith("--")]
+            near = nearest(left[0].partition("=")[0].removeprefix("--"), known, most=1) if left[0][:2] == "--" else ""
             self.error(f"unrecognized arguments: {' '.join(left)}{near}")
         return found, left
 
