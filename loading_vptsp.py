@@ -271,6 +271,12 @@ def write_digest(path):
     metadata = {"format": "pt", WEIGHTS_DIGEST: _weights_digest(weights)}
     temporary = Path(f"{path}.tmp")
     save_file(weights, temporary, metadata=metadata)
+    with temporary.open("rb+") as file:  # safetensors shuffles metadata: the same weights shall be the same bytes
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        ordered = json.dumps({**header, "__metadata__": metadata}, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(ordered.ljust(length))
     temporary.replace(path)
 
 

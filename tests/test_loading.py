@@ -363,3 +363,11 @@ def test_weights_that_another_tool_wrote_are_read(retriever, tmp_path, pixel_val
     assert not torch.equal(VPTSPModel.from_pretrained(tmp_path)(pixel_values)[0], retriever(pixel_values)[0])
     save_file({name: tensors[name].clone() for name in reversed(tensors)}, file, metadata=metadata)
     assert torch.equal(VPTSPModel.from_pretrained(tmp_path)(pixel_values)[0], retriever(pixel_values)[0])
+
+
+def test_the_same_weights_are_the_same_bytes(retriever, tmp_path):
+    written = set()
+    for number in range(8):
+        retriever.save_pretrained(tmp_path / str(number))
+        written.add((tmp_path / str(number) / "model.safetensors").read_bytes())
+    assert len(written) == 1
