@@ -139,7 +139,7 @@ def _expectation(kind, bounds, choices):
         return text, lambda value: any(value == word and isinstance(value, type(word)) for word in words)
     if get_origin(kind) is list or kind is list:
         inner = [_expectation(part, bounds, choices) for item in get_args(kind) for part in _kinds(item)]
-        words = " or ".join(text.removeprefix("an ").removeprefix("a ") for text, _ in inner)
+        words = " or ".join(text.replace("an integer", "integers").replace("a number", "numbers") for text, _ in inner)
         return (
             f"a list of {words}" if inner else "a list",
             lambda value: (
