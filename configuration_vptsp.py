@@ -1,9 +1,12 @@
 """Configuration of VPTSP models: what the model is, not how a run goes."""
 
+import difflib
 import math
+from dataclasses import fields
 from types import NoneType, UnionType
 from typing import ClassVar, Literal, Union, get_args, get_origin
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .backbones_vptsp import family_of
@@ -94,7 +97,8 @@ class VPTSPConfig(PreTrainedConfig):
         format_version: Version of the saved format; older ones are read, newer ones refused.
 
     Raises:
-        ValueError: a field is out of its range, the backbone is not supported, or the format is newer than this code.
+        ValueError: a field is unknown or out of its range, the backbone is not supported or can't be built, or the
+            format is newer than this code.
     """
 
     model_type = "vptsp"
@@ -150,9 +154,15 @@ class VPTSPConfig(PreTrainedConfig):
     format_version: int = 1
 
     def __post_init__(self, **kwargs):
+        from_file = self.transformers_version is not None  # or from `to_dict`, which is the same
+        if from_file:  # first, since a newer format may hold what is unknown here
+            self._refuse_newer_format()
+        _refuse_unknown(type(self), kwargs, "VPTSPConfig", "; was it saved by a newer vptsp?" if from_file else "")
         if isinstance(self.backbone_config, dict):
-            self.backbone_config = _backbone_config_from_dict(self.backbone_config)
+            self.backbone_config = _backbone_config_from_dict(self.backbone_config, from_file)
+        check_field("backbone_config", self.backbone_config, PreTrainedConfig | None)
         if self.backbone_config is not None:
+            _check_backbone(self.backbone_config)
             self.backbone_config._name_or_path = ""  # a path of this machine; `backbone` says what others need to know
             family = family_of(self.backbone_config)
             self.backbone_config.image_size = family.image_size  # not every model names it
@@ -160,7 +170,8 @@ class VPTSPConfig(PreTrainedConfig):
             layers = 1 if self.prompt_mode == "shallow" else self.backbone_config.num_hidden_layers
             self.prompt_depth = layers if self.prompt_depth is None else self.prompt_depth
             self.class_prompt_depth = layers if self.class_prompt_depth is None else self.class_prompt_depth
-        self.save_backbone = self.save_backbone or self.tune_backbone
+        if self.tune_backbone is True and self.save_backbone is False:
+            self.save_backbone = True
         self.validate_fields()
         super().__post_init__(**kwargs)
 
@@ -170,12 +181,7 @@ class VPTSPConfig(PreTrainedConfig):
         Raises:
             ValueError: a field is not what it must be; the message names it.
         """
-        check_field("format_version", self.format_version, int, _RANGES["format_version"])
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"saved by a newer version of vptsp: format_version is {self.format_version}, this code reads up to "
-                f"{FORMAT_VERSION}. Upgrade vptsp"
-            )
+        self._refuse_newer_format()
         layers = None if self.backbone_config is None else self.backbone_config.num_hidden_layers
         for name, kind in VPTSPConfig.__annotations__.items():
             most = layers if name in ("prompt_depth", "class_prompt_depth") else None
@@ -191,6 +197,29 @@ class VPTSPConfig(PreTrainedConfig):
         if self.tune_backbone:
             _require(self, "save_backbone", self.save_backbone, "true with tune_backbone")
             _require(self, "lora_rank", self.lora_rank == 0, "0 with tune_backbone")
+
+    def _refuse_newer_format(self):
+        check_field("format_version", self.format_version, int, _RANGES["format_version"])
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"saved by a newer version of vptsp: format_version is {self.format_version}, this code reads up to "
+                f"{FORMAT_VERSION}. Upgrade vptsp"
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As of `PreTrainedConfig`, which passes over keywords that it does not know.
+
+        Raises:
+            ValueError: a keyword is no field, unless `return_unused_kwargs` hands it on; or a field is not what it
+                must be.
+        """
+        config, unused = super().from_dict(config_dict, **{**kwargs, "return_unused_kwargs": True})
+        config.validate_fields()
+        if kwargs.get("return_unused_kwargs", False):
+            return config, unused
+        _refuse_unknown(cls, unused, "VPTSPConfig")
+        return config
 
     @property
     def changes_backbone(self) -> bool:
@@ -301,6 +330,8 @@ def _expectation(value, kind):
         return "a string", isinstance(value, str)
     if kind is dict:
         return "a mapping", isinstance(value, dict)
+    if kind is PreTrainedConfig:
+        return "a configuration of transformers, or a mapping with a model_type", isinstance(value, kind)
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}", isinstance(value, str) and value in get_args(kind)
     if kind == list[str]:
@@ -320,11 +351,57 @@ def _require(config, name, accepted, expected):
         raise ValueError(f"{name} must be {expected}, got {getattr(config, name)!r}")
 
 
-def _backbone_config_from_dict(values: dict) -> PreTrainedConfig:
+# What configurations hold beside their fields, as transformers reads and writes them, and so is no slip of anybody's.
+_OF_TRANSFORMERS = {
+    *("model_type", "name_or_path", "dtype", "torch_dtype", "auto_map", "custom_pipelines", "num_labels"),
+    *("attn_implementation", "experts_implementation", "output_attentions", "quantization_config"),
+    *("trust_remote_code", "adapter_kwargs", "stage_names", "out_features", "out_indices", "use_cache", "loss_type"),
+    *("tie_word_embeddings", "torchscript", "is_decoder", "add_cross_attention", "pruned_heads", "tokenizer_class"),
+    *("keys_to_ignore_at_inference", "task_specific_params", "finetuning_task", "pad_token_id"),
+}
+
+
+def _refuse_unknown(cls, given, what, why=""):
+    """Raise a `ValueError` if keywords are no fields of a configuration's class; `PreTrainedConfig` keeps them all."""
+    known = {item.name for item in fields(cls)}
+    unknown = [name for name in given if name not in known | _OF_TRANSFORMERS and not name.startswith("_")]
+    if unknown:
+        near = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(unknown[0], known, n=1))
+        raise ValueError(f"{what} has no field {', '.join(map(repr, unknown))}{why or near}")
+
+
+def _backbone_config_from_dict(values: dict, from_file: bool) -> PreTrainedConfig:
+    """The configuration of a backbone; what transformers wrote may have more than fields, as its checkpoint had."""
     model_type = values.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(f"backbone_config must hold a model_type that transformers knows, got {model_type!r}")
-    return CONFIG_MAPPING[model_type](**{key: value for key, value in values.items() if key != "model_type"})
+    cls = CONFIG_MAPPING[model_type]
+    if not from_file and "transformers_version" not in values:
+        _refuse_unknown(cls, values, f"backbone_config ({cls.__name__})")
+    try:
+        return cls(**{key: value for key, value in values.items() if key != "model_type"})
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"backbone_config: {' '.join(str(error).split())}") from error
+
+
+def _check_backbone(config):
+    """Raise a `ValueError` for a backbone of which nothing can be built: no layers, no width, no pixels."""
+    family_of(config)  # is it supported at all?
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "patch_size"):
+        for number in _numbers(getattr(config, name)):
+            check_field(f"backbone_config.{name}", number, int, (1, math.inf))
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"backbone_config.hidden_size must be divisible by num_attention_heads, got {config.hidden_size} and "
+            f"{config.num_attention_heads}"
+        )
+    patch = max(_numbers(config.patch_size))
+    for number in _numbers(family_of(config).image_size):
+        check_field("backbone_config.image_size", number, int, (patch, math.inf))
+
+
+def _numbers(value):
+    return value if isinstance(value, (list, tuple)) and value else (value,)
 
 
 VPTSPConfig.register_for_auto_class()

@@ -8,6 +8,7 @@ Part of what a shared retriever needs, like `modeling_vptsp.py`.
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 import json
 import os
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, DeiTConfig, PreTrainedConfig, ViTConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
@@ -200,6 +201,19 @@ def _names_in_backbone(config) -> dict[str, tuple[str, ...]]:
 # ---- Opening
 
 
+# Arguments of `from_pretrained` that say where files are, and so go to every look-up on the Hub.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "subfolder")
+
+
+def check_hub_arguments(given):
+    """Raise a `TypeError` for keywords that are none of `HUB_ARGUMENTS`: what looks files up passes over them."""
+    if unknown := [name for name in given if name not in HUB_ARGUMENTS]:
+        near = "".join(
+            f"; did you mean {name!r}?" for name in difflib.get_close_matches(unknown[0], HUB_ARGUMENTS, n=1)
+        )
+        raise TypeError(f"there is no argument {', '.join(unknown)} of a look-up on the Hub{near}")
+
+
 # In front of a fingerprint that says nothing about names; those without it are of the first kind.
 FINGERPRINT_PREFIX = "v2:"
 
@@ -222,16 +236,57 @@ _RENAMED = {"vit": _VIT_NAMES, "deit": _VIT_NAMES, "dinov2": _ATTENTION_NAMES}
 _UNUSED_PARTS = ("mask_token", "position_ids")
 
 
+# Of a saved retriever's tensors, in the metadata of their file, so that it goes where they go. Tools that write them
+# anew leave it out, or must.
+WEIGHTS_DIGEST = "vptsp_sha256"
+
+
 def read_weights(path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file.
+    """Tensors of a safetensors file, compared with their digest where it has one (see `write_digest`).
 
     Raises:
         ValueError: the file is cut short or damaged; the message names it.
     """
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            expected = (file.metadata() or {}).get(WEIGHTS_DIGEST)
+        weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or not in safetensors' format ({error})") from error
+    if expected is not None and (found := _weights_digest(weights)) != expected:
+        raise ValueError(
+            f"{path} is damaged: the SHA-256 of its tensors is {found[:12]}..., {expected[:12]}... was written. If "
+            f"another tool has changed them on purpose, let it leave {WEIGHTS_DIGEST} out of the file's metadata"
+        )
+    return weights
+
+
+def write_digest(path):
+    """Write a safetensors file anew, with the digest of its tensors, which `read_weights` compares, in its metadata.
+
+    Args:
+        path: The file; it is replaced in one step.
+    """
+    weights = load_file(path)
+    metadata = {"format": "pt", WEIGHTS_DIGEST: _weights_digest(weights)}
+    temporary = Path(f"{path}.tmp")
+    save_file(weights, temporary, metadata=metadata)
+    with temporary.open("rb+") as file:  # safetensors shuffles metadata: the same weights shall be the same bytes
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        ordered = json.dumps({**header, "__metadata__": metadata}, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(ordered.ljust(length))
+    temporary.replace(path)
+
+
+def _weights_digest(weights) -> str:
+    """SHA-256 of names, dtypes, shapes and all bytes, whatever their order in the file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class FoundBackbone(NamedTuple):
@@ -313,6 +368,7 @@ def read_timm_config(source, revision=None, **hub_kwargs) -> dict | None:
 
 def _read_config(source, revision, **hub_kwargs):
     """Path and content of `config.json`; None and nothing for a folder without one."""
+    check_hub_arguments(hub_kwargs)
     path = cached_file(source, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
     if path is None:
         return None, {}
@@ -333,6 +389,7 @@ def open_backbone(found, **hub_kwargs) -> nn.Module:
         OSError: the weights are not to be had.
         ValueError: tensors are missing (of timm's: or unknown, or misshapen), or damaged.
     """
+    check_hub_arguments(hub_kwargs)
     source, revision, config, is_timm = found
     if is_timm:
         return _open_timm_backbone(source, revision, config, **hub_kwargs)
@@ -500,14 +557,19 @@ def has_fingerprint(state_dict, expected, model_type) -> bool:
     return any(_first_fingerprint(dict(zip(names, state_dict.values(), strict=True))) == expected for names in namings)
 
 
-def backbone_has(config, fingerprint) -> bool:
+def backbone_has(config, fingerprint, **hub_kwargs) -> bool:
     """Whether the backbone that a configuration names has a fingerprint of the first kind; it is opened once more.
 
     False for any other fingerprint: these can be compared as they are.
+
+    Args:
+        config: A `VPTSPConfig`.
+        fingerprint: As saved, or None.
+        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
     """
     if fingerprint is None or fingerprint.startswith(FINGERPRINT_PREFIX) or config.backbone is None:
         return False
-    backbone = open_backbone(find_backbone(config.backbone, config.backbone_revision))
+    backbone = open_backbone(find_backbone(config.backbone, config.backbone_revision, **hub_kwargs), **hub_kwargs)
     return has_fingerprint(backbone.state_dict(), fingerprint, backbone.config.model_type)
 
 
@@ -581,10 +643,12 @@ def resized_weights(backbone, image_size) -> dict[str, torch.Tensor]:
 
 
 __all__ = [
+    "HUB_ARGUMENTS",
     "FoundBackbone",
     "TimmPreprocessing",
     "backbone_fingerprint",
     "backbone_has",
+    "check_hub_arguments",
     "find_backbone",
     "has_fingerprint",
     "is_timm_config",
@@ -602,4 +666,5 @@ __all__ = [
     "timm_backbone_config",
     "timm_backbone_weights",
     "timm_preprocessing",
+    "write_digest",
 ]

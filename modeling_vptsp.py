@@ -39,6 +39,7 @@ from .backbones_vptsp import (
 )
 from .configuration_vptsp import VPTSPConfig
 from .loading_vptsp import (
+    HUB_ARGUMENTS,
     backbone_fingerprint,
     find_backbone,
     layer_number,
@@ -48,6 +49,7 @@ from .loading_vptsp import (
     read_weights,
     refuse_local_backbone,
     relative_to,
+    write_digest,
 )
 
 
@@ -348,10 +350,6 @@ def add_tuning(model):
 # ---- Saving and loading
 
 
-# Arguments of `from_pretrained` that say where files are, and so go to every look-up on the Hub.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "subfolder")
-
-
 @contextmanager
 def _written_aside(folder):
     """A folder to write files to, each of which then replaces that of its name in `folder` in one step.
@@ -377,6 +375,10 @@ def _safetensors_file(name, revision, **hub_kwargs):
             "pickled files such as pytorch_model.bin"
         )
     return file
+
+
+# Arguments of `PreTrainedModel.save_pretrained` that mean something here, or are refused by a word of their own.
+_SAVING_ARGUMENTS = {"is_main_process", "max_shard_size", "push_to_hub", "save_original_format", "token", "variant"}
 
 
 def _non_reentrant(options):
@@ -599,13 +601,17 @@ class VPTSPPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: the folder holds another model; `push_to_hub` was asked for, use the method of that name;
-                `max_shard_size`, since it is all one file; `save_backbone=False`, but all of the backbone is tuned; or
-                PEFT has changed the model.
+                `max_shard_size` or `variant`, since it is all one file; `save_backbone=False`, but all of the backbone
+                is tuned; or PEFT has changed the model.
+            TypeError: a keyword is none that is read.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("save_pretrained does not push: use model.push_to_hub(repo_id)")
-        if kwargs.get("max_shard_size") is not None:
-            raise ValueError(f"save_pretrained writes one {SAFE_WEIGHTS_NAME}: leave max_shard_size out")
+        for name in ("max_shard_size", "variant"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"save_pretrained writes one {SAFE_WEIGHTS_NAME}: leave {name} out")
+        if unknown := set(kwargs) - _SAVING_ARGUMENTS:  # which transformers passes over
+            raise TypeError(f"save_pretrained takes no {_listed(unknown)}")
         refuse_other_adapters(self)
         _refuse_other_model(Path(save_directory))
         if save_backbone is False and self.config.tune_backbone:
@@ -627,9 +633,11 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             writes = kwargs.get("is_main_process", True)
             with _written_aside(Path(save_directory)) if writes else nullcontext(save_directory) as aside:
                 super().save_pretrained(aside, state_dict=state_dict, **kwargs)
-                if writes and not self.retriever_prefix:
-                    for name, content in SENTENCE_TRANSFORMERS_FILES.items():
-                        (Path(aside) / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                if writes:
+                    write_digest(aside / SAFE_WEIGHTS_NAME)
+                    files = {} if self.retriever_prefix else SENTENCE_TRANSFORMERS_FILES
+                    for name, content in files.items():
+                        (aside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         finally:
             self.config.backbone = backbone
         on_disk = not self.config.save_backbone and Path(backbone).is_dir()  # without a name it is always saved

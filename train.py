@@ -40,15 +40,20 @@ def main(argv=None, prog="train.py"):
     if {"-h", "--help"} & set(argv):
         print(help_text(prog), end="")
         return
-    # PyTorch and transformers, which take seconds, are not loaded for the help
-    from vptsp.training.model_card import without_tokens
-    from vptsp.training.run import run
-    from vptsp.training.run_arguments import all_options_text, check_run, parse_arguments
-
-    if "--help-all" in argv:
-        print(all_options_text(prog), end="")
-        return
     try:
+        # PyTorch and transformers' models, which take seconds, are loaded neither for the help nor for what is wrong
+        # with the file, the data or the place of the results
+        if "--help-all" not in argv:
+            from vptsp.training.command_line import check_early
+
+            check_early(argv)
+        from vptsp.training.model_card import without_tokens
+        from vptsp.training.run import run
+        from vptsp.training.run_arguments import all_options_text, check_run, parse_arguments
+
+        if "--help-all" in argv:
+            print(all_options_text(prog), end="")
+            return
         arguments = parse_arguments(argv, prog)
         check_run(*arguments)
         run(*arguments, command=without_tokens([*prog.split(), *argv], arguments[1].hub_token))

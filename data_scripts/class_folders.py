@@ -10,8 +10,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..files.marks import written_as
 from .data_errors import DataError, some
-from .image_files import SLOW_SECONDS, ImageFile, LeftOut, is_hidden, is_image_name, list_images, refuse_run_folder
+from .image_files import SLOW_SECONDS, ImageFile, LeftOut, is_hidden, is_image_name, list_images, refuse_own_folder
 
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "class_of_path",
     "detect_layout",
     "existing_folder",
+    "say_loose",
     "scan_class_folders",
     "scan_split_folders",
     "split_folders",
@@ -57,7 +59,11 @@ def existing_folder(data_dir: str | Path | None) -> Path:
 
 
 def visible_folders(folder: Path) -> dict[str, Path]:
-    """The sub-folders that are not hidden or litter, by name, sorted."""
+    """The sub-folders that are not hidden or litter, nor written by this package, by name, sorted."""
+    return {name: path for name, path in _all_folders(folder).items() if not written_as(path)}
+
+
+def _all_folders(folder: Path) -> dict[str, Path]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -68,6 +74,22 @@ def visible_folders(folder: Path) -> dict[str, Path]:
 def _loose_files(folder: Path) -> list[str]:
     """The names of the files that lie directly in a folder, sorted."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+
+
+def _loose_images(folder: Path) -> list[str]:
+    return [name for name in _loose_files(folder) if is_image_name(name)]
+
+
+def say_loose(root: str | Path, names: Collection[str], what: str) -> None:
+    """Log that images lie beside the folders that would say their class; where there are none, nothing.
+
+    Args:
+        root: The folder.
+        names: Of the images.
+        what: Which folders, and what becomes of the images.
+    """
+    if names:
+        logger.warning("%s: %d images lie beside %s: %s", root, len(names), what, some(names))
 
 
 def split_folders(folders: Collection[str]) -> set[str]:
@@ -115,14 +137,15 @@ def detect_layout(root: Path, layout: str = "auto") -> str:
         `classes`, `train_test` or `query_gallery`.
 
     Raises:
-        DataError: the folder is empty, holds images but no folders, has only some of a layout's folders, or folders
-            of splits would become classes.
+        DataError: the folder was written by this package, is empty, holds images but no folders, has only some of a
+            layout's folders, or folders of splits would become classes.
     """
     if layout not in LAYOUTS:
         raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    refuse_own_folder(root)
     folders = visible_folders(root)
     if not folders:
-        loose = [name for name in _loose_files(root) if is_image_name(name)]
+        loose = _loose_images(root)
         if loose:
             raise DataError(
                 f"{root} holds {len(loose)} images ({loose[0]}, ...) but no class folders; expected one folder per "
@@ -174,7 +197,7 @@ def scan_split_folders(root: Path, layout: str) -> dict[str, tuple[Path, dict[st
     Raises:
         DataError: as `scan_class_folders`, two folders differ in upper and lower case only, or are the same by a link.
     """
-    refuse_run_folder(root)
+    refuse_own_folder(root)
     needed = LAYOUT_SPLITS[layout]
     found: dict[str, Path] = {}
     for name, folder in visible_folders(root).items():
@@ -190,10 +213,10 @@ def scan_split_folders(root: Path, layout: str) -> dict[str, tuple[Path, dict[st
         for other, place in real.items():
             if split != other and place in (folder, *folder.parents):
                 raise DataError(f"{found[split]} is a link into {found[other]}: their images would be in both splits")
-    loose = [name for name in _loose_files(root) if is_image_name(name)]
-    if loose:
-        logger.warning("%s: %d images lie beside the folders of the splits and are left out", root, len(loose))
+    say_loose(root, _loose_images(root), "the folders of the splits and are left out")
     left_out = LeftOut()
+    for folder in _all_folders(root).values():
+        left_out.takes(folder)
     scanned = {split: (found[split], scan_class_folders(found[split], left_out)) for split in needed}
     left_out.say(root)
     return scanned
@@ -215,14 +238,15 @@ def scan_class_folders(root: Path, left_out: LeftOut | None = None) -> dict[str,
 
     Raises:
         DataError: there are no class folders, no images at all, the class folders are one level further down, a class
-            folder is a link, or a folder is that of a training run.
+            folder is a link, or this folder was written by a training run.
     """
-    refuse_run_folder(root)
+    refuse_own_folder(root)
     folders = visible_folders(root)
     found = LeftOut() if left_out is None else left_out
     files_beside = _loose_files(root)
     found.add(files_beside)
-    loose = [name for name in files_beside if is_image_name(name)]
+    for folder in _all_folders(root).values():
+        found.takes(folder)
     if not folders:
         detect_layout(root)  # empty, or images without class folders: it says which
     _refuse_links(folders)
@@ -241,8 +265,7 @@ def scan_class_folders(root: Path, left_out: LeftOut | None = None) -> dict[str,
         _refuse_one_level_too_high(root, classes)
     if empty:
         logger.warning("%s: %d class folders hold no images and are left out: %s", root, len(empty), some(empty, 20))
-    if loose:
-        logger.warning("%s: %d images lie beside the class folders and are left out", root, len(loose))
+    say_loose(root, _loose_images(root), "the class folders and are left out")
     return classes
 
 

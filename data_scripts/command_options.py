@@ -6,12 +6,23 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import fields
 
+from ..names.registry import nearest
 from .data_arguments import DataArguments
 from .dataset_registry import DATASETS
 
 
 class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one line, with exit status 2."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As `parse_args`: a word that no option takes is an error of the command that it was given to."""
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            options = (word for action in self._actions for word in action.option_strings)
+            known = [word.removeprefix("--") for word in options if word.startswith("--")]
+            near = nearest(left[0].partition("=")[0].removeprefix("--"), known, most=1) if left[0][:2] == "--" else ""
+            self.error(f"unrecognized arguments: {' '.join(left)}{near}")
+        return found, left
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (--help lists the options)\n")

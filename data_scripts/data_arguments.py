@@ -1,9 +1,11 @@
 """What data a run uses, as one dataclass for `HfArgumentParser`. Importing this is cheap."""
 
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from ..names.field_values import SEED, check_fields
 from .archives import archive_kind
 from .class_folders import LAYOUTS, detect_layout, existing_folder
 from .class_split import check_class_split, class_list_file
@@ -15,9 +17,18 @@ from .sources import locate
 from .table_files import refuse_table, table_kind
 
 
-__all__ = ["BUILDER_OPTIONS", "DataArguments", "check_data_arguments", "check_output_apart"]
+__all__ = [
+    "BUILDER_OPTIONS",
+    "DATA_BOUNDS",
+    "DataArguments",
+    "check_data_arguments",
+    "check_output_apart",
+    "data_hints",
+]
 
 BUILDER_OPTIONS = option_names(DatasetOptions)
+DATA_BOUNDS = {"split_seed": SEED}
+_CLASS_LISTS = ("train_classes", "test_classes")
 
 
 @dataclass
@@ -65,16 +76,17 @@ class DataArguments(DatasetOptions, DatasetPlace):
     horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
 
     def __post_init__(self) -> None:
-        for name in ("train_classes", "test_classes"):
+        for name in _CLASS_LISTS:
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, [value] if value.endswith(".txt") else _refuse_name(name, value))
-            elif value is not None:
-                setattr(self, name, [str(item) for item in value])  # YAML reads the names of digits as numbers
-        if not isinstance(self.dataset_revision, (str, type(None))):
-            raise DataError(
-                f"dataset_revision must be text, got the number {self.dataset_revision!r}: put it in quotes"
-            )
+        try:
+            check_fields(vars(self), data_hints(), DATA_BOUNDS)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        for name in _CLASS_LISTS:
+            if getattr(self, name) is not None:  # YAML reads the names of digits as numbers
+                setattr(self, name, [str(item) for item in getattr(self, name)])
         if self.layout not in LAYOUTS:
             raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         check_class_split(self.train_classes, self.test_classes, self.test_share, self.class_split)
@@ -103,6 +115,12 @@ class DataArguments(DatasetOptions, DatasetPlace):
         return load_splits(
             self.dataset_name, self.data_dir, self.data_cache_dir, streaming=self.streaming, **self.builder_options()
         )
+
+
+@cache
+def data_hints() -> dict[str, Any]:
+    """Name -> annotation of every field, as a file may give it."""
+    return {**get_type_hints(DataArguments), **dict.fromkeys(_CLASS_LISTS, list[str | int] | str | None)}
 
 
 def _refuse_name(name: str, value: str) -> list[str]:

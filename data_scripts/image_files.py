@@ -12,27 +12,26 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from ..files.marks import written_as
 from .data_errors import DataError, some
 from .image_formats import HEIF_EXTENSIONS, IMAGE_EXTENSIONS
 
 
 __all__ = [
-    "RESULTS_NAME",
     "SLOW_SECONDS",
     "ImageFile",
     "LeftOut",
+    "has_images",
     "is_hidden",
     "is_image_name",
     "list_images",
-    "refuse_run_folder",
+    "refuse_own_folder",
     "relative_parts",
 ]
 
 logger = logging.getLogger(__name__)
 
 _DRIVE = re.compile(r"[A-Za-z]:")
-RESULTS_NAME = "all_results.json"
-"""What every folder has that a training run wrote its results to."""
 SLOW_SECONDS = 2.0
 """A progress bar shows up only where listing takes longer than this."""
 
@@ -58,10 +57,19 @@ class LeftOut:
     Attributes:
         endings: How many files with which ending are no images that can be read.
         links: Links to folders, which are not followed.
+        own: Folders that this package wrote, and what they are.
     """
 
     endings: Counter[str] = field(default_factory=Counter)
     links: list[str] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
+
+    def takes(self, folder: str | Path) -> bool:
+        """Whether a folder was written by this package and so is passed over; it is noted."""
+        what = written_as(folder)
+        if what:
+            self.own.append(f"{folder} is {what}")
+        return what is not None
 
     def add(self, names: Iterable[str]) -> None:
         """Count those of some files that are no images; hidden ones and the litter of macOS don't count."""
@@ -80,6 +88,9 @@ class LeftOut:
         if self.links:
             links = some(self.links, 20)
             logger.warning("%s: %d links to folders are not followed, left out: %s", where, len(self.links), links)
+        if self.own:
+            own = "; ".join(self.own[:5]) + ("; ..." if len(self.own) > 5 else "")
+            logger.warning("%s: %d folders are no data and are left out: %s", where, len(self.own), own)
 
 
 def is_hidden(name: str) -> bool:
@@ -108,9 +119,10 @@ def list_images(folder: str | Path, left_out: LeftOut | None = None, follow_link
         The images, sorted by relative path (by code point, so `B` comes before `a`).
 
     Raises:
-        DataError: a folder can't be read or is that of a training run, an image is a broken link, or a name is not
-            valid Unicode.
+        DataError: a folder can't be read, this one was written by this package, an image is a broken link, or a name
+            is not valid Unicode.
     """
+    refuse_own_folder(folder)
     found = LeftOut() if left_out is None else left_out
     above = frozenset(map(_identity, Path(folder).absolute().parents)) if follow_links else None
     images = sorted(_walk_images(os.fspath(folder), "", found, above))
@@ -119,17 +131,23 @@ def list_images(folder: str | Path, left_out: LeftOut | None = None, follow_link
     return images
 
 
-def refuse_run_folder(folder: str | Path) -> None:
-    """Check that a folder is not one that a training run wrote to: its pictures are no data.
+def refuse_own_folder(folder: str | Path) -> None:
+    """Check that a folder of data is not one that this package wrote: its pictures and copies are no data.
 
     Raises:
         DataError: it is.
     """
-    if (Path(folder) / RESULTS_NAME).is_file():
-        raise DataError(
-            f"{folder} is the output_dir of a training run (it holds {RESULTS_NAME}), whose pictures would be taken "
-            "for data: move it out of the images' folder"
-        )
+    if what := written_as(folder):
+        raise DataError(f"{folder} is {what}, whose pictures would be taken for data: give the images' own folder")
+
+
+def has_images(folder: str | Path) -> bool:
+    """Whether there is an image in a folder, however deep; it stops at the first."""
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        if any(map(is_image_name, names)):
+            return True
+    return False
 
 
 def _walk_images(
@@ -141,7 +159,6 @@ def _walk_images(
         entries = list(os.scandir(folder))
     except OSError as error:
         raise DataError(f"can't list the folder {folder}: {error.strerror or error}") from error
-    refuse_run_folder(folder)
     above = None if above is None else above | {here}
     for entry in entries:
         if is_hidden(entry.name):
@@ -149,7 +166,7 @@ def _walk_images(
         if entry.is_dir():
             if entry.is_symlink() and (above is None or _identity(entry) in above):
                 left_out.links.append(f"{entry.path} -> {Path(entry.path).readlink()}")
-            else:
+            elif not left_out.takes(entry.path):
                 yield from _walk_images(entry.path, f"{prefix}{entry.name}/", left_out, above)
         elif is_image_name(entry.name):
             if not entry.is_file():

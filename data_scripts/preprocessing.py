@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor
 from transformers.image_utils import PILImageResampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from ..loading_vptsp import read_timm_config, timm_preprocessing
+from ..loading_vptsp import check_hub_arguments, read_timm_config, timm_preprocessing
 from .normalisation import Normalisation
 from .transforms import EvalTransform
 
@@ -54,6 +54,7 @@ def build_image_processor(image_size=None, resize_size=None, backbone=None, revi
         OSError: the backbone's image processor can't be read, or nobody can say whether there is one.
         ValueError: the backbone does not say how it wants its images, or wants what is not done here.
     """
+    check_hub_arguments(hub_kwargs)
     own = _Preprocessing(Normalisation()) if backbone is None else _preprocessing_of(backbone, revision, hub_kwargs)
     image_size = own.image_size if image_size is None else image_size
     resample = PILImageResampling.BILINEAR
@@ -84,13 +85,30 @@ def load_image_processor(name, revision=None, **hub_kwargs):
 
     Raises:
         OSError: it can't be read, or nobody can say whether there is one.
-        ValueError: it is damaged, of an unknown kind, or has code of its own.
+        ValueError: it is damaged, of an unknown kind, has code of its own, or does not say the mean, std and size that
+            it takes.
     """
+    return _load_processor(name, revision, hub_kwargs, ("image_mean", "image_std", "size"))
+
+
+# What an image processor does with a value; where it does not, none is missed.
+_USED_BY = {"image_mean": "do_normalize", "image_std": "do_normalize", "size": "do_resize"}
+
+
+def _load_processor(name, revision, hub_kwargs, needed):
+    """As [`load_image_processor`]; of `_USED_BY`, only what is needed has to be in the file: its class has defaults
+    for everything, which are somebody else's."""
+    check_hub_arguments(hub_kwargs)
     revision = revision or "main"
     try:
-        return AutoImageProcessor.from_pretrained(
+        processor = AutoImageProcessor.from_pretrained(
             name, revision=revision, backend="pil", trust_remote_code=False, **hub_kwargs
         )
+        said, _ = type(processor).get_image_processor_dict(name, revision=revision, **hub_kwargs)
+        missing = [key for key in needed if said.get(key) is None and getattr(processor, _USED_BY[key], True)]
+        if missing:
+            raise ValueError(f"its file does not say {', '.join(missing)}")
+        return processor
     except OSError as error:
         if all(_is_absent(name, file, revision, hub_kwargs) for file in PROCESSOR_FILES):
             return None
@@ -129,6 +147,7 @@ def normalisation_for(processor, config, **hub_kwargs) -> Normalisation:
         OSError: the backbone's image processor can't be read, or nobody can say whether there is one.
         ValueError: the processor does what is not done here.
     """
+    check_hub_arguments(hub_kwargs)
     if processor is not None:
         return Normalisation.of(processor)
     if config.backbone is not None:
@@ -178,7 +197,7 @@ def _preprocessing_of(backbone, revision, hub_kwargs):
         own = timm_preprocessing(timm_config, backbone)
         resample = PILImageResampling[own.interpolation.upper()]
         return _Preprocessing(Normalisation(own.mean, own.std), own.image_size, own.crop_share, resample)
-    saved = load_image_processor(backbone, revision, **hub_kwargs)
+    saved = _load_processor(backbone, revision, hub_kwargs, ("image_mean", "image_std"))
     if saved is None:
         logger.warning(f"the backbone {str(backbone)!r} has no image processor: mean and std of images are 0.5")
         return _Preprocessing(Normalisation())

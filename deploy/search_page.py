@@ -20,7 +20,9 @@ from vptsp._version import __version__
 from vptsp.data_scripts.data_errors import DataError, ImageError
 from vptsp.data_scripts.images import image_errors, open_header, open_image
 from vptsp.eval.markdown import code_span, plain_text
+from vptsp.files.atomic import write_json
 from vptsp.files.locks import LOCK_FILE
+from vptsp.files.marks import SPACE_FILE
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -309,6 +311,8 @@ def write_space(folder, index, image_root):
             raise DataError(f"write_space: the id {name!r} is no plain path below {page.root}")
         if not source.is_file():
             raise DataError(f"write_space: the image {source} is missing")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SPACE_FILE, {"vptsp": __version__})  # first: its copies are never taken for data
     for name, source in sources.items():
         target = folder / "images" / name
         target.parent.mkdir(parents=True, exist_ok=True)

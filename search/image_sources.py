@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -19,10 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data_scripts.class_folders import class_of_path, split_folders, visible_folders
+from ..data_scripts.class_folders import class_of_path, say_loose, split_folders, visible_folders
 from ..data_scripts.data_errors import DataError, some
 from ..data_scripts.data_fingerprint import content_digest
-from ..data_scripts.image_files import list_images
+from ..data_scripts.image_files import has_images, list_images
 from ..data_scripts.image_names import common_root, image_names
 from ..data_scripts.labels import check_labels
 from ..data_scripts.table_columns import check_column, free_name, plain_value
@@ -117,7 +118,7 @@ def folder_source(folder):
     """All images in a folder, however deep; the class of each is the first folder below it, as in training.
 
     Where the folder holds splits (`train` and `test`, say), the class is the first folder below the split's. Images
-    that lie in no class folder have no class.
+    that lie beside the class folders have no class, as in training, which leaves them out; here a warning names them.
 
     Raises:
         DataError: there is no such folder, it can't be read, or holds no images.
@@ -142,9 +143,10 @@ def _say_one_class(source, folder):
 def list_source(path):
     """The images that a text file names, one path per line, relative to the file's own folder.
 
-    The class of each is the first folder below the deepest one that holds all of them (of which the description
-    speaks); where some lie in that folder itself, and it isn't the list's own, it is a class folder. Empty lines and
-    lines that begin with `#` are passed over.
+    The class of each is the one that training would give it: on the way from the list's own folder down to the images,
+    the first folder with images in several folders is that of the class folders (the description speaks of it).
+    Without such a folder it is the deepest one that holds all images; where some lie in that folder itself, and it
+    isn't the list's own, it is a class folder. Empty lines and lines that begin with `#` are passed over.
 
     Raises:
         DataError: the list or a file in it is not there, or the list names none or one twice.
@@ -162,9 +164,21 @@ def list_source(path):
     class_root = common_root(files) or path.parent
     if class_root != path.parent and any(Path(file).parent == class_root for file in files):
         class_root = class_root.parent
+    class_root = _first_with_classes(Path(os.path.normpath(path.parent)), class_root)
     where = "" if class_root == path.parent else f", classes are the folders in {class_root}"
     paths = [Path(file).relative_to(root).as_posix() for file in files]
     return _file_source(paths, root, class_root, f"images listed in {path}{where}")
+
+
+def _first_with_classes(top, bottom):
+    """The first folder from `top` down to `bottom` with images in several of its folders; else `bottom`."""
+    steps = [bottom, *bottom.parents]
+    steps = steps[: steps.index(top) + 1] if top in steps else []
+    for folder in reversed(steps[1:]):
+        with_images = (name for name, path in visible_folders(folder).items() if has_images(path))
+        if len(list(itertools.islice(with_images, 2))) == 2:
+            return folder
+    return bottom
 
 
 def _file_source(paths, root, class_root, description):
@@ -173,6 +187,9 @@ def _file_source(paths, root, class_root, description):
     class_names = sorted(set(classes) - {None})
     numbers = {name: number for number, name in enumerate(class_names)}
     known = [name is not None for name in classes]
+    if class_names:
+        loose = [path for path, name in zip(paths, classes, strict=True) if name is None]
+        say_loose(class_root, loose, "the class folders and have no class")
     labels = np.ma.array([numbers.get(name, 0) for name in classes], mask=np.logical_not(known), dtype=np.int64)
     return ImageSource(paths, labels, class_names, _Files(str(root), paths), description, str(root))
 

@@ -22,6 +22,7 @@ from ..data_scripts.data_errors import DataError, some
 from ..files.atomic import TEMPORARY_SUFFIX, atomic_path
 from ..files.digests import file_record
 from ..files.locks import LOCK_FILE, locked
+from ..files.marks import INDEX_FILE
 from .index_factory import inverted_lists
 from .records import check_files, load_record, save_record
 
@@ -29,7 +30,6 @@ from .records import check_files, load_record, save_record
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-INDEX_FILE = "index.json"
 
 
 class IndexChangedError(DataError):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..data_scripts.data_errors import DataError
+from ..data_scripts.data_errors import DataError, some
 from ..data_scripts.overlap import same_stored_images
 from ..eval.intervals import compare_paired
 from ..eval.markdown import code_span
@@ -37,11 +37,11 @@ def labelled_sets(queries, gallery=None):
         DataError: an item has no class, or the stores are of two models.
     """
     for store in (queries, gallery):
-        unlabelled = 0 if store is None else int((~store.labelled).sum())
+        unlabelled = [] if store is None else (~store.labelled).nonzero().flatten().tolist()
         if unlabelled:
             raise DataError(
-                f"{store.folder}: scores need the class of every image, {unlabelled} of {len(store)} have none "
-                "(images that lie in no class folder)"
+                f"{store.folder}: scores need the class of every image, {len(unlabelled)} of {len(store)} have none "
+                f"(images that lie in no class folder): {some([store.ids[row] for row in unlabelled])}"
             )
     if gallery is None:
         return {"query_embeddings": queries.embeddings, "query_labels": queries.labels}

@@ -33,13 +33,13 @@ from ..data_scripts.labels import check_labels
 from ..files.atomic import TEMPORARY_SUFFIX, atomic_path
 from ..files.digests import file_record
 from ..files.locks import LOCK_FILE, locked
+from ..files.marks import STORE_FILE
 from .records import check_files, load_record, save_record
 
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-STORE_FILE = "store.json"
 EMBEDDING_DTYPES = ("float32", "float16")
 _SKIPPED = b"skipped"
 _COLUMNS = ("id", "label", "class_name", "content", "embedding")

@@ -86,7 +86,8 @@ def parser_of(program):
     def catch(parser, *_, **__):
         raise _Caught(parser)
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_known_args", catch):
+    early = mock.patch("vptsp.training.command_line.check_early")  # has a parser for a part of the options
+    with early, mock.patch.object(argparse.ArgumentParser, "parse_known_args", catch):
         try:
             run()
         except _Caught as caught:

@@ -1,6 +1,7 @@
 """VPTSPConfig: derived values, validation, round trip."""
 
 import json
+import re
 
 import pytest
 from conftest import tiny_vit_config
@@ -87,3 +88,83 @@ def test_bad_values_are_named(field, value, message):
 def test_values_of_other_types_are_named(field, value, message):
     with pytest.raises(ValueError, match=message):
         VPTSPConfig(**{"backbone_config": tiny_vit_config(), field: value})
+
+
+# ---- What is no field
+
+
+def by_auto_config(folder, **options):
+    return AutoConfig.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"num_promptz": 3}, "VPTSPConfig has no field 'num_promptz'; did you mean 'num_prompts'?"),
+        ({"zzz": 3, "qqq": 1}, "VPTSPConfig has no field 'zzz', 'qqq'"),
+        (
+            {"backbone_config": {"model_type": "vit", "num_hidden_layer": 2}},
+            "backbone_config (ViTConfig) has no field 'num_hidden_layer'; did you mean 'num_hidden_layers'?",
+        ),
+    ],
+)
+def test_unknown_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        VPTSPConfig(**fields)
+
+
+def test_what_a_file_holds_beside_fields(tmp_path):
+    """What transformers and the Hub put into it is read; what a newer version may have meant is not known."""
+    config = VPTSPConfig(backbone_config=tiny_vit_config(own_field=3), num_prompts=7)
+    assert VPTSPConfig(**config.to_dict()).to_dict() == config.to_dict()
+    config.save_pretrained(tmp_path)
+    change = {"_commit_hash": "ab", "custom_pipelines": {}, "torch_dtype": "float32", "quantization_config": {}}
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, **change}))
+    loaded = VPTSPConfig.from_pretrained(tmp_path)
+    assert (loaded.num_prompts, loaded.backbone_config.own_field) == (7, 3)
+    (tmp_path / "config.json").write_text(json.dumps({**values, "gating": "soft"}))
+    for load in (VPTSPConfig.from_pretrained, by_auto_config):
+        with pytest.raises(ValueError, match=r"VPTSPConfig has no field 'gating'; was it saved by a newer vptsp\?"):
+            load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**values, "gating": "soft", "format_version": 99}))
+    with pytest.raises(ValueError, match="saved by a newer version of vptsp: format_version is 99"):
+        VPTSPConfig.from_pretrained(tmp_path)
+
+
+def test_keywords_of_loading_are_fields(tmp_path):
+    VPTSPConfig(backbone_config=tiny_vit_config()).save_pretrained(tmp_path)
+    assert VPTSPConfig.from_pretrained(tmp_path, num_prompts=3, dtype="auto").num_prompts == 3
+    assert by_auto_config(tmp_path, num_prompts=3).num_prompts == 3
+    _, unused = VPTSPConfig.from_pretrained(tmp_path, num_promptz=3, return_unused_kwargs=True)
+    assert unused == {"num_promptz": 3}
+    for load in (VPTSPConfig.from_pretrained, by_auto_config):
+        with pytest.raises(ValueError, match="'num_promptz'; did you mean 'num_prompts'"):
+            load(tmp_path, num_promptz=3)
+        with pytest.raises(ValueError, match="num_prompts must be an integer >= 0, got -3"):
+            load(tmp_path, num_prompts=-3)
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ([], r"backbone_config must be None or a configuration of transformers, or a mapping .* got \[\]"),
+        ("vit", "backbone_config must be None or a configuration of transformers, or .* got 'vit'"),
+        (3, "backbone_config must be None or a configuration of transformers, or .* got 3"),
+        ({}, "backbone_config must hold a model_type that transformers knows, got None"),
+        ({"model_type": ["vit"]}, r"backbone_config must hold a model_type .* got \['vit'\]"),
+        ({"model_type": "bert"}, "backbone model type must be one of .* got 'bert'"),
+        ({"model_type": "vit", "num_hidden_layers": 0}, "backbone_config.num_hidden_layers must be an integer >= 1"),
+        ({"model_type": "vit", "num_hidden_layers": -1}, "num_hidden_layers must be an integer >= 1, got -1"),
+        ({"model_type": "vit", "patch_size": 0}, "backbone_config.patch_size must be an integer >= 1, got 0"),
+        ({"model_type": "vit", "patch_size": None}, "backbone_config: .*patch_size"),
+        ({"model_type": "vit", "hidden_size": "a"}, "backbone_config: .*'hidden_size' expected int, got str"),
+        ({"model_type": "vit", "hidden_size": 0}, "backbone_config.hidden_size must be an integer >= 1, got 0"),
+        ({"model_type": "vit", "hidden_size": 10}, "hidden_size must be divisible by num_attention_heads, got 10"),
+        ({"model_type": "vit", "image_size": 8}, "backbone_config.image_size must be an integer >= 16, got 8"),
+    ],
+)
+def test_backbones_that_can_not_be_built(value, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        VPTSPConfig(backbone_config=value)
+    assert "\n" not in str(caught.value)

@@ -2,16 +2,20 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_vit_config
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Dinov2Config, Dinov2Model, ViTForImageClassification, ViTModel
 
 from vptsp import VPTSPForMetricLearning, VPTSPModel
+from vptsp.files.atomic import write_json
+from vptsp.files.digests import folder_record
 from vptsp.loading_vptsp import name_before, name_today
 
 
@@ -306,3 +310,64 @@ def test_names_before_are_those_in_which_transformers_writes_checkpoints(model, 
     assert {name_today(name, model_type) for name in before} == today
     assert {name_today(name, model_type) for name in today} == today
     assert {name_before(name, model_type) for name in before} == before
+
+
+# ---- Damage at the same size
+
+
+def flipped(path, position):
+    """Another value for one byte of a file's tensors: the size stays, and the file can still be read."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x10
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("position", [-1, -200])
+def test_a_changed_byte_of_the_weights_is_noticed(retriever, tmp_path, position):
+    retriever.save_pretrained(tmp_path / "retriever")
+    flipped(tmp_path / "retriever" / "model.safetensors", position)
+    with pytest.raises(ValueError, match=r"retriever/model\.safetensors is damaged: the SHA-256 of its tensors"):
+        VPTSPModel.from_pretrained(tmp_path / "retriever")
+    with pytest.raises(ValueError, match=r"retriever/model\.safetensors is damaged: the SHA-256 of its tensors"):
+        retriever.load_saved(tmp_path / "retriever")
+
+
+def test_a_changed_byte_of_a_backbone_saved_along_is_noticed(retriever, tmp_path):
+    retriever.save_pretrained(tmp_path / "retriever", save_backbone=True)
+    flipped(tmp_path / "retriever" / "model.safetensors", -1)
+    with pytest.raises(ValueError, match=r"is damaged: the SHA-256"):
+        VPTSPModel.from_pretrained(tmp_path / "retriever")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "class_prompts.safetensors"])
+def test_a_changed_byte_of_a_checkpoint_is_noticed(backbone_folder, tmp_path, file):
+    model = VPTSPForMetricLearning.from_backbone(backbone_folder, num_classes=4, class_prompt_store="offloaded")
+    model.save_pretrained(tmp_path)
+    write_json(tmp_path / "run.json", {"files": folder_record(tmp_path)})
+    VPTSPForMetricLearning.from_pretrained(tmp_path)
+    flipped(tmp_path / file, -1)
+    with pytest.raises(ValueError, match=rf"{file} (is damaged|has another content)"):
+        VPTSPForMetricLearning.from_pretrained(tmp_path)
+
+
+def test_weights_that_another_tool_wrote_are_read(retriever, tmp_path, pixel_values):
+    """Without a digest, as by earlier versions; and the digest is that of the tensors, not of their order."""
+    retriever.eval().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    assert metadata["format"] == "pt" and re.fullmatch("[0-9a-f]{64}", metadata["vptsp_sha256"])
+    changed = {name: tensor + 1 if name == "prompts.tokens" else tensor.clone() for name, tensor in tensors.items()}
+    save_file(changed, file)
+    assert not torch.equal(VPTSPModel.from_pretrained(tmp_path)(pixel_values)[0], retriever(pixel_values)[0])
+    save_file({name: tensors[name].clone() for name in reversed(tensors)}, file, metadata=metadata)
+    assert torch.equal(VPTSPModel.from_pretrained(tmp_path)(pixel_values)[0], retriever(pixel_values)[0])
+
+
+def test_the_same_weights_are_the_same_bytes(retriever, tmp_path):
+    written = set()
+    for number in range(8):
+        retriever.save_pretrained(tmp_path / str(number))
+        written.add((tmp_path / str(number) / "model.safetensors").read_bytes())
+    assert len(written) == 1

@@ -8,10 +8,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from .unsupported_arguments import check_arguments
-
-
-EVAL_METRICS = ("retrieval", "all")
+from .argument_values import EVAL_METRICS, check_arguments, check_packages
 
 
 @dataclass
@@ -41,8 +38,9 @@ class VPTSPTrainingArguments(TrainingArguments):
             never uploaded.
 
     Raises:
-        ValueError: a value is out of range, the batch size is not divisible by `images_per_class`, FSDP or DeepSpeed
-            is asked for, or a field of `TrainingArguments` that has no meaning here is not at its default.
+        ValueError: a value is of another type or out of range, the batch size is not divisible by `images_per_class`,
+            FSDP or DeepSpeed is asked for, a field of `TrainingArguments` that has no meaning here is not at its
+            default, or a package that `optim` or `report_to` needs is not installed.
     """
 
     output_dir: str | None = field(
@@ -98,30 +96,13 @@ class VPTSPTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._refuse_sharding()
-        if HubStrategy(self.hub_strategy) not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
-            raise ValueError(
-                f"hub_strategy must be end or every_save, got {HubStrategy(self.hub_strategy).value}: checkpoints are "
-                "not for sharing"
-            )
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # as the command line gives it
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"
         check_arguments(self)
-        if self.images_per_class < 1:
-            raise ValueError(f"images_per_class must be >= 1, got {self.images_per_class}")
-        if self.per_device_train_batch_size % self.images_per_class:
-            raise ValueError(
-                f"per_device_train_batch_size must be divisible by images_per_class, got "
-                f"{self.per_device_train_batch_size} and {self.images_per_class}"
-            )
-        if not self.recall_at or min(self.recall_at) < 1:
-            raise ValueError(f"recall_at must hold integers >= 1, got {self.recall_at}")
-        if self.eval_metrics not in EVAL_METRICS:
-            raise ValueError(f"eval_metrics must be one of {', '.join(EVAL_METRICS)}, got {self.eval_metrics!r}")
-        if self.bootstrap_samples < 0:
-            raise ValueError(f"bootstrap_samples must be >= 0, got {self.bootstrap_samples}")
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
         super().__post_init__()
+        check_packages(self)
         if self.device.type == "cpu":  # pinned memory speeds up copies to an accelerator, and warns without one
             self.dataloader_pin_memory = False
 

@@ -290,6 +290,19 @@ def check_files(folder) -> dict:
     return record
 
 
+def check_listed_file(path):
+    """Check that a file of a checkpoint is the one that was written; of another folder, nothing is known.
+
+    Raises:
+        CheckpointError: it is damaged, or the checkpoint's `run.json` can't be read.
+    """
+    path = Path(path)
+    record = path.parent / RUN_NAME
+    expected = _read_json(record).get("files", {}).get(path.name) if record.is_file() else None
+    if isinstance(expected, dict):  # older versions listed the size alone, which safetensors compares as well
+        _check_file(path.parent, path.name, expected)
+
+
 def check_checkpoint(folder) -> dict:
     """Check that a checkpoint is whole, and that a run can go on from it.
 
@@ -356,4 +369,11 @@ def _read_json(path):
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-__all__ = ["check_checkpoint", "check_files", "checkpoints_in", "delete_checkpoints", "last_checkpoint"]
+__all__ = [
+    "check_checkpoint",
+    "check_files",
+    "check_listed_file",
+    "checkpoints_in",
+    "delete_checkpoints",
+    "last_checkpoint",
+]

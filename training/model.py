@@ -19,6 +19,7 @@ from ..losses.loss_registry import build_criterion, check_loss
 from ..losses.other_classes import others_per_class, others_per_image
 from ..losses.proxy_losses import proxy_anchor_loss, proxy_nca_loss
 from ..modeling_vptsp import VPTSPModel, VPTSPPreTrainedModel, embedding_head
+from .checkpoints import check_listed_file
 from .class_prompts import CLASS_PROMPTS_NAME, OffloadedClassPrompts, build_class_prompts
 from .proxies import ClassGroups, SemanticProxies, group_by_class
 
@@ -231,7 +232,9 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
 
     def load_beside(self, find):
         if self.offloaded_class_prompts is not None:
-            self.offloaded_class_prompts.load(find(CLASS_PROMPTS_NAME))
+            path = Path(find(CLASS_PROMPTS_NAME))
+            check_listed_file(path)
+            self.offloaded_class_prompts.load(path)
 
 
 __all__ = ["VPTSPForMetricLearning", "VPTSPMetricLearningOutput"]

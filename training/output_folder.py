@@ -12,9 +12,9 @@ import shutil
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ..data_scripts.image_files import RESULTS_NAME
 from ..files.atomic import sync_path
 from ..files.locks import LOCK_FILE, InUseError, locked
+from ..files.marks import RESULTS_NAME, RUN, written_as
 from .run_errors import CheckpointWriteError
 
 
@@ -129,8 +129,8 @@ def refuse_other_model(folder, backbone=None):
         backbone: Name or folder of its backbone.
 
     Raises:
-        OutputFolderError: the folder is the backbone's, a checkpoint, or has the configuration or weights of a model
-            that is no retriever.
+        OutputFolderError: the folder is the backbone's, a checkpoint, a store or an index of embeddings, or has the
+            configuration or weights of a model that is no retriever.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -139,6 +139,8 @@ def refuse_other_model(folder, backbone=None):
         raise OutputFolderError(f"output_dir {folder} is the folder of the backbone, which would be overwritten")
     if (folder / READY_NAME).is_dir():  # of a retriever whose files are being replaced
         return
+    if (what := written_as(folder)) and not what.startswith(RUN):
+        raise OutputFolderError(f"output_dir {folder} is {what}. Give another one")
     if (folder / "run.json").is_file():
         raise OutputFolderError(f"output_dir {folder} is a checkpoint of another run, which would be spoiled")
     if (found := model_in(folder)) and _model_type(folder / CONFIG_NAME) != "vptsp":

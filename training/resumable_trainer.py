@@ -232,7 +232,8 @@ class ResumableTrainer(HookedTrainer):
         folder = resume_from_checkpoint
         folder = last_checkpoint(self.args.output_dir) if folder is True else Path(folder)
         saved, now = check_checkpoint(folder), self._run_record()
-        if backbone_has(self.model.config, saved.get("model", {}).get("backbone_fingerprint")):
+        fingerprint = saved.get("model", {}).get("backbone_fingerprint")
+        if backbone_has(self.model.config, fingerprint, token=self.args.hub_token):
             saved["model"]["backbone_fingerprint"] = now["model"]["backbone_fingerprint"]
         different = run_differences(saved, now)
         if different:

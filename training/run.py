@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -34,8 +36,11 @@ from .trainer import VPTSPTrainer
 from .tuned_counts import tuned_counts
 
 
-def build_model(model_fields, num_classes, image_size):
-    """The training model, on pretrained weights or (with `backbone_config` alone) on random ones."""
+def build_model(model_fields, num_classes, image_size, token=None):
+    """The training model, on pretrained weights or (with `backbone_config` alone) on random ones.
+
+    `token` is that of the Hub, for a backbone that is not public.
+    """
     values = {**model_fields, "num_classes": num_classes}
     backbone = values.pop("backbone")
     if backbone is None:
@@ -44,7 +49,9 @@ def build_model(model_fields, num_classes, image_size):
         return VPTSPForMetricLearning(config)
     revision = values.pop("backbone_revision")
     values.pop("backbone_config")
-    return VPTSPForMetricLearning.from_backbone(backbone, revision=revision, image_size=image_size, **values)
+    return VPTSPForMetricLearning.from_backbone(
+        backbone, revision=revision, image_size=image_size, token=token, **values
+    )
 
 
 def check_classes_answered(trainer):
@@ -169,14 +176,19 @@ def prepare(model_fields, training_args, data_args, images=None):
     timer = StepTimer()
     set_seed(training_args.seed)
     try:
-        model = build_model(model_fields, images["train"].num_classes, data_args.image_size)
+        token = training_args.hub_token
+        model = build_model(model_fields, images["train"].num_classes, data_args.image_size, token)
         trainer = VPTSPTrainer(
             model=model,
             args=training_args,
             train_dataset=images["train"],
             eval_dataset=parts.get("test", parts) or None,
             processing_class=build_image_processor(
-                data_args.image_size, data_args.resize_size, model.config.backbone, model.config.backbone_revision
+                data_args.image_size,
+                data_args.resize_size,
+                model.config.backbone,
+                model.config.backbone_revision,
+                token=token,
             ),
             data_settings=record_data_arguments(data_args),
             callbacks=[timer, ProxyMovement()] if hasattr(model, "proxies") else [timer],
@@ -187,6 +199,21 @@ def prepare(model_fields, training_args, data_args, images=None):
     return trainer, images, timer.seconds
 
 
+@contextmanager
+def _hub_token(token):
+    """The token for what takes none of its own, such as data sets on the Hub, which may be read as they are needed."""
+    before = os.environ.get("HF_TOKEN")
+    if token is not None:
+        os.environ["HF_TOKEN"] = token
+    try:
+        yield
+    finally:
+        if token is not None:
+            os.environ.pop("HF_TOKEN")
+            if before is not None:
+                os.environ["HF_TOKEN"] = before
+
+
 def run(model_fields, training_args, data_args, run_args, command):
     """Train, evaluate and save; returns the results that `all_results.json` gets.
 
@@ -194,8 +221,13 @@ def run(model_fields, training_args, data_args, run_args, command):
         InUseError: another run uses `output_dir`.
     """
     logging.disable_progress_bar()  # of loading and writing a few files
-    images = image_datasets(data_args)
-    notes = fit_to_data(training_args, images, run_args.final_metrics)
+    with _hub_token(training_args.hub_token):
+        images = image_datasets(data_args)
+        notes = fit_to_data(training_args, images, run_args.final_metrics)
+        return _run(model_fields, training_args, data_args, run_args, command, images, notes)
+
+
+def _run(model_fields, training_args, data_args, run_args, command, images, notes):
     with output_held(training_args):
         # again, for what another run may have done since, and now nobody can
         resume, overwrite = training_args.resume_from_checkpoint, run_args.overwrite_output

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, field, fields, make_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import HfArgumentParser, PreTrainedConfig
 
 from ..configuration_vptsp import VPTSPConfig
-from ..data_scripts.data_arguments import DataArguments, check_data_arguments, check_output_apart
-from ..files.yaml_files import YamlError, read_yaml
+from ..data_scripts.data_arguments import DataArguments, check_data_arguments, check_output_apart, data_hints
 from ..loading_vptsp import find_backbone, resized_config
 from ..losses.loss_registry import check_loss
-from ..names.registry import nearest
-from .arguments import EVAL_METRICS, VPTSPTrainingArguments
+from .argument_values import TRAINING_BOUNDS, TRAINING_CHOICES, training_hints
+from .arguments import VPTSPTrainingArguments
 from .command_help import USAGE, options_text
+from .command_line import BOUNDS, CHOICES, RunArguments, checked_values, refuse_unread, split_command_line
 from .output_folder import check_output_folder
 from .run_errors import ConfigError
 from .unsupported_arguments import NOT_OFFERED
@@ -26,21 +27,6 @@ from .unsupported_arguments import NOT_OFFERED
 DERIVED = ("num_classes", "backbone_fingerprint", "format_version")
 # Mappings, which the command line gives as JSON.
 _MAPPINGS = ("backbone_config", "loss_kwargs", "miner_kwargs", "tuning_kwargs")
-
-
-@dataclass
-class RunArguments:
-    """What is left: where results may go."""
-
-    overwrite_output: bool = field(
-        default=False, metadata={"help": "Write into an output_dir that holds an earlier run's results."}
-    )
-    picture_queries: int = field(
-        default=8, metadata={"help": "Queries in the pictures of neighbours; 0 for no pictures at all."}
-    )
-    final_metrics: str = field(
-        default="all", metadata={"help": "What the last evaluation computes; as eval_metrics of those before."}
-    )
 
 
 def model_arguments_class():
@@ -89,6 +75,16 @@ def all_options_text(prog) -> str:
     return options_text(prog, groups, kinds)
 
 
+class _Parser(HfArgumentParser):
+    """Options as they are called in full, and errors that are raised."""
+
+    def __init__(self, classes, prog):
+        super().__init__(classes, prog=prog, usage=USAGE, allow_abbrev=False)
+
+    def error(self, message):
+        raise ConfigError(message)
+
+
 def parse_arguments(argv, prog="train.py"):
     """Command line after `prog` -> (model fields that were given, training, data and run arguments).
 
@@ -96,27 +92,36 @@ def parse_arguments(argv, prog="train.py"):
         ConfigError: the YAML file can't be read, or it or the command line holds something unknown or out of range.
     """
     classes = (model_arguments_class(), VPTSPTrainingArguments, DataArguments, RunArguments)
-    parser = HfArgumentParser(classes, prog=prog, usage=USAGE)
+    parser = _Parser(classes, prog)
+    path, values, argv = split_command_line(argv)
+    hints = {**get_type_hints(classes[0]), **dict.fromkeys(_MAPPINGS, dict | str | None)}
+    hints |= {**data_hints(), **get_type_hints(RunArguments), **training_hints(VPTSPTrainingArguments)}
     known = {item.name for cls in classes for item in fields(cls) if item.init}
-    if argv and not argv[0].startswith("-"):
-        values = read_config(argv[0], known)
-        argv = argv[1:]
-        parser.set_defaults(**values)
+    bounds, choices = {**TRAINING_BOUNDS, **BOUNDS}, {**TRAINING_CHOICES, **CHOICES}
+    parser.set_defaults(**checked_values(path, values, known, hints, bounds, choices))
     try:
-        model_args, training_args, data_args, run_args = parser.parse_args_into_dataclasses(
-            argv, look_for_args_file=False
+        model_args, training_args, data_args, run_args, left = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=True
         )
-    except ValueError as error:
+        refuse_unread(left, known)
+    except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
     model_fields = vars(model_args)
     for name in _MAPPINGS:
         if isinstance(model_fields[name], str):
             try:
-                model_fields[name] = json.loads(model_fields[name], object_pairs_hook=_without_duplicates)
+                model_fields[name] = json.loads(
+                    model_fields[name], object_pairs_hook=_without_duplicates, parse_constant=_no_number
+                )
             except ValueError as error:
                 holds = "JSON with a model_type" if name == "backbone_config" else "a JSON mapping"
                 raise ConfigError(f"{name} must be {holds}: {error}") from error
     return model_fields, training_args, data_args, run_args
+
+
+def _no_number(text):
+    """JSON has no NaN and no infinities, but Python reads them."""
+    raise ValueError(f"{text} is no number")
 
 
 def _without_duplicates(pairs):
@@ -127,28 +132,6 @@ def _without_duplicates(pairs):
     return dict(pairs)
 
 
-def read_config(path, known):
-    """Fields of a YAML file, or of one of the package's own `configs` by its name (`cub_vits16`, `table1/vpt`).
-
-    Raises:
-        ConfigError: no such file, not YAML, not a mapping, or a field that does not exist.
-    """
-    preset = Path(__file__).parent.parent / "configs" / f"{path}.yaml"
-    file = preset if preset.is_file() and not Path(path).is_file() else Path(path)
-    try:
-        values = read_yaml(file)
-    except OSError as error:
-        raise ConfigError(f"the configuration {path} can't be read: {error.strerror}") from error
-    except YamlError as error:
-        raise ConfigError(f"the configuration {path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"the configuration {path} must hold 'field: value' lines, got {type(values).__name__}")
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"{path}: there is no field {name!r}{nearest(name, known, most=1)}")
-    return values
-
-
 def check_run(model_fields, training_args, data_args, run_args):
     """Refuse what can't work, before anything heavy is loaded.
 
@@ -157,10 +140,6 @@ def check_run(model_fields, training_args, data_args, run_args):
     """
     check_data_arguments(data_args)
     check_output_apart(data_args, training_args.output_dir)
-    if run_args.final_metrics not in EVAL_METRICS:
-        raise ConfigError(f"final_metrics must be one of {', '.join(EVAL_METRICS)}, got {run_args.final_metrics!r}")
-    if not run_args.picture_queries >= 0:
-        raise ConfigError(f"picture_queries must be >= 0, got {run_args.picture_queries}")
     backbone = model_fields["backbone"]
     if backbone is not None and model_fields["backbone_config"] is not None:
         raise ConfigError(
@@ -209,4 +188,4 @@ def _check_backbone_name(backbone):
         raise ConfigError(f"backbone is neither a folder nor a Hub name: {backbone!r}") from error
 
 
-__all__ = ["ConfigError", "RunArguments", "check_run", "model_arguments_class", "parse_arguments", "read_config"]
+__all__ = ["ConfigError", "RunArguments", "check_run", "model_arguments_class", "parse_arguments"]

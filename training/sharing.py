@@ -11,9 +11,9 @@ from huggingface_hub import HfApi, ModelCard
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from ..data_scripts.image_files import RESULTS_NAME
 from ..data_scripts.split_record import SPLITS_NAME
 from ..files.atomic import atomic_path, write_json
+from ..files.marks import RESULTS_NAME
 from .model_card import TAGS, retriever_card
 from .output_folder import refuse_other_model, replaced_together
 from .resumable_trainer import ResumableTrainer

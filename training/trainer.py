@@ -27,6 +27,7 @@ from ..eval.metrics import count_in_gallery, retrieval_metrics
 from ..eval.summary import embedding_metrics
 from ..losses.loss_registry import find_loss
 from ..modeling_vptsp import refuse_other_adapters
+from .argument_values import check_arguments
 from .arguments import VPTSPTrainingArguments
 from .checkpoints import check_files
 from .class_prompts import CLASS_PROMPT_STATES_NAME
@@ -37,7 +38,7 @@ from .optimisation import build_optimizer, cosine_schedule
 from .output_folder import refuse_other_model
 from .run_errors import TrainingError
 from .sharing import SharingTrainer
-from .unsupported_arguments import check_arguments, check_trainer_arguments
+from .unsupported_arguments import check_trainer_arguments
 
 
 logger = logging.get_logger(__name__)

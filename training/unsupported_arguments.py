@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import MISSING, fields
-from numbers import Real
 
 
 logger = logging.getLogger(__name__)
@@ -54,14 +52,10 @@ _WITHOUT_WARMUP = {"constant": "constant_with_warmup", "reduce_lr_on_plateau": "
 _UNSUPPORTED_OPTIM = ("galore", "apollo", "lomo", "schedule_free")
 _NOT_ADAM = ("sgd", "adagrad", "rmsprop", "adafactor")
 _ADAM_OPTIONS = ("adam_beta1", "adam_beta2", "adam_epsilon")
-_POSITIVE_INTEGERS = ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
-_NOT_NEGATIVE = ("learning_rate", "proxy_learning_rate", "min_learning_rate", "sgd_momentum", "weight_decay")
-_NOT_NEGATIVE += ("max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "eval_delay")
-_NOT_NEGATIVE += ("dataloader_num_workers",)
 
 
-def check_arguments(args):
-    """Refuse what would be ignored, and numbers with which no step is done.
+def refuse_unsupported(args):
+    """Refuse what would be ignored.
 
     Args:
         args: A `VPTSPTrainingArguments`.
@@ -80,14 +74,26 @@ def check_arguments(args):
             f"ddp_broadcast_buffers must be false, got {args.ddp_broadcast_buffers!r}: the proxy state is exchanged "
             "by this project, and rank 0's would overwrite the others'"
         )
-    _check_numbers(args)
+
+
+def check_together(args):
+    """Refuse what has no effect beside another field.
+
+    Args:
+        args: A `VPTSPTrainingArguments`, each field of which is what it must be.
+
+    Raises:
+        ValueError: two fields don't go together; the message names both.
+    """
     _check_schedule(args)
     _check_optimizer(args)
 
 
 def _is_allowed(item, value):
     """Whether a field is at its default; what is false is one value, be it None, False, "" or []."""
-    if item.name == "accelerator_config" and hasattr(value, "to_dict"):  # as `TrainingArguments` leaves it
+    if item.name == "accelerator_config" and not hasattr(value, "to_dict"):
+        return value is None or value == {}  # others are taken for the name of a file
+    if item.name == "accelerator_config":  # as `TrainingArguments` leaves it
         return all(getattr(value, part.name) == getattr(type(value)(), part.name) for part in fields(value))
     if item.name == "debug":
         values = value.split() if isinstance(value, str) else value or []
@@ -96,28 +102,6 @@ def _is_allowed(item, value):
         return value in (False, "no")
     has_default = item.default is not MISSING and item.default
     return value == item.default if has_default else not value
-
-
-def _check_numbers(args):
-    for name in _POSITIVE_INTEGERS:
-        value = getattr(args, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-    if args.max_steps != -1 and not (isinstance(args.max_steps, int) and args.max_steps >= 1):
-        raise ValueError(f"max_steps must be an integer >= 1, or -1 for num_train_epochs, got {args.max_steps!r}")
-    if args.max_steps == -1 and not _is_positive(args.num_train_epochs):
-        raise ValueError(f"num_train_epochs must be > 0, got {args.num_train_epochs!r}")
-    for name in _NOT_NEGATIVE:
-        if not (_is_number(getattr(args, name)) and getattr(args, name) >= 0):  # also where it is not a number
-            raise ValueError(f"{name} must be >= 0, got {getattr(args, name)!r}")
-    if args.cosine_epochs is not None and not _is_positive(args.cosine_epochs):
-        raise ValueError(f"cosine_epochs must be > 0, got {args.cosine_epochs}")
-    for name in ("logging", "save", "eval"):
-        steps = getattr(args, f"{name}_steps")  # eval_steps may be None, for logging_steps
-        if _text(getattr(args, f"{name}_strategy")) == "steps" and steps is not None and not _is_positive(steps):
-            raise ValueError(f"{name}_steps must be > 0, got {steps!r}")
-    if args.save_total_limit is not None and args.save_total_limit < 0:
-        raise ValueError(f"save_total_limit must be >= 0, got {args.save_total_limit}")
 
 
 def _check_schedule(args):
@@ -169,16 +153,15 @@ def check_trainer_arguments(given):
             raise ValueError(f"VPTSPTrainer takes no {name}: {reason}")
 
 
-def _is_number(value):
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_positive(value):
-    return _is_number(value) and value > 0
-
-
 def _text(value):
     return str(getattr(value, "value", value))
 
 
-__all__ = ["NOT_OFFERED", "REFUSED_FIELDS", "REFUSED_TRAINER_ARGUMENTS", "check_arguments", "check_trainer_arguments"]
+__all__ = [
+    "NOT_OFFERED",
+    "REFUSED_FIELDS",
+    "REFUSED_TRAINER_ARGUMENTS",
+    "check_together",
+    "check_trainer_arguments",
+    "refuse_unsupported",
+]

@@ -8,6 +8,7 @@ from data_fixtures import jpeg_bytes, write_classes, write_files, write_image
 from vptsp import DataArguments, DataError, check_data_arguments, check_output_apart, load_splits, train
 from vptsp.data_scripts.image_files import list_images
 from vptsp.search.image_sources import folder_source, list_source
+from vptsp.training.output_folder import OutputFolderError, check_output_folder
 
 
 def classes_of(source):
@@ -142,7 +143,7 @@ def test_a_class_folder_or_a_split_that_is_a_link_is_refused(tmp_path):
 # ---- what an earlier run wrote
 
 
-def test_pictures_of_an_earlier_run_are_no_data(tmp_path, backbone_folder, capsys):
+def test_pictures_of_an_earlier_run_are_no_data(tmp_path, backbone_folder, capsys, caplog):
     root = write_classes(tmp_path / "root", {"a": 2, "b": 2})
     for output in (root, root / "run", root / "a/deep/run"):
         args = DataArguments(data_dir=str(root))
@@ -153,10 +154,80 @@ def test_pictures_of_an_earlier_run_are_no_data(tmp_path, backbone_folder, capsy
         assert "lies in data_dir" in capsys.readouterr().err
         write_files(output, {"all_results.json": "{}", "pictures/map.png": b"x"})
         for load in (lambda: load_splits("folder", root), lambda: folder_source(root)):
-            with pytest.raises(DataError, match=rf"{output} is the output_dir of a training run"):
+            if output == root:
+                with pytest.raises(DataError, match=rf"{output} is the output_dir of a training run"):
+                    load()
+            else:
+                caplog.clear()
                 load()
+                what = f"1 folders are no data and are left out: {output} is the output_dir of a training run"
+                assert what in caplog.text
+                assert not [path for path in classes_of(folder_source(root)) if "pictures" in path]
         (output / "all_results.json").unlink()
         (output / "pictures/map.png").unlink()
     check_output_apart(DataArguments(data_dir=str(root)), tmp_path / "root2")
     check_output_apart(DataArguments(dataset_name="cub", data_dir=str(root)), root / "run")
     check_output_apart(DataArguments(dataset_name="digits"), root)
+
+
+OURS = {
+    "store": {"store.json": '{"format_version": 1, "image_root": null}', "a.png": jpeg_bytes()},
+    "index": {"index.json": '{"format_version": 1, "image_root": null}', "a.png": jpeg_bytes()},
+    "space": {"vptsp_space.json": "{}", "images/a/1.jpg": jpeg_bytes()},
+    "run": {"all_results.json": "{}", "pictures/map.png": jpeg_bytes()},
+}
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("place", ["zz", "a/deep/zz", "train/zz"])
+def test_what_this_package_wrote_is_no_data(tmp_path, kind, place, caplog):
+    splits = place.startswith("train")
+    names = ["train/x/1.jpg", "test/y/1.jpg"] if splits else ["a/1.jpg", "b/1.jpg"]
+    root = write_files(tmp_path / "root", dict.fromkeys(names, jpeg_bytes()))
+    write_files(root / place, OURS[kind])
+    assert set(classes_in_training(root)) == set(names)
+    assert f"1 folders are no data and are left out: {root / place} is " in caplog.text
+    caplog.clear()
+    assert set(classes_of(folder_source(root))) == set(names)
+    assert f"1 folders are no data and are left out: {root / place} is " in caplog.text
+    for load in (classes_in_training, folder_source):
+        with pytest.raises(DataError, match=rf"{root / place} is .*, whose pictures would be taken for data"):
+            load(root / place)
+
+
+def test_a_file_of_the_same_name_is_no_mark(tmp_path):
+    root = write_files(tmp_path / "root", dict.fromkeys(["a/1.jpg", "b/1.jpg"], jpeg_bytes()))
+    write_files(root / "a", {"index.json": "[]", "store.json": "{"})
+    assert set(classes_of(folder_source(root))) == {"a/1.jpg", "b/1.jpg"}
+
+
+@pytest.mark.parametrize("kind", ["store", "index", "space"])
+def test_a_run_does_not_write_into_what_is_there(tmp_path, kind):
+    write_files(tmp_path / "there", OURS[kind])
+    with pytest.raises(OutputFolderError, match=rf"output_dir {tmp_path}/there is a.*Give another one"):
+        check_output_folder(tmp_path / "there", overwrite=True)
+
+
+def test_a_list_of_images_of_one_class(tmp_path):
+    """In the folder of the class folders, or above it: the classes are those that training would find."""
+    names = ["a/front/1.jpg", "a/back/2.jpg", "b/front/1.jpg"]
+    root = write_files(tmp_path / "photos", dict.fromkeys(names, jpeg_bytes()))
+    for place, prefix in ((root, ""), (tmp_path, "photos/")):
+        (place / "list.txt").write_text("".join(f"{prefix}{name}\n" for name in names[:2]))
+        assert set(classes_of(list_source(place / "list.txt")).values()) == {"a"}
+    write_files(tmp_path / "runs", OURS["run"])  # no class
+    assert set(classes_of(list_source(tmp_path / "list.txt")).values()) == {"a"}
+
+
+def test_images_beside_the_class_folders_are_named(tmp_path, caplog):
+    loose = [f"{number}.jpg" for number in range(7)]
+    root = write_files(tmp_path / "root", dict.fromkeys(["a/1.jpg", "b/1.jpg", *loose], jpeg_bytes()))
+    assert set(classes_in_training(root)) == {"a/1.jpg", "b/1.jpg"}
+    named = "'0.jpg', '1.jpg', '2.jpg', '3.jpg', '4.jpg' and 2 more"
+    assert f"{root}: 7 images lie beside the class folders and are left out: {named}" in caplog.text
+    caplog.clear()
+    assert classes_of(folder_source(root))["3.jpg"] in (None, "")
+    assert f"{root}: 7 images lie beside the class folders and have no class: {named}" in caplog.text
+    caplog.clear()
+    folder_source(write_files(tmp_path / "flat", dict.fromkeys(loose, jpeg_bytes())))
+    assert "beside" not in caplog.text

@@ -112,7 +112,7 @@ def test_space_stands_alone(place, tmp_path):
     space = tmp_path / "space"
     write_space(space, open_page(place / "index").index, None)
     assert sorted(path.name for path in space.iterdir()) == [
-        "README.md", "app.py", "images", "index", "model", "requirements.txt"]  # fmt: skip
+        "README.md", "app.py", "images", "index", "model", "requirements.txt", "vptsp_space.json"]  # fmt: skip
     assert len(list((space / "index").iterdir())) == 3
     moved = space.rename(tmp_path / "elsewhere")
     page = open_page(moved / "index")

@@ -310,3 +310,15 @@ def test_documented_commands_exist():
     assert len(commands) >= 9
     for words in commands:
         _parser().parse_args(words)
+
+
+def test_an_unknown_option_says_the_nearest(capsys):
+    """Of the command that it was given to."""
+    for words, message in (
+        (["embed", "--model", "m", "--output", "o", "--imges=photos"], "--imges=photos; did you mean 'images'?"),
+        (["search", "--index", "i", "--imges", "photo"], "--imges photo; did you mean 'image'?"),
+        (["search", "--index", "i", "stray"], "unrecognized arguments: stray (--help"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+        assert message in capsys.readouterr().err

@@ -198,7 +198,7 @@ def test_what_is_set_later_is_refused_by_the_trainer(tmp_path, model, name):
         ({"logging_steps": -1}, "logging_steps must be > 0, got -1"),
         ({"save_strategy": "steps", "save_steps": -1}, "save_steps must be > 0, got -1"),
         ({"eval_strategy": "steps", "eval_steps": -3}, "eval_steps must be > 0, got -3"),
-        ({"save_total_limit": -1}, "save_total_limit must be >= 0, got -1"),
+        ({"save_total_limit": -1}, "save_total_limit must be an integer >= 0, got -1"),
         ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs must be left out with .* cosine"),
         (
             {"lr_scheduler_type": "constant", "warmup_steps": 3},

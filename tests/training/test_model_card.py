@@ -165,7 +165,7 @@ def test_what_is_saved_does_not_depend_on_what_a_folder_is_called(model, tmp_pat
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
 def test_checkpoints_are_not_for_sharing(tmp_path, strategy):
-    with pytest.raises(ValueError, match=f"hub_strategy must be end or every_save, got {strategy}"):
+    with pytest.raises(ValueError, match=f"hub_strategy must be end or every_save, got '{strategy}'"):
         arguments(tmp_path, hub_strategy=strategy)
 
 

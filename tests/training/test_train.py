@@ -193,7 +193,7 @@ def test_earlier_results_are_not_overwritten(arguments, tmp_path, capsys):
         (["--learning_rate", "nan"], "learning_rate must be >= 0, got nan"),
         (["--loss_delta", "nan"], "loss_delta must be a number, got nan"),
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor must be 0.0, got 0.1: "),
-        (["--picture_queries", "-1"], "picture_queries must be >= 0, got -1"),
+        (["--picture_queries", "-1"], "picture_queries must be an integer >= 0, got -1"),
         (["--loss_kwargs", '{"a": 1, "a": 2}'], "loss_kwargs must be a JSON mapping: 'a' is there twice"),
     ],
 )

@@ -471,8 +471,8 @@ def test_data_that_does_not_fit_is_refused_at_once(backbone_folder, tmp_path, tr
     "fields, message",
     [
         ({"per_device_train_batch_size": 5}, "must be divisible by images_per_class, got 5 and 2"),
-        ({"images_per_class": 0}, "images_per_class must be >= 1, got 0"),
-        ({"recall_at": [0, 1]}, r"recall_at must hold integers >= 1, got \[0, 1\]"),
+        ({"images_per_class": 0}, "images_per_class must be an integer >= 1, got 0"),
+        ({"recall_at": [0, 1]}, r"recall_at must be a list of integers >= 1, got \[0, 1\]"),
         ({"cosine_epochs": 0}, "cosine_epochs must be > 0, got 0"),
         ({"proxy_learning_rate": -1.0}, r"proxy_learning_rate must be >= 0, got -1\.0"),
     ],

@@ -120,7 +120,7 @@ def test_queries_that_are_in_the_gallery_under_another_name(backbone_folder, tmp
     ("fields", "message"),
     [
         ({"eval_metrics": "some"}, "eval_metrics must be one of retrieval, all, got 'some'"),
-        ({"bootstrap_samples": -1}, "bootstrap_samples must be >= 0, got -1"),
+        ({"bootstrap_samples": -1}, "bootstrap_samples must be an integer >= 0, got -1"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, fields, message):
