@@ -61,10 +61,16 @@ class VPTSPModelOutput(ModelOutput):
     Attributes:
         embeddings: `(B, E)` float32 (float64 for a float64 model), L2-normalised.
         pooler_output: The same tensor, under the name that `AutoModel` users look for.
+        features: `(B, E)`, the head's output before it is normalised; where `keep` asks for them.
+        tokens: [`ImageTokens`] that another pass over the same images may start from; likewise.
+        first_layer: What such a pass computes of them in the first layer, for `encode`; None where that is nothing.
     """
 
     embeddings: torch.FloatTensor | None = None
     pooler_output: torch.FloatTensor | None = None
+    features: torch.FloatTensor | None = None
+    tokens: ImageTokens | None = None
+    first_layer: tuple | None = None
 
 
 class Prompts(nn.Module):
@@ -101,9 +107,10 @@ class EmbeddingHead(nn.Module):
         """`(B, pooled_dim)` -> `(B, E)`, not yet normalised, in float32 or wider."""
         return at_least_float32(self.projection(self.norm(pooled)))
 
-    def forward(self, pooled):
-        """`(B, pooled_dim)` -> `(B, E)`, L2-normalised, in float32 or wider."""
-        return F.normalize(self.project(pooled), dim=-1)
+    def forward(self, pooled, normalize=True):
+        """`(B, pooled_dim)` -> `(B, E)`, L2-normalised unless told otherwise, in float32 or wider."""
+        features = self.project(pooled)
+        return F.normalize(features, dim=-1) if normalize else features
 
 
 class DistilledEmbeddingHead(EmbeddingHead):
@@ -859,6 +866,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
         return_dict=None,
         output_attentions=None,
         output_hidden_states=None,
+        keep=(),
     ):
         """Embed images.
 
@@ -871,19 +879,32 @@ class VPTSPModel(VPTSPPreTrainedModel):
             return_dict: False gives a tuple; None is what the configuration says.
             output_attentions: Not to be had; see `vptsp.eval.attention` for where the CLS token looks.
             output_hidden_states: Not to be had; register a forward hook on a layer of `backbone`.
+            keep: What training needs beside the embeddings: any of `features` and `tokens` (with `first_layer`).
 
         Returns:
             [`VPTSPModelOutput`].
 
         Raises:
-            ValueError: `pixel_values` is missing, of a wrong shape or not floating point, or attentions or hidden
-                states are asked for.
+            ValueError: `pixel_values` is missing, of a wrong shape or not floating point; attentions or hidden states
+                are asked for; or `keep` names something else.
         """
         self.refuse_intermediate_outputs(output_attentions, output_hidden_states)
+        if not {*keep} <= {"features", "tokens"}:
+            raise ValueError(f"keep must name any of features and tokens, got {keep!r}")
         tokens = self.embed_patches(pixel_values, interpolate_pos_encoding)
+        first_layer = self.project_first_layer(tokens) if "tokens" in keep else None
         prompts = self.prompts() if prompt_key_values is None else prompt_key_values
-        embeddings = self.embedding_dropout(self.head(self.encode(tokens, prompts)))
-        output = VPTSPModelOutput(embeddings=embeddings, pooler_output=embeddings)
+        pooled = self.encode(tokens, prompts, first_layer=first_layer)
+        features = self.head(pooled, normalize=False) if "features" in keep else None
+        embeddings = self.head(pooled) if features is None else F.normalize(features, dim=-1)
+        embeddings = self.embedding_dropout(embeddings)
+        output = VPTSPModelOutput(
+            embeddings=embeddings,
+            pooler_output=embeddings,
+            features=features,
+            tokens=tokens if "tokens" in keep else None,
+            first_layer=first_layer,
+        )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
