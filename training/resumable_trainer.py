@@ -40,6 +40,7 @@ from .output_folder import output_held
 from .run_errors import CheckpointError, CheckpointWriteError, TrainingError
 from .run_record import record_run, run_differences
 from .trainer_hooks import HookedTrainer
+from .unsupported_arguments import refuse_given
 
 
 class ResumableTrainer(HookedTrainer):
@@ -83,8 +84,8 @@ class ResumableTrainer(HookedTrainer):
         Args:
             resume_from_checkpoint: True to go on from the last whole checkpoint in `output_dir`, or the folder of one;
                 None for what the argument of that name says.
-            trial: As for `Trainer`.
-            ignore_keys_for_eval: As for `Trainer`.
+            trial: Must be None.
+            ignore_keys_for_eval: Must be None.
 
         Raises:
             CheckpointError: there is no such checkpoint, it is damaged, or its run was another one.
@@ -92,7 +93,9 @@ class ResumableTrainer(HookedTrainer):
             InUseError: another run uses `output_dir`.
             TrainingError: there was nothing to train on.
             TrainingInterrupted: after Ctrl-C or SIGTERM, once a checkpoint is saved.
+            ValueError: `trial` or `ignore_keys_for_eval` is given, which can't be honoured.
         """
+        refuse_given(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
         self._record = None
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
@@ -101,7 +104,7 @@ class ResumableTrainer(HookedTrainer):
             if self._resumed_from is None and self.args.save_strategy != "no":
                 self._together(prepare_root, self.args.output_dir, writer_only=True)
             with self._interruption.watching():
-                outcome = super().train(self._resumed_from, trial, ignore_keys_for_eval)
+                outcome = super().train(self._resumed_from)
         if outcome.global_step == 0:
             raise TrainingError(f"training ended without a single step: there is no batch in {self.train_dataset!r}")
         return outcome

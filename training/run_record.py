@@ -134,9 +134,7 @@ def record_run(args, model, train_dataset, eval_dataset, **parts) -> dict:
         "train_data": _data_record(train_dataset),
         "versions": _versions(),
     }
-    if isinstance(eval_dataset, dict):
-        record["eval_data"] = {name: _data_record(part) for name, part in eval_dataset.items()}
-    elif eval_dataset is not None:
+    if eval_dataset is not None:
         record["eval_data"] = _data_record(eval_dataset)
     return json.loads(json.dumps(json_value(record | parts), allow_nan=False, default=repr))
 
@@ -180,6 +178,8 @@ def _without_places(config):
 
 
 def _data_record(dataset):
+    if isinstance(dataset, dict):  # of queries and gallery, or of names
+        return {name: _data_record(part) for name, part in dataset.items()}
     record = {"kind": "stream" if isinstance(dataset, StreamedImages) else "table"}
     if hasattr(dataset, "class_names"):
         record["classes"] = list(dataset.class_names)

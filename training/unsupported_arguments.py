@@ -50,6 +50,12 @@ REFUSED_TRAINER_ARGUMENTS = {
     "model_init": "give the model itself",
     "preprocess_logits_for_metrics": "compute_metrics gets embeddings, which nothing needs to be made of",
 }
+# Arguments of the Trainer's methods that can't be honoured.
+REFUSED_METHOD_ARGUMENTS = {
+    "ignore_keys": "embeddings are the only output of an evaluation",
+    "ignore_keys_for_eval": "embeddings are the only output of an evaluation",
+    "trial": "a search for hyperparameters needs a new model for each trial, and a folder",
+}
 _WITHOUT_WARMUP = {"constant": "constant_with_warmup", "reduce_lr_on_plateau": "another", "greedy": "another"}
 _UNSUPPORTED_OPTIM = ("galore", "apollo", "lomo", "schedule_free")
 _NOT_ADAM = ("sgd", "adagrad", "rmsprop", "adafactor")
@@ -155,6 +161,20 @@ def _check_optimizer(args):
             raise ValueError(f"{name} is not read by optim {optim}, got {getattr(args, name)}: leave it out")
 
 
+def refuse_given(**given):
+    """Refuse arguments of the Trainer's methods that would be ignored.
+
+    Args:
+        **given: What was given for them.
+
+    Raises:
+        ValueError: one of them is not None; the message names it.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} must be left out, got {value!r}: {REFUSED_METHOD_ARGUMENTS[name]}")
+
+
 def check_trainer_arguments(given):
     """Refuse arguments of `Trainer.__init__` that would be ignored.
 
@@ -181,4 +201,11 @@ def _text(value):
     return str(getattr(value, "value", value))
 
 
-__all__ = ["NOT_OFFERED", "REFUSED_FIELDS", "REFUSED_TRAINER_ARGUMENTS", "check_arguments", "check_trainer_arguments"]
+__all__ = [
+    "NOT_OFFERED",
+    "REFUSED_FIELDS",
+    "REFUSED_TRAINER_ARGUMENTS",
+    "check_arguments",
+    "check_trainer_arguments",
+    "refuse_given",
+]
