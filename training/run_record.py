@@ -136,7 +136,7 @@ def record_run(args, model, train_dataset, eval_dataset, **parts) -> dict:
     }
     if eval_dataset is not None:
         record["eval_data"] = _data_record(eval_dataset)
-    return json.loads(json.dumps(json_value(record | parts), allow_nan=False, default=repr))
+    return json.loads(json.dumps(json_value(record | parts, repr), allow_nan=False, default=repr))
 
 
 def run_differences(saved, now) -> list[str]:
