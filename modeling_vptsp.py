@@ -8,7 +8,9 @@ Shapes: B images, N tokens (CLS + patches), P prompts, D backbone width, E embed
 
 from __future__ import annotations
 
+import copy
 import functools
+import hashlib
 import importlib
 import json
 import math
@@ -401,6 +403,15 @@ def _card_writer():
         return None
 
 
+def _weight_digest(tensor):
+    """Of a tensor's values and, where it is rounded, to what."""
+    values = tensor.detach().cpu().contiguous()
+    if values.dtype == torch.float64 and torch.equal(values.float().double(), values):
+        values = values.float()
+    kind = "" if values.dtype in (torch.float32, torch.float64) else str(values.dtype)
+    return kind + hashlib.sha256(values.flatten().view(torch.uint8).numpy()).hexdigest()
+
+
 def _listed(names, at_most=8):
     names = sorted(names)
     return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
@@ -558,7 +569,47 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         backbone = model.retriever.backbone
         new = {name: tensor for name, tensor in backbone.state_dict().items() if is_lora(name)}
         backbone.load_state_dict(names_with_lora(weights, config) | new, strict=True)
+        model.note_frozen_weights()
         return model.to(dtype or torch.float32)
+
+    def note_frozen_weights(self):
+        """Take the frozen weights as they are now for those that belong to the backbone; `refuse_changed_backbone`
+        compares. Whoever rounds them on purpose, for as long as a run takes, says so by this."""
+        retriever = self.retriever
+        for name, tensor in self._used_frozen_weights():
+            retriever.frozen_digests.setdefault(name, set()).add(_weight_digest(tensor))
+
+    def _used_frozen_weights(self):
+        """Names and tensors of what is frozen and used of the backbone, those aside that are not in memory."""
+        retriever = self.retriever
+        for name, tensor in retriever.backbone.state_dict().items():
+            is_frozen = retriever.family.is_used(name, self.config.pooling) and not self._is_tuned_in_backbone(name)
+            if is_frozen and type(tensor) is torch.Tensor and not tensor.is_meta:
+                yield name, tensor
+
+    def refuse_changed_backbone(self):
+        """Raise if frozen weights are no longer those of the backbone, which alone is named where they aren't saved.
+
+        Tools that write into weights (PEFT's `merge_and_unload`, or `modules_to_save` with `unload`) do that.
+
+        Raises:
+            OSError: weights have been rounded, and the backbone to compare them with is not to be had.
+            ValueError: they are others; the message names some.
+        """
+        known = self.retriever.frozen_digests
+        changed = {n: t for n, t in self._used_frozen_weights() if n in known and _weight_digest(t) not in known[n]}
+        if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in changed.values()):
+            weights = names_with_lora(load_backbone(copy.deepcopy(self.config)), self.config)
+            rounded = {name: weights[name].to(tensor.dtype) for name, tensor in changed.items()}
+            changed = {
+                name: tensor for name, tensor in changed.items() if not torch.equal(tensor.cpu(), rounded[name])
+            }
+        if changed:
+            raise ValueError(
+                f"frozen weights of the model are not those of the backbone {self.config.backbone!r} any more "
+                f"({_listed(changed)}): somebody has changed them, as PEFT does when it merges. Without them, what is "
+                "saved would be another model: save them too, with save_backbone=True"
+            )
 
     def add_adapter(self, *args, **kwargs):
         """Refused: adapters of PEFT are not saved with a retriever. LoRA is `lora_rank` of [`VPTSPConfig`].
@@ -590,8 +641,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: the folder holds another model; `push_to_hub` was asked for, use the method of that name;
-                `max_shard_size`, since it is all one file; `save_backbone=False`, but all of the backbone is tuned; or
-                PEFT has changed the model.
+                `max_shard_size`, since it is all one file; `save_backbone=False`, but all of the backbone is tuned;
+                PEFT has changed the model; or frozen weights were changed, which would not be saved.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("save_pretrained does not push: use model.push_to_hub(repo_id)")
@@ -605,6 +656,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             self.config.save_backbone = save_backbone
         if self.config.backbone is None:
             self.config.save_backbone = True
+        if not self.config.save_backbone:
+            self.refuse_changed_backbone()
         state_dict = self.state_dict() if state_dict is None else state_dict
         if not self.config.save_backbone:
             tuned = self.tuned_names()
@@ -683,6 +736,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         refuse_other_adapters(self)
         backbone = self.config.backbone
         saved_along = self.config.save_backbone if save_backbone is None else save_backbone
+        if backbone is not None and not saved_along:
+            self.refuse_changed_backbone()
         if backbone is not None and not saved_along and Path(backbone).is_dir():
             raise ValueError(
                 f"the backbone is the local folder {backbone!r}, which others don't have: push with "
@@ -767,6 +822,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         )
         model._refuse_incomplete(saved, info, from_retriever, pretrained_model_name_or_path)
         model.freeze_backbone()
+        model.note_frozen_weights()
         if not from_retriever:
             model.load_beside(
                 lambda name: cached_file(pretrained_model_name_or_path, name, revision=revision, **hub_kwargs)
@@ -850,6 +906,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
         if config.lora_rank:
             add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_targets)
         self.adapters = build_adapters(config)
+        self.frozen_digests = {}  # name -> what the frozen weights may be; see `note_frozen_weights`
         self.prompts = Prompts(config.prompt_lengths, config.num_prompts, config.backbone_config.hidden_size)
         self.head = embedding_head(config)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)

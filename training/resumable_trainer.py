@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from dataclasses import asdict
@@ -38,12 +39,16 @@ from .checkpoints import (
     set_random_state,
     write_failure,
 )
+from .descriptions import describe
 from .interruption import InterruptionCallback
 from .output_folder import last_run, mark_run, output_held
 from .run_errors import CheckpointError, CheckpointWriteError, TrainingError
-from .run_record import record_run, run_differences
+from .run_record import given_optimizer, given_scheduler, record_run, run_differences
 from .trainer_hooks import HookedTrainer
 from .unsupported_arguments import refuse_given
+
+
+logger = logging.getLogger(__name__)
 
 
 class ResumableTrainer(HookedTrainer):
@@ -70,10 +75,8 @@ class ResumableTrainer(HookedTrainer):
         self._resumed_from = None
         self._record = None
         self._earlier_checkpoints = []
-        self._given_optimizer = None
-        if self.optimizer is not None:
-            options = {name: repr(value) for name, value in self.optimizer.defaults.items()}
-            self._given_optimizer = {"class": type(self.optimizer).__name__, "options": options}
+        self._given_optimizer = given_optimizer(self.optimizer, self.model)
+        self._given_scheduler = given_scheduler(self.lr_scheduler)
         self._run = self._next_run = self._first_run = last_run(self.args.output_dir)
         self._started = time.time()
         self._interruption = InterruptionCallback()
@@ -109,6 +112,7 @@ class ResumableTrainer(HookedTrainer):
                 self._together(prepare_root, self.args.output_dir, writer_only=True)
             self._next_run = gather_object([uuid.uuid4().hex])[0]
             self._first_run = _run_of(self._resumed_from) if self._resumed_from else self._next_run
+            self._run_record()  # before training changes anything that it describes
             with self._interruption.watching():
                 outcome = super().train(self._resumed_from)
             self._together(self._mark_output, writer_only=True)
@@ -190,6 +194,8 @@ class ResumableTrainer(HookedTrainer):
                 **({} if self._data_settings is None else {"data": self._data_settings}),
                 image_processor=self._image_processor_record(),
                 optimizer=self._optimizer_record(),
+                lr_scheduler=self._given_scheduler,
+                data_collator=describe(self.data_collator),
             )
         return self._record
 
@@ -255,6 +261,11 @@ class ResumableTrainer(HookedTrainer):
             lines = "\n".join(f"  {line}" for line in different)
             raise CheckpointError(
                 f"{folder} is of another run:\n{lines}\nGive what it had, or begin a run in another output_dir"
+            )
+        if not hasattr(self.train_dataset, "fingerprint"):
+            logger.warning(
+                "%s has no fingerprint(): whether it holds the images that the run began with can't be told",
+                type(self.train_dataset).__name__,
             )
         best = self._best_checkpoint(folder)
         if best is not None and self.args.load_best_model_at_end:

@@ -24,6 +24,7 @@ REFUSED_FIELDS = {
     "eval_do_concat_batches": "retrieval is scored over all images at once",
     "eval_use_gather_object": "embeddings are gathered in any case",
     "fp16_full_eval": "embeddings are computed in the precision of training; give fp16",
+    "ignore_data_skip": "a run that goes on sees the batches that come next, as if nothing had interrupted it",
     "include_for_metrics": "compute_metrics gets embeddings and labels",
     "include_num_input_tokens_seen": "images have no tokens to count",
     "label_names": "labels are called labels",
