@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from itertools import islice
@@ -11,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers.trainer_utils import EvalPrediction, SaveStrategy, speed_metrics
+from transformers.trainer_utils import EvalPrediction, IntervalStrategy, SaveStrategy, speed_metrics
 from transformers.utils import logging
 
 from ..data_scripts.overlap import has_names, pixel_digests, same_dataset_images, select_pairs
@@ -19,6 +20,7 @@ from ..data_scripts.preprocessing import normalisation_for
 from ..eval.metric_registry import registered_metrics
 from ..eval.metrics import count_in_gallery, retrieval_metrics
 from ..eval.summary import embedding_metrics
+from .evaluation_checks import check_evaluation, named_sets
 from .interruption import leave_signals_to_main_process
 from .run_errors import TrainingError
 from .sharing import SharingTrainer
@@ -37,13 +39,17 @@ class EvaluatingTrainer(SharingTrainer):
         **kwargs: As for [`SharingTrainer`].
     """
 
-    def __init__(self, *args, compute_metrics=None, **kwargs):
+    def __init__(self, *args, eval_dataset=None, compute_metrics=None, **kwargs):
         self._extra_metrics = compute_metrics
         self._backbone_only = False
         self.last_evaluated = None
         self._excluded = {}
         self._normalise = None
-        super().__init__(*args, **kwargs)
+        if eval_dataset is None and kwargs["args"].eval_strategy != "no":
+            kwargs["args"] = _without_evaluation(kwargs["args"], kwargs.get("train_dataset") is not None)
+        super().__init__(*args, eval_dataset=eval_dataset, **kwargs)
+        if self.args.eval_strategy != "no":
+            check_evaluation(eval_dataset, self.args, self._measure, knows_all=compute_metrics is None)
 
     def _loader_options(self):
         return {
@@ -117,7 +123,8 @@ class EvaluatingTrainer(SharingTrainer):
         """Embed a data set, each image once whatever the number of processes.
 
         Args:
-            dataset: An `ImageDataset`, a `StreamedImages`, or another with `evaluation_batches(batch_size)`.
+            dataset: An `ImageDataset`, a `StreamedImages`, or another with rows and a length, or with
+                `evaluation_batches(batch_size)`.
             description: For the progress bar.
 
         Returns:
@@ -129,7 +136,7 @@ class EvaluatingTrainer(SharingTrainer):
     def _embed_all(self, dataset, description="Embedding", with_digests=False):
         """As `embed`, of all images, with `(n,)` bool: which could be read; on demand `pixel_digests` too."""
         rank, world_size = self.args.process_index, self.args.world_size
-        batches = islice(dataset.evaluation_batches(self.args.eval_batch_size), rank, None, world_size)
+        batches = islice(_evaluation_batches(dataset, self.args.eval_batch_size), rank, None, world_size)
         # tqdm asks a loader for two iterators, but these batches come once
         options = self._loader_options()
         if with_digests:
@@ -267,33 +274,24 @@ class EvaluatingTrainer(SharingTrainer):
             self._backbone_only = False
 
 
-def named_sets(dataset) -> dict:
-    """What to evaluate, by name: several data sets as they are given, one under an empty name.
-
-    Args:
-        dataset: A data set, a dict of `query` and `gallery`, or a dict of either by name.
-
-    Raises:
-        ValueError: a dict has one of `query` and `gallery` alone, or beside others, or a name is not text.
-    """
-    pair = {"query", "gallery"}
-    if not isinstance(dataset, dict) or set(dataset) == pair:
-        return {"": dataset}
-    if pair & set(dataset):
-        raise ValueError(f"a dict of eval datasets must have query and gallery, or other names, got {sorted(dataset)}")
-    for name, part in dataset.items():
-        if isinstance(part, dict) and set(part) != pair:
-            raise ValueError(f"{name} of the eval datasets must have query and gallery, got {sorted(part)}")
-    if not dataset or not all(isinstance(name, str) and name for name in dataset):
-        raise ValueError(f"a dict of eval datasets must have names that are text, got {list(dataset)}")
-    return dataset
+def _without_evaluation(args, is_trained):
+    """A run's arguments where there is nothing to evaluate; it is said where it matters."""
+    for name, value in (("save_strategy", args.save_strategy), ("lr_scheduler_type", args.lr_scheduler_type)):
+        if value in ("best", "reduce_lr_on_plateau", "greedy"):
+            raise ValueError(f"{name} {getattr(value, 'value', value)} needs an eval_dataset, got None")
+    if is_trained:
+        logger.warning("there is no eval_dataset: eval_strategy is no, and the last model is the result")
+    args = copy.copy(args)
+    args.eval_strategy, args.do_eval, args.load_best_model_at_end = IntervalStrategy.NO, False, False
+    return args
 
 
-def data_sets_in(dataset) -> list:
-    """The single data sets of what `evaluate` takes, or of None."""
-    if isinstance(dataset, dict):
-        return [part for value in dataset.values() for part in data_sets_in(value)]
-    return [] if dataset is None else [dataset]
+def _evaluation_batches(dataset, batch_size):
+    """Batches of what a data set is asked for; of one that does not say, its rows in order."""
+    if hasattr(dataset, "evaluation_batches"):
+        return dataset.evaluation_batches(batch_size)
+    rows = range(len(dataset))
+    return (list(rows[start : start + batch_size]) for start in rows[::batch_size])
 
 
 class _WithDigests:
@@ -328,4 +326,4 @@ def _readable(embeddings, labels, readable):
     return (embeddings, labels) if readable.all() else (embeddings[readable], labels[readable])
 
 
-__all__ = ["EvaluatingTrainer", "data_sets_in", "named_sets"]
+__all__ = ["EvaluatingTrainer"]

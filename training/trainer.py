@@ -20,7 +20,8 @@ from ..modeling_vptsp import refuse_other_adapters
 from .arguments import VPTSPTrainingArguments
 from .checkpoints import check_files
 from .class_prompts import CLASS_PROMPT_STATES_NAME
-from .evaluating import EvaluatingTrainer, data_sets_in
+from .evaluating import EvaluatingTrainer
+from .evaluation_checks import data_sets_in
 from .half_precision import frozen_weights_in
 from .offloading import BatchesAhead, prepare_class_prompts
 from .optimisation import build_optimizer, cosine_schedule
@@ -70,7 +71,7 @@ class VPTSPTrainer(EvaluatingTrainer):
         check_arguments(args)  # they may have been changed since they were made
         refuse_other_adapters(model)
         refuse_other_model(args.output_dir, model.config.backbone)
-        kwargs.setdefault("data_collator", collate_images)
+        kwargs["data_collator"] = kwargs.get("data_collator") or collate_images
         if args.push_to_hub:
             model.require_shareable()
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
