@@ -8,7 +8,9 @@ Shapes: B images, N tokens (CLS + patches), P prompts, D backbone width, E embed
 
 from __future__ import annotations
 
+import copy
 import functools
+import hashlib
 import importlib
 import json
 import math
@@ -78,10 +80,16 @@ class VPTSPModelOutput(ModelOutput):
     Attributes:
         embeddings: `(B, E)` float32 (float64 for a float64 model), L2-normalised.
         pooler_output: The same tensor, under the name that `AutoModel` users look for.
+        features: `(B, E)`, the head's output before it is normalised; where `keep` asks for them.
+        tokens: [`ImageTokens`] that another pass over the same images may start from; likewise.
+        first_layer: What such a pass computes of them in the first layer, for `encode`; None where that is nothing.
     """
 
     embeddings: torch.FloatTensor | None = None
     pooler_output: torch.FloatTensor | None = None
+    features: torch.FloatTensor | None = None
+    tokens: ImageTokens | None = None
+    first_layer: tuple | None = None
 
 
 class Prompts(nn.Module):
@@ -118,9 +126,10 @@ class EmbeddingHead(nn.Module):
         """`(B, pooled_dim)` -> `(B, E)`, not yet normalised, in float32 or wider."""
         return at_least_float32(self.projection(self.norm(pooled)))
 
-    def forward(self, pooled):
-        """`(B, pooled_dim)` -> `(B, E)`, L2-normalised, in float32 or wider."""
-        return F.normalize(self.project(pooled), dim=-1)
+    def forward(self, pooled, normalize=True):
+        """`(B, pooled_dim)` -> `(B, E)`, L2-normalised unless told otherwise, in float32 or wider."""
+        features = self.project(pooled)
+        return F.normalize(features, dim=-1) if normalize else features
 
 
 class DistilledEmbeddingHead(EmbeddingHead):
@@ -411,6 +420,15 @@ def _card_writer():
         return None
 
 
+def _weight_digest(tensor):
+    """Of a tensor's values and, where it is rounded, to what."""
+    values = tensor.detach().cpu().contiguous()
+    if values.dtype == torch.float64 and torch.equal(values.float().double(), values):
+        values = values.float()
+    kind = "" if values.dtype in (torch.float32, torch.float64) else str(values.dtype)
+    return kind + hashlib.sha256(values.flatten().view(torch.uint8).numpy()).hexdigest()
+
+
 def _listed(names, at_most=8):
     names = sorted(names)
     return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
@@ -568,7 +586,47 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         backbone = model.retriever.backbone
         new = {name: tensor for name, tensor in backbone.state_dict().items() if is_lora(name)}
         backbone.load_state_dict(names_with_lora(weights, config) | new, strict=True)
+        model.note_frozen_weights()
         return model.to(dtype or torch.float32)
+
+    def note_frozen_weights(self):
+        """Take the frozen weights as they are now for those that belong to the backbone; `refuse_changed_backbone`
+        compares. Whoever rounds them on purpose, for as long as a run takes, says so by this."""
+        retriever = self.retriever
+        for name, tensor in self._used_frozen_weights():
+            retriever.frozen_digests.setdefault(name, set()).add(_weight_digest(tensor))
+
+    def _used_frozen_weights(self):
+        """Names and tensors of what is frozen and used of the backbone, those aside that are not in memory."""
+        retriever = self.retriever
+        for name, tensor in retriever.backbone.state_dict().items():
+            is_frozen = retriever.family.is_used(name, self.config.pooling) and not self._is_tuned_in_backbone(name)
+            if is_frozen and type(tensor) is torch.Tensor and not tensor.is_meta:
+                yield name, tensor
+
+    def refuse_changed_backbone(self):
+        """Raise if frozen weights are no longer those of the backbone, which alone is named where they aren't saved.
+
+        Tools that write into weights (PEFT's `merge_and_unload`, or `modules_to_save` with `unload`) do that.
+
+        Raises:
+            OSError: weights have been rounded, and the backbone to compare them with is not to be had.
+            ValueError: they are others; the message names some.
+        """
+        known = self.retriever.frozen_digests
+        changed = {n: t for n, t in self._used_frozen_weights() if n in known and _weight_digest(t) not in known[n]}
+        if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in changed.values()):
+            weights = names_with_lora(load_backbone(copy.deepcopy(self.config)), self.config)
+            rounded = {name: weights[name].to(tensor.dtype) for name, tensor in changed.items()}
+            changed = {
+                name: tensor for name, tensor in changed.items() if not torch.equal(tensor.cpu(), rounded[name])
+            }
+        if changed:
+            raise ValueError(
+                f"frozen weights of the model are not those of the backbone {self.config.backbone!r} any more "
+                f"({_listed(changed)}): somebody has changed them, as PEFT does when it merges. Without them, what is "
+                "saved would be another model: save them too, with save_backbone=True"
+            )
 
     def add_adapter(self, *args, **kwargs):
         """Refused: adapters of PEFT are not saved with a retriever. LoRA is `lora_rank` of [`VPTSPConfig`].
@@ -602,7 +660,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the folder holds another model; `push_to_hub` was asked for, use the method of that name;
                 `max_shard_size` or `variant`, since it is all one file; `save_backbone=False`, but all of the backbone
-                is tuned; or PEFT has changed the model.
+                is tuned; PEFT has changed the model; or frozen weights were changed, which would not be saved.
             TypeError: a keyword is none that is read.
         """
         if kwargs.get("push_to_hub"):
@@ -620,6 +678,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             self.config.save_backbone = save_backbone
         if self.config.backbone is None:
             self.config.save_backbone = True
+        if not self.config.save_backbone:
+            self.refuse_changed_backbone()
         state_dict = self.state_dict() if state_dict is None else state_dict
         if not self.config.save_backbone:
             tuned = self.tuned_names()
@@ -711,6 +771,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         refuse_other_adapters(self)
         backbone = self.config.backbone
         saved_along = self.config.save_backbone if save_backbone is None else save_backbone
+        if backbone is not None and not saved_along:
+            self.refuse_changed_backbone()
         if backbone is not None and not saved_along and Path(backbone).is_dir():
             raise ValueError(
                 f"the backbone is the local folder {backbone!r}, which others don't have: push with "
@@ -795,6 +857,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         )
         model._refuse_incomplete(saved, info, from_retriever, pretrained_model_name_or_path)
         model.freeze_backbone()
+        model.note_frozen_weights()
         if not from_retriever:
             model.load_beside(
                 lambda name: cached_file(pretrained_model_name_or_path, name, revision=revision, **hub_kwargs)
@@ -878,6 +941,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
         if config.lora_rank:
             add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_targets)
         self.adapters = build_adapters(config)
+        self.frozen_digests = {}  # name -> what the frozen weights may be; see `note_frozen_weights`
         self.prompts = Prompts(config.prompt_lengths, config.num_prompts, config.backbone_config.hidden_size)
         self.head = embedding_head(config)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
@@ -894,6 +958,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
         return_dict=None,
         output_attentions=None,
         output_hidden_states=None,
+        keep=(),
     ):
         """Embed images.
 
@@ -906,19 +971,32 @@ class VPTSPModel(VPTSPPreTrainedModel):
             return_dict: False gives a tuple; None is what the configuration says.
             output_attentions: Not to be had; see `vptsp.eval.attention` for where the CLS token looks.
             output_hidden_states: Not to be had; register a forward hook on a layer of `backbone`.
+            keep: What training needs beside the embeddings: any of `features` and `tokens` (with `first_layer`).
 
         Returns:
             [`VPTSPModelOutput`].
 
         Raises:
-            ValueError: `pixel_values` is missing, of a wrong shape or not floating point, or attentions or hidden
-                states are asked for.
+            ValueError: `pixel_values` is missing, of a wrong shape or not floating point; attentions or hidden states
+                are asked for; or `keep` names something else.
         """
         self.refuse_intermediate_outputs(output_attentions, output_hidden_states)
+        if not {*keep} <= {"features", "tokens"}:
+            raise ValueError(f"keep must name any of features and tokens, got {keep!r}")
         tokens = self.embed_patches(pixel_values, interpolate_pos_encoding)
+        first_layer = self.project_first_layer(tokens) if "tokens" in keep else None
         prompts = self.prompts() if prompt_key_values is None else prompt_key_values
-        embeddings = self.embedding_dropout(self.head(self.encode(tokens, prompts)))
-        output = VPTSPModelOutput(embeddings=embeddings, pooler_output=embeddings)
+        pooled = self.encode(tokens, prompts, first_layer=first_layer)
+        features = self.head(pooled, normalize=False) if "features" in keep else None
+        embeddings = self.head(pooled) if features is None else F.normalize(features, dim=-1)
+        embeddings = self.embedding_dropout(embeddings)
+        output = VPTSPModelOutput(
+            embeddings=embeddings,
+            pooler_output=embeddings,
+            features=features,
+            tokens=tokens if "tokens" in keep else None,
+            first_layer=first_layer,
+        )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 

@@ -5,7 +5,9 @@ What is found here goes to the measures as `excluded`, pairs of a query and a ga
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import struct
 
 import torch
 
@@ -85,17 +87,37 @@ def same_stored_images(queries, gallery):
     return same_images(*ids, *contents)
 
 
-def same_dataset_images(queries, gallery, num_queries):
-    """[`same_images`] of two data sets that say what holds their images (`stored_images`); of others, none.
+def has_names(dataset) -> bool:
+    """Whether a data set says what holds its images (`stored_images`), by which they are told from others."""
+    return hasattr(dataset, "stored_images")
+
+
+def pixel_digests(pixel_values):
+    """A digest of each image's pixels, for data sets without names.
+
+    Args:
+        pixel_values: `(B, 3, height, width)` on the CPU, of any dtype.
+
+    Returns:
+        `(B, 2)` int64.
+    """
+    rows = [hashlib.blake2b(row.contiguous().view(torch.uint8).numpy(), digest_size=16) for row in pixel_values]
+    return torch.tensor([struct.unpack("2q", row.digest()) for row in rows], dtype=torch.int64).reshape(-1, 2)
+
+
+def same_dataset_images(queries, gallery, num_queries, digests=None):
+    """[`same_images`] of two data sets.
 
     Args:
         queries, gallery: [`ImageDataset`], [`StreamedImages`] or others; perhaps the same one twice.
         num_queries: Q.
+        digests: Of both sets, what tells their images apart where one of them does not say what holds its images: Q
+            and G values, None for an image that could not be read. Without, such sets have none in common.
     """
     if queries is gallery:
         return torch.arange(num_queries)[:, None].expand(-1, 2)
-    if not all(hasattr(dataset, "stored_images") for dataset in (queries, gallery)):
-        return torch.empty(0, 2, dtype=torch.int64)
+    if not (has_names(queries) and has_names(gallery)):
+        return same_items(*(digests or ((), ())))
     (query_ids, query_contents), (gallery_ids, gallery_contents) = (_identities(d) for d in (queries, gallery))
     return same_images(query_ids, gallery_ids, query_contents, gallery_contents)
 
@@ -130,6 +152,8 @@ def select_pairs(pairs, query_rows, gallery_rows):
 
 
 __all__ = [
+    "has_names",
+    "pixel_digests",
     "same_dataset_images",
     "same_images",
     "same_items",

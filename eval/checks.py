@@ -54,6 +54,29 @@ def check_embeddings(embeddings, name):
     return embeddings
 
 
+def refuse_same_sets(query_embeddings, query_labels, gallery_embeddings, gallery_labels):
+    """Raise if queries and gallery are the same rows in the same order, where every query would find itself.
+
+    However they came: one tensor twice, or two that were made of one list. A model that embeds everything alike is
+    no such mistake.
+
+    Args:
+        query_embeddings, query_labels, gallery_embeddings, gallery_labels: `(N, E)` and `(N,)`, checked.
+
+    Raises:
+        ValueError: they are; the message says what to do instead.
+    """
+    queries, gallery = query_embeddings.detach(), gallery_embeddings.detach()
+    if queries.shape != gallery.shape or not torch.equal(query_labels, gallery_labels.to(query_labels)):
+        return
+    if (queries != queries[:1]).any() and torch.equal(queries, gallery.to(queries)):
+        raise ValueError(
+            f"query_embeddings and gallery_embeddings are the same {len(queries)} rows, so that every query would "
+            "find itself: leave the gallery out, and each query searches the others; or say by `excluded` which "
+            "gallery item is which query"
+        )
+
+
 def check_labels(labels, name, length=None):
     """The labels, of a tensor or an array of numpy, as an int64 tensor.
 
@@ -82,4 +105,11 @@ def check_labelled(embeddings, labels):
     return embeddings.detach(), check_labels(labels, "labels", length=len(embeddings)).to(embeddings.device)
 
 
-__all__ = ["NORM_TOLERANCE", "as_tensor", "check_embeddings", "check_labelled", "check_labels"]
+__all__ = [
+    "NORM_TOLERANCE",
+    "as_tensor",
+    "check_embeddings",
+    "check_labelled",
+    "check_labels",
+    "refuse_same_sets",
+]

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import as_tensor, check_labels
+from .checks import as_tensor, check_labels, refuse_same_sets
 from .neighbours import BlockedSimilarity, check_block_size
 from .ties import rank_with_ties
 
@@ -136,9 +136,10 @@ def retrieval_metrics(
 
     Without a gallery the queries are the gallery, and each query's own row is excluded by index. With one, the two are
     taken to have no item in common, as nothing in two arrays could tell: a query that is in the gallery too finds
-    itself, and counts as right, unless `excluded` says which item it is. Items of equal similarity have no order: each
-    metric is its mean over all their orders, so the order of the rows changes nothing, and equal embeddings score what
-    chance does. Queries whose class has no (other) item in the gallery are left out.
+    itself, and counts as right, unless `excluded` says which item it is. The very same rows twice are refused. Items
+    of equal similarity have no order: each metric is its mean over all their orders, so the order of the rows changes
+    nothing, and equal embeddings score what chance does. Queries whose class has no (other) item in the gallery are
+    left out.
 
     Memory beside the embeddings is bounded by the block, whatever the sizes of the classes.
 
@@ -163,8 +164,8 @@ def retrieval_metrics(
     Raises:
         TypeError: embeddings aren't floating-point tensors, or labels aren't integer tensors.
         ValueError: shapes disagree, a set is empty, embeddings are not finite or not L2-normalised, only one of
-            gallery_embeddings and gallery_labels is given, recall_at, map_at or block_size is out of range, or no
-            query can be answered.
+            gallery_embeddings and gallery_labels is given, both sets are the same rows and `excluded` is None,
+            recall_at, map_at or block_size is out of range, or no query can be answered.
 
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]])
@@ -247,6 +248,8 @@ def check_sets(query_embeddings, query_labels, gallery_embeddings, gallery_label
     if gallery_labels is None:
         return blocks, query_labels, query_labels
     gallery_labels = check_labels(gallery_labels, "gallery_labels", length=blocks.num_gallery).to(blocks.device)
+    if excluded is None:
+        refuse_same_sets(query_embeddings, query_labels, gallery_embeddings, gallery_labels)
     return blocks, query_labels, gallery_labels
 
 

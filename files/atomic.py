@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from pathlib import Path
 
 
 TEMPORARY_SUFFIX = ".tmp"
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -55,22 +58,34 @@ def write_json(path, value, indent=2):
     Args:
         path: The file.
         value: Dicts, lists, tuples, strings, numbers, booleans and None. JSON has no NaN and no infinities: such
-            numbers (a score that there is none of) are written as `null`.
+            numbers (a score that there is none of) are written as `null`, and a warning names them.
         indent: Spaces, or None for one line.
 
     Raises:
         TypeError: it holds something else.
     """
+    if names := _without_number(value):
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        verbs = "is no finite number and is" if len(names) == 1 else "are no finite numbers and are"
+        logger.warning("%s: %s%s %s written as null", Path(path).name, ", ".join(names[:8]), more, verbs)
     write_text(path, json.dumps(json_value(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def json_value(value):
-    """The same, with None in place of every number that JSON does not know."""
+def json_value(value, replace=lambda number: None):
+    """The same, with `replace(number)` in place of every number that JSON does not know."""
     if isinstance(value, dict):
-        return {key: json_value(item) for key, item in value.items()}
+        return {key: json_value(item, replace) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [json_value(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [json_value(item, replace) for item in value]
+    return replace(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _without_number(value, place=()):
+    """Where a value holds numbers that JSON does not know."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return [".".join(place)]
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return [name for key, item in items for name in _without_number(item, (*place, str(key)))]
 
 
 def sync_path(path):

@@ -278,7 +278,7 @@ def check_files(folder) -> dict:
         raise CheckpointError(f"there is no checkpoint folder {folder}")
     if not (folder / RUN_NAME).is_file():
         raise CheckpointError(f"{folder} is no checkpoint of VPTSPTrainer: it has no {RUN_NAME}")
-    record = _read_json(folder / RUN_NAME)
+    record = read_json(folder / RUN_NAME)
     version = record.get("format_version") if isinstance(record, dict) else None
     if version not in READABLE_VERSIONS:
         expected = " or ".join(map(str, READABLE_VERSIONS))
@@ -298,7 +298,7 @@ def check_listed_file(path):
     """
     path = Path(path)
     record = path.parent / RUN_NAME
-    expected = _read_json(record).get("files", {}).get(path.name) if record.is_file() else None
+    expected = read_json(record).get("files", {}).get(path.name) if record.is_file() else None
     if isinstance(expected, dict):  # older versions listed the size alone, which safetensors compares as well
         _check_file(path.parent, path.name, expected)
 
@@ -353,7 +353,7 @@ def _check_file(folder, name, expected):
     if "sha256" in expected:
         return
     if path.suffix == ".json":
-        _read_json(path)
+        read_json(path)
     elif path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt"):
@@ -362,7 +362,12 @@ def _check_file(folder, name, expected):
             raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def _read_json(path):
+def read_json(path):
+    """What a JSON file of a checkpoint holds.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -29,6 +29,8 @@ def frozen_weights_in(dtype, model):
     try:
         for weight in weights:
             weight.data = weight.data.to(dtype)
+        if weights and hasattr(model, "note_frozen_weights"):  # checkpoints are saved meanwhile
+            model.note_frozen_weights()
         yield
     finally:
         for weight, original in zip(weights, originals, strict=True):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
 from ..configuration_vptsp import VPTSPConfig
@@ -103,6 +102,18 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
         self.post_init()
         self.freeze_backbone()
 
+    @torch.compiler.disable(recursive=False)  # `forward` may be compiled; what is seen of gradients here can't be
+    def __call__(self, *args, **kwargs):
+        """As `forward`. In training, what it returned for the batch before must have been committed.
+
+        Raises:
+            RuntimeError: see `SemanticProxies.expect_commit`.
+        """
+        output = super().__call__(*args, **kwargs)
+        if self.training and self.config.proxy_update != "none" and output.loss is not None:
+            self.proxies.expect_commit(output.loss)
+        return output
+
     def forward(self, pixel_values, labels=None, images_per_class=None, interpolate_pos_encoding=False, gather=False):
         """Embeddings and, with labels, the loss and the proxy state's new rows.
 
@@ -119,32 +130,32 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
             [`VPTSPMetricLearningOutput`].
 
         Raises:
-            RuntimeError: the gradients of an earlier batch were computed, but its rows were not committed.
             ValueError: labels are outside 0..C-1 or not as many as images. On an accelerator or compiled,
                 with `images_per_class`, their range is left to the caller, since looking would stall the device.
         """
-        self.vptsp.refuse_intermediate_outputs()
-        tokens = self.vptsp.embed_patches(pixel_values, interpolate_pos_encoding)
         semantic_pass = labels is not None and self.config.proxy_update != "none"
-        first_layer = self.vptsp.project_first_layer(tokens) if semantic_pass else None
-        features = self.vptsp.head.project(self.vptsp.encode(tokens, self.vptsp.prompts(), first_layer=first_layer))
-        embeddings = self.vptsp.embedding_dropout(F.normalize(features, dim=-1))
+        keep = ("tokens",) if semantic_pass else ()
+        if labels is not None and self.criterion is not None and self.criterion.takes == "features":
+            keep = ("features",)
+        # called as a module, so that hooks on it and on its head run in training too
+        embedded = self.vptsp(pixel_values, interpolate_pos_encoding, return_dict=True, keep=keep)
+        embeddings = embedded.embeddings
         if labels is None:
             return VPTSPMetricLearningOutput(embeddings=embeddings, pooler_output=embeddings)
         self._check_labels(labels, len(embeddings), trusted=images_per_class is not None)
         if self.criterion is not None and self.criterion.takes != "proxies":
-            return self._compare_images(features, embeddings, labels, gather)
+            return self._compare_images(embedded, labels, gather)
         groups = group_by_class(labels, images_per_class)
 
         vectors, rows = None, None
         if semantic_pass:
-            pooled = self.vptsp.encode(tokens, self.class_prompts(groups.classes), groups.rows, first_layer)
+            prompts = self.class_prompts(groups.classes)
+            pooled = self.vptsp.encode(embedded.tokens, prompts, groups.rows, embedded.first_layer)
             vectors = (self.vptsp.head if self.config.proxy_head == "shared" else self.proxy_head)(pooled)
         # The state and the loss live on small differences: no half precision here, whatever the pass ran in.
         with torch.autocast(embeddings.device.type, enabled=False):
             if vectors is not None:
                 rows = self.proxies.new_rows(vectors, groups)
-                self.proxies.expect_commit(rows)
             if gather:
                 embeddings, labels, rows, groups = _gather_batches(embeddings, labels, rows, groups)
             # the model's own losses go through the other classes in parts; others get what they are to compare with
@@ -165,10 +176,11 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
             proxy_rows=rows,
         )
 
-    def _compare_images(self, features, embeddings, labels, gather):
+    def _compare_images(self, embedded, labels, gather):
         """Output of a loss that compares images with each other."""
+        embeddings = embedded.embeddings
         with torch.autocast(embeddings.device.type, enabled=False):
-            inputs = features if self.criterion.takes == "features" else embeddings
+            inputs = embedded.features if self.criterion.takes == "features" else embeddings
             if gather:
                 inputs, labels = _GatherRows.apply(inputs), _GatherRows.apply(labels)
             loss = self.criterion(inputs, labels)

@@ -9,10 +9,10 @@ import errno
 import json
 import os
 import shutil
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
-from ..files.atomic import sync_path
+from ..files.atomic import sync_path, write_text
 from ..files.locks import LOCK_FILE, InUseError, locked
 from ..files.marks import RESULTS_NAME, RUN, written_as
 from .run_errors import CheckpointWriteError
@@ -24,6 +24,7 @@ PICTURES = tuple(
 )
 PARTIAL_NAME = ".retriever.partial"
 READY_NAME = ".retriever.ready"
+_RUN_MARK = ".run"
 # A folder without the first is no model, and without the second no finished run: gone first, back last.
 _MARKS = (CONFIG_NAME, RESULTS_NAME)
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "tf_model.h5", "flax_model.msgpack", "*.ckpt")
@@ -74,6 +75,39 @@ def output_held(args):
             yield
         finally:
             _held.discard(folder)
+
+
+def last_run(folder) -> str | None:
+    """Which run has trained in a folder last; None where none has, or only one of an older version."""
+    path = Path(folder) / _RUN_MARK
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def mark_run(folder, run):
+    """Note that a run trains in a folder, which it holds (`output_held`)."""
+    write_text(Path(folder) / _RUN_MARK, run)
+
+
+@contextmanager
+def output_of(run, folder):
+    """Hold a folder on this process while the block writes what a run has, if no other has trained there since.
+
+    Args:
+        run: `last_run` of when the run began to be, or what it has been marked by.
+        folder: The run's `output_dir`.
+
+    Raises:
+        InUseError: another run holds it.
+        OutputFolderError: another run has trained there; the message says what to do.
+    """
+    absolute = Path(folder).absolute()
+    with nullcontext() if absolute in _held else _lock(absolute, folder):
+        if last_run(folder) != run:
+            raise OutputFolderError(
+                f"another run has trained in output_dir {folder} since: give another folder, or its checkpoints would "
+                "lie beside this run's results"
+            )
+        yield
 
 
 def _lock(folder, shown):
@@ -225,8 +259,11 @@ __all__ = [
     "OutputFolderError",
     "check_output_folder",
     "finish_replacing",
+    "last_run",
+    "mark_run",
     "model_in",
     "output_held",
+    "output_of",
     "refuse_other_model",
     "replaced_together",
 ]

@@ -148,20 +148,19 @@ class SemanticProxies(nn.Module):
             state = F.normalize(self.dropout(state), dim=-1)
         return state
 
-    def expect_commit(self, rows):
-        """Remember a training batch's new rows: once their gradient is there, they must be committed before the next.
+    def expect_commit(self, loss):
+        """Remember a training batch: once it went backward, its new rows must be committed before the next.
 
         A loop that never commits (that of `transformers.Trainer`) would train against a state that stays as it was
-        drawn. Batches without gradients, as those of an evaluation, are nothing to commit. A compiled `forward` can't
-        look.
+        drawn. Batches without gradients, as those of an evaluation, are nothing to commit.
 
         Args:
-            rows: `(M, E)`, from `new_rows`.
+            loss: Scalar, of the batch.
 
         Raises:
-            RuntimeError: those of an earlier batch are due.
+            RuntimeError: the rows of an earlier batch are due.
         """
-        if not (self.training and rows.requires_grad) or torch.compiler.is_compiling():
+        if not loss.requires_grad:
             return
         if self._is_due:
             raise RuntimeError(
@@ -170,7 +169,7 @@ class SemanticProxies(nn.Module):
                 "model.commit_proxies(output) after every backward pass"
             )
         self._num_batches += 1
-        rows.register_hook(functools.partial(self._note_gradient, self._num_batches))
+        loss.register_hook(functools.partial(self._note_gradient, self._num_batches))
 
     def _note_gradient(self, batch, gradient):
         self._is_due |= batch == self._num_batches

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from ..loading_vptsp import backbone_has
 from .checkpoints import (
     OPTIMIZER_NAME,
     PROGRESS_NAME,
+    RUN_NAME,
     STATE_NAME,
     WRITE_ERRORS,
     check_checkpoint,
@@ -30,16 +33,22 @@ from .checkpoints import (
     prepare_root,
     publish,
     random_state,
+    read_json,
     rotate,
     save_tree,
     set_random_state,
     write_failure,
 )
+from .descriptions import describe
 from .interruption import InterruptionCallback
-from .output_folder import output_held
+from .output_folder import last_run, mark_run, output_held
 from .run_errors import CheckpointError, CheckpointWriteError, TrainingError
-from .run_record import record_run, run_differences
+from .run_record import given_optimizer, given_scheduler, record_run, run_differences
 from .trainer_hooks import HookedTrainer
+from .unsupported_arguments import refuse_given
+
+
+logger = logging.getLogger(__name__)
 
 
 class ResumableTrainer(HookedTrainer):
@@ -66,10 +75,9 @@ class ResumableTrainer(HookedTrainer):
         self._resumed_from = None
         self._record = None
         self._earlier_checkpoints = []
-        self._given_optimizer = None
-        if self.optimizer is not None:
-            options = {name: repr(value) for name, value in self.optimizer.defaults.items()}
-            self._given_optimizer = {"class": type(self.optimizer).__name__, "options": options}
+        self._given_optimizer = given_optimizer(self.optimizer, self.model)
+        self._given_scheduler = given_scheduler(self.lr_scheduler)
+        self._run = self._next_run = self._first_run = last_run(self.args.output_dir)
         self._started = time.time()
         self._interruption = InterruptionCallback()
         for callback in (_CarryOn(self), self._interruption, _EpochEndFirst()):
@@ -83,8 +91,8 @@ class ResumableTrainer(HookedTrainer):
         Args:
             resume_from_checkpoint: True to go on from the last whole checkpoint in `output_dir`, or the folder of one;
                 None for what the argument of that name says.
-            trial: As for `Trainer`.
-            ignore_keys_for_eval: As for `Trainer`.
+            trial: Must be None.
+            ignore_keys_for_eval: Must be None.
 
         Raises:
             CheckpointError: there is no such checkpoint, it is damaged, or its run was another one.
@@ -92,7 +100,9 @@ class ResumableTrainer(HookedTrainer):
             InUseError: another run uses `output_dir`.
             TrainingError: there was nothing to train on.
             TrainingInterrupted: after Ctrl-C or SIGTERM, once a checkpoint is saved.
+            ValueError: `trial` or `ignore_keys_for_eval` is given, which can't be honoured.
         """
+        refuse_given(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
         self._record = None
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
@@ -100,8 +110,12 @@ class ResumableTrainer(HookedTrainer):
             self._resumed_from = self.checkpoint_to_resume(resume_from_checkpoint)
             if self._resumed_from is None and self.args.save_strategy != "no":
                 self._together(prepare_root, self.args.output_dir, writer_only=True)
+            self._next_run = gather_object([uuid.uuid4().hex])[0]
+            self._first_run = _run_of(self._resumed_from) if self._resumed_from else self._next_run
+            self._run_record()  # before training changes anything that it describes
             with self._interruption.watching():
-                outcome = super().train(self._resumed_from, trial, ignore_keys_for_eval)
+                outcome = super().train(self._resumed_from)
+            self._together(self._mark_output, writer_only=True)
         if outcome.global_step == 0:
             raise TrainingError(f"training ended without a single step: there is no batch in {self.train_dataset!r}")
         return outcome
@@ -142,7 +156,13 @@ class ResumableTrainer(HookedTrainer):
         callbacks = [callback for callback in callbacks if isinstance(callback, ExportableState)]
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=callbacks).stateful_callbacks
         write_json(partial / STATE_NAME, asdict(self.state))
-        publish(partial, self._run_record())
+        self._mark_output()
+        publish(partial, {**self._run_record(), "run": self._first_run})
+
+    def _mark_output(self):
+        """Note in `output_dir` that this run is the last there, before it leaves anything that others could take."""
+        mark_run(self.args.output_dir, self._next_run)
+        self._run = self._next_run
 
     def replace_checkpoints(self):
         """Let the run that begins now take the place of an earlier one in `output_dir`.
@@ -174,6 +194,8 @@ class ResumableTrainer(HookedTrainer):
                 **({} if self._data_settings is None else {"data": self._data_settings}),
                 image_processor=self._image_processor_record(),
                 optimizer=self._optimizer_record(),
+                lr_scheduler=self._given_scheduler,
+                data_collator=describe(self.data_collator),
             )
         return self._record
 
@@ -241,6 +263,11 @@ class ResumableTrainer(HookedTrainer):
             raise CheckpointError(
                 f"{folder} is of another run:\n{lines}\nGive what it had, or begin a run in another output_dir"
             )
+        if not hasattr(self.train_dataset, "fingerprint"):
+            logger.warning(
+                "%s has no fingerprint(): whether it holds the images that the run began with can't be told",
+                type(self.train_dataset).__name__,
+            )
         best = self._best_checkpoint(folder)
         if best is not None and self.args.load_best_model_at_end:
             check_files(best)
@@ -258,7 +285,7 @@ class ResumableTrainer(HookedTrainer):
         if checkpoint_step(best) is None:
             raise CheckpointError(f"{Path(folder) / STATE_NAME}: best_model_checkpoint is no checkpoint, got {best!r}")
         places = [Path(self.args.output_dir) / Path(best).name, Path(folder).parent / Path(best).name]
-        found = next((place for place in places if place.is_dir()), None)
+        found = next((place for place in places if place.is_dir() and _run_of(place) == _run_of(folder)), None)
         if found is None and self.args.load_best_model_at_end:
             raise CheckpointError(
                 f"the best checkpoint so far, {Path(best).name}, is gone from {places[-1].parent}: put it back, or go "
@@ -334,6 +361,11 @@ class _EpochEndFirst(TrainerCallback):
         control.should_evaluate |= evaluate
         control.should_save |= save
         self._put_off = (False, False)
+
+
+def _run_of(checkpoint) -> str | None:
+    """Which run has begun what a checkpoint goes on with; None in those of older versions."""
+    return read_json(Path(checkpoint) / RUN_NAME).get("run")
 
 
 def _has_stopped(callback):

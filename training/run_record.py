@@ -15,6 +15,7 @@ import numpy as np
 from ..data_scripts.data_errors import some
 from ..data_scripts.streaming import StreamedImages
 from ..files.atomic import json_value
+from .descriptions import describe
 
 
 # Settings that don't change what is trained, or only by rounding: they may be others when a run goes on.
@@ -42,7 +43,6 @@ FREE_SETTINGS = {
     "debug",
     "disable_tqdm",
     "fp16_full_eval",
-    "ignore_data_skip",
     "include_for_metrics",
     "include_num_input_tokens_seen",
     "label_names",
@@ -82,6 +82,9 @@ logger = logging.getLogger(__name__)
 
 # Schedules that look at scores: with these, when and on what is evaluated changes what is trained.
 _SCHEDULES_BY_SCORE = ("reduce_lr_on_plateau", "greedy")
+
+# Of a schedule: where it is, not what it is.
+_OF_THE_MOMENT = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "best")
 
 # Data arguments that don't change what is trained: places, checks, and names of classes, which are compared apart.
 # Leaving unreadable images out changes nothing before the first of them, and without that the run would have ended.
@@ -135,11 +138,33 @@ def record_run(args, model, train_dataset, eval_dataset, **parts) -> dict:
         "train_data": _data_record(train_dataset),
         "versions": _versions(),
     }
-    if isinstance(eval_dataset, dict):
-        record["eval_data"] = {name: _data_record(part) for name, part in eval_dataset.items()}
-    elif eval_dataset is not None:
+    if eval_dataset is not None:
         record["eval_data"] = _data_record(eval_dataset)
-    return json.loads(json.dumps(json_value(record | parts), allow_nan=False, default=repr))
+    return json.loads(json.dumps(json_value(record | parts, repr), allow_nan=False, default=repr))
+
+
+def given_optimizer(optimizer, model) -> dict | None:
+    """An optimiser that was made elsewhere: its class and options, and the parameters of each group, by name."""
+    if optimizer is None:
+        return None
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {}
+    for number, group in enumerate(optimizer.param_groups):
+        options = {name: repr(value) for name, value in group.items() if name not in ("params", "initial_lr")}
+        options["lr"] = repr(group.get("initial_lr", group.get("lr")))  # a schedule may have begun
+        groups[f"group {number}"] = {"parameters": [names.get(id(p), "unknown") for p in group["params"]], **options}
+    options = {name: repr(value) for name, value in optimizer.defaults.items()}
+    return {"class": type(optimizer).__name__, "options": options, "groups": groups}
+
+
+def given_scheduler(scheduler) -> dict | None:
+    """A schedule that was made elsewhere: its class, its settings, and the functions that it goes by."""
+    if scheduler is None:
+        return None
+    settings = {name: value for name, value in scheduler.state_dict().items() if name not in _OF_THE_MOMENT}
+    settings.pop("lr_lambdas", None)
+    factors = getattr(scheduler, "lr_lambdas", getattr(scheduler, "lr_lambda", None))
+    return {"class": type(scheduler).__name__, "settings": describe(settings), "factors": describe(factors)}
 
 
 def run_differences(saved, now) -> list[str]:
@@ -181,13 +206,21 @@ def _without_places(config):
 
 
 def _data_record(dataset):
+    if isinstance(dataset, dict):  # of queries and gallery, or of names
+        return {name: _data_record(part) for name, part in dataset.items()}
     record = {"kind": "stream" if isinstance(dataset, StreamedImages) else "table"}
     if hasattr(dataset, "class_names"):
         record["classes"] = list(dataset.class_names)
     if hasattr(dataset, "transform"):  # without the addresses in memory that default representations have
-        record["transform"] = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(dataset.transform))
+        shown = repr(dataset.transform)
+        record["transform"] = re.sub(r" at 0x[0-9a-fA-F]+", "", shown)
+        if record["transform"] != shown:  # then it says little
+            record["transform_made_of"] = describe(dataset.transform)
     if hasattr(dataset, "fingerprint"):
         return record | dataset.fingerprint()
+    record["class"] = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
+    if not hasattr(dataset, "labels"):
+        return record
     labels = np.asarray(dataset.labels, dtype=np.int64)
     return record | {"images": len(labels), "labels": hashlib.sha256(labels.tobytes()).hexdigest()}
 
@@ -197,4 +230,12 @@ def _versions():
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
-__all__ = ["FREE_DATA_ARGUMENTS", "is_free_setting", "record_data_arguments", "record_run", "run_differences"]
+__all__ = [
+    "FREE_DATA_ARGUMENTS",
+    "given_optimizer",
+    "given_scheduler",
+    "is_free_setting",
+    "record_data_arguments",
+    "record_run",
+    "run_differences",
+]

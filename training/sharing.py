@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
@@ -14,8 +17,9 @@ from transformers.utils.hub import PushInProgress
 from ..data_scripts.split_record import SPLITS_NAME
 from ..files.atomic import atomic_path, write_json
 from ..files.marks import RESULTS_NAME
+from .checkpoints import STATE_NAME
 from .model_card import TAGS, retriever_card
-from .output_folder import refuse_other_model, replaced_together
+from .output_folder import output_of, refuse_other_model, replaced_together
 from .resumable_trainer import ResumableTrainer
 
 
@@ -50,15 +54,43 @@ class SharingTrainer(ResumableTrainer):
             results: See the class.
 
         Raises:
-            OutputFolderError: the folder holds something else than a retriever.
+            InUseError: another run uses `output_dir`, which is where to.
+            OutputFolderError: the folder holds something else than a retriever, or is `output_dir`, in which another
+                run has trained since this one has, or was made.
         """
         if self.args.should_save:
             folder = Path(self.args.output_dir if folder is None else folder)
             refuse_other_model(folder, self.model.config.backbone)
-            if self.split_record is None:  # one that is there speaks of another run
-                (folder / SPLITS_NAME).unlink(missing_ok=True)
-            with replaced_together(folder) as staged:
+            is_own = folder.resolve() == Path(self.args.output_dir).resolve()
+            with self._own_output() if is_own else nullcontext(), replaced_together(folder) as staged:
+                if self.split_record is None:  # one that is there speaks of another run
+                    (folder / SPLITS_NAME).unlink(missing_ok=True)
                 self._write_retriever(staged, results, place=folder)
+
+    def _own_output(self):
+        """`output_dir`, held while the block writes to it; an error where another run has trained there since."""
+        return output_of(self._run, self.args.output_dir)
+
+    def save_metrics(self, split, metrics, combined=True):
+        """As `Trainer.save_metrics`, in whole files of JSON: numbers that are none are `null`, and it is said.
+
+        Raises:
+            InUseError, OutputFolderError: as for `save_retriever`.
+        """
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            with self._own_output():
+                write_json(folder / f"{split}_results.json", dict(sorted(metrics.items())), indent=4)
+                if combined:
+                    path = folder / RESULTS_NAME
+                    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+                    write_json(path, dict(sorted({**earlier, **metrics}.items())), indent=4)
+
+    def save_state(self):
+        """As `Trainer.save_state`, as `save_metrics` writes."""
+        if self.is_world_process_zero():
+            with self._own_output():
+                write_json(Path(self.args.output_dir) / STATE_NAME, asdict(self.state))
 
     def create_model_card(self, model_name=None, results=None, **metadata):
         """Write `README.md` into `output_dir`, unless there is one that is no retriever's model card.
@@ -69,9 +101,11 @@ class SharingTrainer(ResumableTrainer):
             **metadata: Fields of `huggingface_hub.ModelCardData`, such as `license`.
         """
         path = Path(self.args.output_dir, "README.md")
-        if self.is_world_process_zero() and not _is_foreign_card(path):
-            with atomic_path(path) as temporary:
-                self._card(results, model_name, **metadata).save(temporary)
+        if self.is_world_process_zero():
+            with self._own_output():
+                if not _is_foreign_card(path):
+                    with atomic_path(path) as temporary:
+                        self._card(results, model_name, **metadata).save(temporary)
 
     def push_to_hub(
         self,

@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import math
-import time
-from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers.trainer_utils import EvalPrediction, SaveStrategy, speed_metrics
 from transformers.utils import logging
 
 from ..data_scripts.image_datasets import images_of
 from ..data_scripts.labels import check_labels
 from ..data_scripts.normalisation import Normalisation
-from ..data_scripts.overlap import same_dataset_images, select_pairs
-from ..data_scripts.preprocessing import check_geometry, normalisation_for
+from ..data_scripts.preprocessing import check_geometry
 from ..data_scripts.sampler import ClassBalancedBatchSampler
 from ..data_scripts.streaming import StreamedImages
 from ..data_scripts.torch_dataset import collate_images
-from ..eval.metric_registry import registered_metrics
-from ..eval.metrics import count_in_gallery, retrieval_metrics
-from ..eval.summary import embedding_metrics
 from ..losses.loss_registry import find_loss
 from ..modeling_vptsp import refuse_other_adapters
 from .argument_values import check_arguments
 from .arguments import VPTSPTrainingArguments
 from .checkpoints import check_files
 from .class_prompts import CLASS_PROMPT_STATES_NAME
+from .evaluating import EvaluatingTrainer
+from .evaluation_checks import data_sets_in
 from .half_precision import frozen_weights_in
-from .interruption import leave_signals_to_main_process
 from .offloading import BatchesAhead, prepare_class_prompts
 from .optimisation import build_optimizer, cosine_schedule
 from .output_folder import refuse_other_model
-from .run_errors import TrainingError
-from .sharing import SharingTrainer
 from .unsupported_arguments import check_trainer_arguments
 
 
@@ -51,9 +41,9 @@ class ClassBalancedDataLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-class VPTSPTrainer(SharingTrainer):
+class VPTSPTrainer(EvaluatingTrainer):
     """`transformers.Trainer` for [`VPTSPForMetricLearning`], whose runs can be interrupted ([`ResumableTrainer`]) and
-    give a retriever to share ([`SharingTrainer`]).
+    give a retriever to share ([`SharingTrainer`]) with the scores of retrieval ([`EvaluatingTrainer`]).
 
     Args:
         model: A `VPTSPForMetricLearning`.
@@ -61,7 +51,8 @@ class VPTSPTrainer(SharingTrainer):
         train_dataset: An [`ImageDataset`] (or another map-style dataset with `labels`, a sequence of class indices)
             whose classes are 0..C-1, a `datasets.Dataset` with a column of images and one of labels, whose images are
             cut as `processing_class` does (else to the backbone's size), or a [`StreamedImages`].
-        eval_dataset: One of these, of classes that training does not see, or a dict with `query` and `gallery`.
+        eval_dataset: One of these, of classes that training does not see, a dict with `query` and `gallery`, or a dict
+            of either under names of their own: the metrics of `birds` are then `eval_birds_recall_at_1` and so on.
         processing_class: The image processor; what it does to pixels is done to the images, and it is saved along.
             Without one, pixels are treated as the backbone's own processor does, and none is saved.
         compute_metrics: Optional; gets embeddings as `predictions` and labels as `label_ids`, and adds to the metrics.
@@ -83,35 +74,24 @@ class VPTSPTrainer(SharingTrainer):
         check_arguments(args)  # they may have been changed since they were made
         refuse_other_adapters(model)
         refuse_other_model(args.output_dir, model.config.backbone)
-        kwargs.setdefault("data_collator", collate_images)
+        kwargs["data_collator"] = kwargs.get("data_collator") or collate_images
         self._cut = (kwargs.get("processing_class"), getattr(model.config.backbone_config, "image_size", None))
         train_dataset = images_of(train_dataset, "train_dataset", *self._cut, training=True)
         eval_dataset = self._evaluated(eval_dataset)
-        self._extra_metrics = kwargs.pop("compute_metrics", None)
-        self._backbone_only = False
-        self.last_evaluated = None
-        self._excluded = None
         if args.push_to_hub:
             model.require_shareable()
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         if train_dataset is not None:
             self._check_train_dataset()
             self._check_loss()
-        self._normalise = None
         if self.processing_class is not None:
             self._normalise = Normalisation.of(self.processing_class)
-            for part in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+            for part in data_sets_in(self.eval_dataset):
                 check_geometry(self.processing_class, getattr(part, "transform", None))
         self._output = None
         self._offloaded = model.offloaded_class_prompts
         self._ahead = None
         prepare_class_prompts(self)
-
-    def _evaluated(self, dataset):
-        """A data set, or a dict of them, with tables of the library `datasets` made ready for evaluation."""
-        if isinstance(dataset, dict):
-            return {name: self._evaluated(part) for name, part in dataset.items()}
-        return images_of(dataset, "eval_dataset", *self._cut)
 
     def _check_train_dataset(self):
         dataset, num_classes = self.train_dataset, self.model.config.num_classes
@@ -162,32 +142,6 @@ class VPTSPTrainer(SharingTrainer):
             persistent_workers=self.args.dataloader_persistent_workers,
             **self._loader_options(),
         )
-
-    def _loader_options(self):
-        return {
-            "collate_fn": self.data_collator,
-            "num_workers": self.args.dataloader_num_workers,
-            "pin_memory": self.args.dataloader_pin_memory,
-            "prefetch_factor": self.args.dataloader_prefetch_factor,
-            "multiprocessing_context": getattr(
-                self.args, "dataloader_multiprocessing_context", None
-            ),  # newer than 5.8
-            "worker_init_fn": leave_signals_to_main_process,
-        }
-
-    def on_device(self, batch):
-        """A batch on the device, with uint8 images normalised there as the image processor does, bit for bit."""
-        batch = {  # a copy from pinned memory need not wait for the step before
-            name: value.to(self.args.device, non_blocking=value.is_pinned()) if torch.is_tensor(value) else value
-            for name, value in batch.items()
-        }
-        pixels = batch["pixel_values"]
-        if pixels.dtype == torch.uint8:
-            if self._normalise is None:  # not before there are such images: others need no image processor
-                self._normalise = normalisation_for(None, self.model.config, token=self.args.hub_token)
-                logger.warning(f"there is no processing_class: images get the backbone's {self._normalise}")
-            batch["pixel_values"] = self._normalise(pixels)
-        return batch
 
     # ---- Training
 
@@ -273,149 +227,6 @@ class VPTSPTrainer(SharingTrainer):
             self.set_scheduler(cosine_schedule(optimizer, steps, warmup, self.args.min_learning_rate))
         return self.lr_scheduler
 
-    # ---- Evaluation
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Embed a batch, for `predict`: `(None, embeddings (B, E), labels (B,))`, classes of any number.
-
-        Embeddings of images that could not be read and were to be skipped are NaN.
-        """
-        inputs = self.on_device(inputs)
-        embeddings = self._embed_batch(inputs["pixel_values"])
-        if "readable" in inputs:
-            embeddings[~inputs["readable"]] = torch.nan
-        return None, embeddings, inputs["labels"]
-
-    @torch.no_grad()
-    def _embed_batch(self, pixel_values):
-        with self.accelerator.autocast():
-            if self._backbone_only:
-                return self.model.retriever.embed_with_backbone(pixel_values)
-            return self.model.retriever(pixel_values).embeddings
-
-    def embed(self, dataset, description="Embedding"):
-        """Embed a data set, each image once whatever the number of processes.
-
-        Args:
-            dataset: An `ImageDataset`, a `StreamedImages`, or another with `evaluation_batches(batch_size)`.
-            description: For the progress bar.
-
-        Returns:
-            Embeddings `(n, E)` float32 and labels `(n,)` int64 on the CPU, in the data set's order, the same on every
-            process. Images that could not be read and were to be skipped are not among them.
-        """
-        return _readable(*self._embed_all(self._evaluated(dataset), description))
-
-    def _embed_all(self, dataset, description="Embedding"):
-        """As `embed`, of all images, with `(n,)` bool that says which could be read."""
-        rank, world_size = self.args.process_index, self.args.world_size
-        batches = islice(dataset.evaluation_batches(self.args.eval_batch_size), rank, None, world_size)
-        # tqdm asks a loader for two iterators, but these batches come once
-        loader = iter(DataLoader(dataset, batch_sampler=_OneTime(batches), **self._loader_options()))
-        self.model.to(self.args.device).eval()
-        embeddings, labels, readable = [], [], []
-        for batch in tqdm(
-            loader, description, disable=True if self.args.disable_tqdm or rank > 0 else None, leave=False
-        ):
-            inputs = self.on_device(batch)
-            embeddings.append(self._embed_batch(inputs["pixel_values"]).float().cpu())
-            labels.append(inputs["labels"].cpu())
-            readable.append(inputs.get("readable", torch.ones(len(labels[-1]), dtype=torch.bool)).cpu())
-        if world_size > 1:
-            parts = gather_object([list(zip(embeddings, labels, readable, strict=True))])  # a list of batches per rank
-            in_order = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
-            embeddings, labels, readable = zip(*in_order, strict=True)
-        if not len(labels):
-            raise ValueError(f"{description}: there is no image in the data set")
-        return torch.cat(tuple(embeddings)), torch.cat(tuple(labels)), torch.cat(tuple(readable))
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", eval_metrics=None):
-        """Metrics of a dataset, or of a dict with `query` and `gallery`.
-
-        `eval_metrics` says which, instead of the argument of that name: `retrieval` or `all`.
-
-        Queries whose image is in the gallery too don't find it there; `num_in_gallery` and a warning say how many.
-
-        The embeddings and labels are kept in `last_evaluated`, a dict of `query` and `gallery` (None where the queries
-        are the gallery): embeddings, labels and which images could be read, of all images in the data set's order, so
-        that whoever draws them need not embed again; `excluded` are the pairs of a query and a gallery item that is
-        its image.
-
-        Returns:
-            Dict of `{metric_key_prefix}_recall_at_1`, ..., `_map_at_r` and so on, all in 0..1, with times.
-        """
-        start = time.time()
-        dataset = self.eval_dataset if eval_dataset is None else self._evaluated(eval_dataset)
-        if dataset is None:
-            raise ValueError("evaluation needs an eval_dataset, got None")
-        if isinstance(dataset, dict):
-            if set(dataset) != {"query", "gallery"}:
-                raise ValueError(f"a dict of eval datasets must have query and gallery, got {sorted(dataset)}")
-            query = self._embed_all(dataset["query"], "Embedding queries")
-            gallery = self._embed_all(dataset["gallery"], "Embedding gallery")
-        else:
-            query, gallery = self._embed_all(dataset), None
-        num_images = len(query[1])
-        excluded = None if gallery is None else self._find_excluded(dataset, num_images)
-        self.last_evaluated = {"query": query, "gallery": gallery, "excluded": excluded}
-        if excluded is not None:
-            excluded = select_pairs(excluded, *(part[2].nonzero().flatten() for part in (query, gallery)))
-        (embeddings, labels), gallery = _readable(*query), (None, None) if gallery is None else _readable(*gallery)
-        sets = (embeddings, labels, *gallery, excluded)
-        metrics = self._measure(sets, eval_metrics or self.args.eval_metrics) | registered_metrics(*sets)
-        if self._extra_metrics is not None:
-            metrics |= self._extra_metrics(EvalPrediction(predictions=embeddings.numpy(), label_ids=labels.numpy()))
-        metrics["num_unreadable"] = num_images - len(labels)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=num_images)
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._require_comparable(metrics)
-        return metrics
-
-    def _require_comparable(self, metrics):
-        """End a run whose best checkpoint can't be told: the Trainer would pass over a score that is no number."""
-        if self.args.metric_for_best_model is None or not (self.is_in_train and self.state.global_step):
-            return
-        name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
-        chooses = self.args.load_best_model_at_end or self.args.save_strategy == SaveStrategy.BEST
-        if chooses and math.isnan(metrics.get(name, 0.0)):
-            raise TrainingError(
-                f"metric_for_best_model: {name} is nan at step {self.state.global_step}, so no checkpoint can be "
-                "the best: give another metric or test set, or load_best_model_at_end false"
-            )
-
-    def _find_excluded(self, datasets, num_queries):
-        """Pairs of a query and a gallery item of the same image, looked for once; None where there are none."""
-        both = datasets["query"], datasets["gallery"]
-        if self._excluded is None or any(a is not b for a, b in zip(self._excluded[0], both, strict=True)):
-            pairs = same_dataset_images(*both, num_queries)
-            self._excluded = both, pairs if len(pairs) else None
-            if count := count_in_gallery(pairs).get("num_in_gallery"):
-                logger.warning("%d queries are in the gallery too: they are excluded there", count)
-        return self._excluded[1]
-
-    def _measure(self, sets, eval_metrics):
-        *sets, excluded = sets
-        options = {"recall_at": tuple(self.args.recall_at), "excluded": excluded}
-        if self.args.device.type == "cuda":  # others lack float64
-            options["device"] = self.args.device
-        if eval_metrics == "retrieval":
-            return retrieval_metrics(*sets, **options)
-        if self.args.bootstrap_samples:
-            options |= {"confidence": 0.95, "num_resamples": self.args.bootstrap_samples}
-        return embedding_metrics(*sets, **options, seed=self.args.seed)
-
-    def evaluate_backbone(self, eval_dataset=None, metric_key_prefix="frozen"):
-        """Retrieval metrics of the backbone alone, without prompts or head: the line to beat. Before training."""
-        if self.model.config.changes_backbone and self.state.global_step > 0:
-            raise ValueError("the backbone itself has been tuned: evaluate_backbone must come before training")
-        self._backbone_only = True
-        try:
-            return self.evaluate(eval_dataset, metric_key_prefix=metric_key_prefix)
-        finally:
-            self._backbone_only = False
-
     # ---- Checkpoints
 
     def save_weights(self, folder):
@@ -434,21 +245,6 @@ class VPTSPTrainer(SharingTrainer):
     def load_best(self):
         check_files(self.state.best_model_checkpoint)
         self.model.load_saved(self.state.best_model_checkpoint)
-
-
-class _OneTime:
-    """A batch sampler that is an iterator."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __iter__(self):
-        return self.batches
-
-
-def _readable(embeddings, labels, readable):
-    """Without the images that could not be read and were to be skipped."""
-    return (embeddings, labels) if readable.all() else (embeddings[readable], labels[readable])
 
 
 __all__ = ["VPTSPTrainer"]

@@ -22,6 +22,7 @@ REFUSED_FIELDS = {
     "eval_do_concat_batches": "retrieval is scored over all images at once",
     "eval_use_gather_object": "embeddings are gathered in any case",
     "fp16_full_eval": "embeddings are computed in the precision of training; give fp16",
+    "ignore_data_skip": "a run that goes on sees the batches that come next, as if nothing had interrupted it",
     "include_for_metrics": "compute_metrics gets embeddings and labels",
     "include_num_input_tokens_seen": "images have no tokens to count",
     "label_names": "labels are called labels",
@@ -47,6 +48,12 @@ REFUSED_TRAINER_ARGUMENTS = {
     "compute_loss_func": "the loss is a field of the model's configuration, and own losses are registered",
     "model_init": "give the model itself",
     "preprocess_logits_for_metrics": "compute_metrics gets embeddings, which nothing needs to be made of",
+}
+# Arguments of the Trainer's methods that can't be honoured.
+REFUSED_METHOD_ARGUMENTS = {
+    "ignore_keys": "embeddings are the only output of an evaluation",
+    "ignore_keys_for_eval": "embeddings are the only output of an evaluation",
+    "trial": "a search for hyperparameters needs a new model for each trial, and a folder",
 }
 _WITHOUT_WARMUP = {"constant": "constant_with_warmup", "reduce_lr_on_plateau": "another", "greedy": "another"}
 _UNSUPPORTED_OPTIM = ("galore", "apollo", "lomo", "schedule_free")
@@ -139,6 +146,20 @@ def _check_optimizer(args):
             raise ValueError(f"{name} is not read by optim {optim}, got {getattr(args, name)}: leave it out")
 
 
+def refuse_given(**given):
+    """Refuse arguments of the Trainer's methods that would be ignored.
+
+    Args:
+        **given: What was given for them.
+
+    Raises:
+        ValueError: one of them is not None; the message names it.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} must be left out, got {value!r}: {REFUSED_METHOD_ARGUMENTS[name]}")
+
+
 def check_trainer_arguments(given):
     """Refuse arguments of `Trainer.__init__` that would be ignored.
 
@@ -163,5 +184,6 @@ __all__ = [
     "REFUSED_TRAINER_ARGUMENTS",
     "check_together",
     "check_trainer_arguments",
+    "refuse_given",
     "refuse_unsupported",
 ]

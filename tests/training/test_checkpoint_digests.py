@@ -178,7 +178,7 @@ FREE_TRAINING_ARGUMENTS = {  # and why none of them changes what is trained
         ddp_broadcast_buffers eval_do_concat_batches eval_use_gather_object fp16_full_eval include_for_metrics
         include_num_input_tokens_seen label_names length_column_name prediction_loss_only remove_unused_columns
         skip_memory_metrics train_sampling_strategy""",
-    "about going on itself": "ignore_data_skip resume_from_checkpoint",
+    "about going on itself": "resume_from_checkpoint",
 }
 
 

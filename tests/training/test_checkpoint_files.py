@@ -375,7 +375,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_intact(build, tmp_path, monkeypa
     message = r"checkpoint-7 could not be written (earlier checkpoints are intact, the last is checkpoint-4): No space"
     assert message in str(caught.value)
     assert caught.value.errno == getattr(error, "errno", None)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", ".lock", ".run"}
     check_checkpoint(tmp_path / "checkpoint-4")
 
 

@@ -71,3 +71,33 @@ def test_loops_that_commit_are_not_stopped(backbone_folder):
         model(*batch())
     model.commit_proxies(output)
     model(*batch())
+
+
+def test_a_compiled_model_is_watched_too(backbone_folder, tmp_path):
+    """By the Trainer's own option, in place, and as a part of a compiled function; without the code generator."""
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, per_device_train_batch_size=4, save_strategy="no", max_steps=2, **options
+    )
+    with pytest.raises(RuntimeError, match=r"never committed.* train with VPTSPTrainer"):
+        Trainer(make_model(backbone_folder), args, train_dataset=Noise()).train()
+
+    pixel_values, labels = batch()
+    labels = labels.sort().values  # class-major, one image of each class
+    for how in ("in place", "wrapped", "inside"):
+        torch._dynamo.reset()
+        model = make_model(backbone_folder).train()
+        if how == "in place":
+            model.compile(backend="aot_eager", fullgraph=True)
+            step = model
+        elif how == "wrapped":
+            step = torch.compile(model, backend="aot_eager", fullgraph=True)
+        else:
+            step = torch.compile(lambda *inputs, model=model: model(*inputs), backend="aot_eager")
+        for commits in (True, False):
+            output = step(pixel_values, labels, 1)
+            output.loss.backward()
+            if commits:
+                model.commit_proxies(output)
+        with pytest.raises(RuntimeError, match="never committed"):
+            step(pixel_values, labels, 1)

@@ -28,6 +28,7 @@ from vptsp.training.output_folder import (
     refuse_other_model,
     replaced_together,
 )
+from vptsp.training.run_record import run_differences
 
 
 SHORT = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no"}
@@ -390,3 +391,119 @@ def test_save_pretrained_replaces_no_file_by_half_of_one(build, tmp_path, monkey
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert torch.equal(saved["prompts.tokens"], model.retriever.prompts.tokens)
     assert set(contents(tmp_path / "saved")) == set(before)
+
+
+# ---- What is written is of the run that was there last
+
+
+def test_a_run_does_not_save_over_another_that_came_after_it(build, tmp_path):
+    """Each way to write into output_dir; in another folder, or after training there again, all is well."""
+    first, second = build(tmp_path / "run"), build(tmp_path / "run", seed=5)
+    untrained = build(tmp_path / "run", seed=6)
+    first.train()
+    first.save_model()
+    second.train()
+    before = contents(tmp_path / "run")
+    message = "another run has trained in output_dir .* since: give another folder"
+    for trainer in (first, untrained):
+        for save in (
+            trainer.save_model,
+            trainer.save_retriever,
+            lambda trainer=trainer: trainer.save_model(str(tmp_path / "other" / ".." / "run")),
+            trainer.create_model_card,
+            lambda trainer=trainer: trainer.save_metrics("eval", {"eval_map_at_r": 0.5}),
+            trainer.save_state,
+        ):
+            with pytest.raises(OutputFolderError, match=message):
+                save()
+    assert contents(tmp_path / "run") == before
+    first.save_model(str(tmp_path / "elsewhere"))
+    second.save_model()
+    later = build(tmp_path / "run", seed=7)  # of another process, say, that evaluates what is there
+    later.save_metrics("eval", {"eval_map_at_r": 0.5})
+    first.train()
+    first.save_model()
+    with pytest.raises(OutputFolderError, match=message):
+        second.save_model()
+
+
+def test_a_run_that_left_nothing_is_in_nobodys_way(build, tmp_path, monkeypatch):
+    first, second = build(tmp_path), build(tmp_path, seed=5)
+    first.train()
+    monkeypatch.setattr(second, "compute_loss", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        second.train()
+    first.save_model()
+
+
+def test_nothing_is_saved_while_another_process_trains_there(build, tmp_path):
+    trainer = build(tmp_path / "run")
+    trainer.train()
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "held\n"
+            with pytest.raises(InUseError, match="is in use by another process"):
+                trainer.save_model()
+        finally:
+            process.kill()
+    trainer.save_model()
+
+
+def test_the_best_checkpoint_is_one_of_the_same_run(build, tmp_path):
+    """Going on elsewhere, where another run has left a checkpoint of that name."""
+    steps = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 2}
+    first, other = build(tmp_path / "first", **steps), build(tmp_path / "other", **steps, seed=5)
+    first.train()
+    other.train()
+    best = Path(first.state.best_model_checkpoint).name
+    goes_on = build(tmp_path / "other", **steps | {"max_steps": 2})
+    found = goes_on._best_checkpoint(tmp_path / "first" / "checkpoint-2")
+    assert found == str(tmp_path / "first" / best)
+    record = json.loads((tmp_path / "first" / best / "run.json").read_text())
+    again = build(tmp_path / "first", **steps)
+    again.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-1"))
+    resumed = json.loads((tmp_path / "first" / "checkpoint-2" / "run.json").read_text())
+    assert resumed["run"] == record["run"] != json.loads((tmp_path / "other" / best / "run.json").read_text())["run"]
+
+
+# ---- Numbers that JSON has not
+
+
+def strict(path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} in {path}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_json_files_of_the_trainer_hold_no_nan(build, tmp_path, caplog):
+    trainer = build(tmp_path)
+    metrics = {"eval_nmi": float("nan"), "eval_map_at_r": 0.5, "eval_ratio": float("inf")}
+    with caplog.at_level("WARNING"):
+        trainer.save_metrics("eval", metrics)
+        trainer.save_metrics("test", {"test_map_at_r": 0.25, "eval_map_at_r": 0.75})
+        trainer.state.log_history.append({"step": 1, "eval_nmi": float("nan")})
+        trainer.save_state()
+        trainer.save_metrics("alone", {"x": 1.0}, combined=False)
+    assert strict(tmp_path / "eval_results.json") == {"eval_map_at_r": 0.5, "eval_nmi": None, "eval_ratio": None}
+    assert strict(tmp_path / "all_results.json") == {
+        "eval_map_at_r": 0.75,
+        "eval_nmi": None,
+        "eval_ratio": None,
+        "test_map_at_r": 0.25,
+    }
+    assert strict(tmp_path / "trainer_state.json")["log_history"] == [{"step": 1, "eval_nmi": None}]
+    assert strict(tmp_path / "alone_results.json") == {"x": 1.0}
+    assert "eval_results.json: eval_nmi, eval_ratio are no finite numbers and are written as null" in caplog.text
+    assert "trainer_state.json: log_history.0.eval_nmi is no finite number and is written as null" in caplog.text
+    trainer.create_model_card(results={"final_map_at_r": float("nan"), "final_recall_at_1": 0.5})
+    assert "nan" not in (tmp_path / "README.md").read_text().lower().replace("finan", "")
+
+
+def test_settings_without_a_number_are_told_from_none(build, tmp_path):
+    finite, infinite = (build(tmp_path, lr_scheduler_type="polynomial") for _ in range(2))
+    infinite.args.lr_scheduler_kwargs = {"power": float("inf")}
+    finite.args.lr_scheduler_kwargs = {"power": None}
+    found = run_differences(finite._run_record(), infinite._run_record())
+    assert found == ["settings.lr_scheduler_kwargs.power: checkpoint None, now 'inf'"]

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from vptsp import (
     ClassBalancedBatchSampler,
@@ -243,8 +244,63 @@ def test_query_against_gallery(backbone_folder, tmp_path, eval_dataset):
     alone = trainer.evaluate(eval_dataset)
     for name in ("recall_at_1", "recall_at_2", "map_at_r", "r_precision"):
         assert metrics[f"eval_{name}"] == pytest.approx(alone[f"eval_{name}"])
-    with pytest.raises(ValueError, match=r"must have query and gallery, got \['test'\]"):
-        trainer.evaluate({"test": eval_dataset})
+    for wrong in ({"query": eval_dataset}, {"query": eval_dataset, "gallery": eval_dataset, "test": eval_dataset}):
+        with pytest.raises(ValueError, match=r"must have query and gallery, or other names, got \[.*'query'"):
+            trainer.evaluate(wrong)
+    with pytest.raises(ValueError, match=r"birds of the eval datasets must have query and gallery, got \['test'\]"):
+        trainer.evaluate({"birds": {"test": eval_dataset}})
+    with pytest.raises(ValueError, match=r"must have names that are text, got \[1\]"):
+        trainer.evaluate({1: eval_dataset})
+
+
+def test_several_test_sets_by_name(backbone_folder, tmp_path, train_dataset, eval_dataset, splits):
+    """Each has the metrics that it has alone; the best checkpoint and early stopping go by those of one."""
+    other = ImageDataset(splits["train"], EvalTransform(18, 16))
+    sets = {"new": eval_dataset, "both": {"query": eval_dataset, "gallery": other}}
+    events = []
+
+    class Notes(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            events.append(set(metrics))
+
+    trainer = VPTSPTrainer(
+        model=make_model(backbone_folder),
+        args=make_args(tmp_path, eval_strategy="epoch", save_strategy="epoch", metric_for_best_model="both_map_at_r"),
+        train_dataset=train_dataset,
+        eval_dataset=sets,
+        callbacks=[Notes()],
+    )
+    trainer.train()
+    assert trainer.state.best_metric == max(
+        entry["eval_both_map_at_r"] for entry in trainer.state.log_history if "eval_both_map_at_r" in entry
+    )
+    assert len(events) == 2 and {"eval_new_recall_at_1", "eval_both_recall_at_1"} <= events[0]
+    together = trainer.evaluate()
+    assert trainer.last_evaluated.keys() == sets.keys()
+    for name, part in sets.items():
+        alone = trainer.evaluate(part, metric_key_prefix=f"eval_{name}")
+        times = ("runtime", "per_second")
+        assert {k: v for k, v in alone.items() if not k.endswith(times)}.items() <= together.items()
+
+
+def test_arguments_of_methods_that_would_be_ignored(backbone_folder, tmp_path, eval_dataset, train_dataset):
+    trainer = VPTSPTrainer(make_model(backbone_folder), make_args(tmp_path), train_dataset, eval_dataset)
+    batch = trainer.data_collator([eval_dataset[0]])
+    for refused in (
+        lambda keys: trainer.evaluate(ignore_keys=keys),
+        lambda keys: trainer.predict(eval_dataset, keys),
+        lambda keys: trainer.prediction_step(trainer.model, batch, False, keys),
+        lambda keys: trainer.train(ignore_keys_for_eval=keys),
+    ):
+        with pytest.raises(
+            ValueError, match=r"ignore_keys(_for_eval)? must be left out, got \['loss'\]: embeddings are"
+        ):
+            refused(["loss"])
+    with pytest.raises(ValueError, match="prediction_loss_only must be false, got true"):
+        trainer.evaluation_loop(trainer.get_test_dataloader(eval_dataset), "Prediction", prediction_loss_only=True)
+    with pytest.raises(ValueError, match="trial must be left out, got 'one': a search for hyperparameters"):
+        trainer.train(trial="one")
+    assert trainer.state.global_step == 0
 
 
 def test_images_are_normalised_as_the_image_processor_does(backbone_folder, tmp_path, eval_dataset):
@@ -274,6 +330,7 @@ def test_own_metrics_are_added(backbone_folder, tmp_path, eval_dataset):
         compute_metrics=lambda prediction: {"width": prediction.predictions.shape[1]},
     )
     assert trainer.evaluate()["eval_width"] == 12
+    assert trainer.predict(eval_dataset).metrics["test_width"] == 12
 
 
 def test_training_improves_retrieval(backbone_folder, tmp_path, train_dataset, splits):

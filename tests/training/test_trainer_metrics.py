@@ -116,6 +116,30 @@ def test_queries_that_are_in_the_gallery_under_another_name(backbone_folder, tmp
     assert trainer.last_evaluated["excluded"].tolist() == [[row, row] for row in range(20) if row != 7]
 
 
+class WithIds(ReadyImages):
+    def stored_images(self):
+        return [str(row) for row in range(len(self))]
+
+
+@pytest.mark.parametrize("named", ["neither", "queries", "gallery"])
+def test_data_sets_without_names_are_compared_by_their_pixels(backbone_folder, tmp_path, caplog, named):
+    """A gallery that has all queries but one, and some more, in another order."""
+    trainer = make_trainer(backbone_folder, tmp_path)
+    sets = {"query": (WithIds if named == "queries" else ReadyImages)(9)}
+    sets["gallery"] = (WithIds if named == "gallery" else ReadyImages)(14)
+    rows = torch.tensor([4, 2, 8, 0, 1, 3, 5, 7])
+    sets["gallery"].pixels[3:11], sets["gallery"].labels[3:11] = sets["query"].pixels[rows], sets["query"].labels[rows]
+    with caplog.at_level("WARNING"):
+        metrics, again = trainer.evaluate(sets), trainer.evaluate(sets)
+    embedded = (*trainer.embed(sets["query"]), *trainer.embed(sets["gallery"]))
+    expected = retrieval_metrics(*embedded, excluded=torch.stack([rows, torch.arange(3, 11)], dim=1))
+    assert expected["recall_at_1"] < retrieval_metrics(*embedded)["recall_at_1"]  # had they found themselves
+    assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected)
+    assert again["eval_recall_at_1"] == metrics["eval_recall_at_1"] and metrics["eval_num_in_gallery"] == 8
+    assert caplog.text.count("known by their pixels alone") == 1
+    assert caplog.text.count("8 queries are in the gallery too") == 1
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
