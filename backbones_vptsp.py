@@ -148,6 +148,9 @@ class ViTFamily:
         has_head: Whether the model has a pooling head of its own, for pooling `head`.
         default_pooling: What the model's authors take as its description of an image.
         image_size: Side of the images in pixels, or height and width.
+        position_table: Name of the tensor of position embeddings that are interpolated once for images of another
+            size, when weights are loaded; None where each pass finds positions for the size that it gets.
+        interpolates_positions: Whether positions for other sizes are interpolated, not computed.
         model_options: Arguments of the model class. A dense layer on CLS, BERT's pooler, is left out.
     """
 
@@ -155,6 +158,8 @@ class ViTFamily:
     num_class_tokens = 1
     has_head = False
     default_pooling = "cls"
+    position_table = "embeddings.position_embeddings"
+    interpolates_positions = True
     model_options: ClassVar = {"add_pooling_layer": False}
 
     def __init__(self, config):
@@ -317,6 +322,9 @@ class Dinov2WithRegistersFamily(Dinov2Family):
 class DINOv3ViTFamily(Dinov2WithRegistersFamily):
     """`DINOv3ViTModel` (Siméoni et al., 2025): rotary positions of the patches, none of CLS and registers."""
 
+    position_table = None
+    interpolates_positions = False
+
     def rotation(self, backbone, pixel_values, hidden):
         return _with_unrotated(backbone.rope_embeddings(pixel_values), in_front=self.num_prefix_tokens)
 
@@ -341,6 +349,7 @@ class CLIPFamily(ViTFamily):
     transformers norms CLS alone behind them. Here `mean` takes the patches through the same norm.
     """
 
+    position_table = "embeddings.position_embedding.weight"
     model_options: ClassVar = {}
 
     def embed(self, backbone, pixel_values, interpolate_pos_encoding=False):
@@ -372,6 +381,9 @@ class CLIPFamily(ViTFamily):
 
 class MLCDFamily(CLIPFamily):
     """`MLCDVisionModel` (An et al., ECCV 2024): CLIP's layers with rotary positions, CLS at a learned one."""
+
+    position_table = None
+    interpolates_positions = False
 
     def embed(self, backbone, pixel_values, interpolate_pos_encoding=False):
         self.check_size(pixel_values, interpolate_pos_encoding)
@@ -428,6 +440,8 @@ class Siglip2NaFlexFamily(SiglipFamily):
     Images of a batch have one size here, a multiple of the patch size, so that nothing is padded and no attention
     masked. The model's own size is that of its table of positions.
     """
+
+    position_table = None  # every pass interpolates it, as transformers does
 
     @property
     def image_size(self):

@@ -8,7 +8,6 @@ Shapes: B images, N tokens (CLS + patches), P prompts, D backbone width, E embed
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import math
@@ -48,6 +47,7 @@ from .loading_vptsp import (
     read_weights,
     refuse_local_backbone,
     relative_to,
+    widest_dtype,
 )
 
 
@@ -427,12 +427,6 @@ def _others(saved, own, may_round):
     return found
 
 
-def _widest_dtype(state_dict):
-    """The floating-point dtype that holds all values of a checkpoint, None where it has none."""
-    dtypes = {tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()}
-    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
-
-
 def _named_as_in(frozen, saved, model_type):
     """Saved tensors under the names that the backbone's have in this version of transformers.
 
@@ -742,7 +736,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         from_retriever = not any(name.startswith("vptsp.") for name in saved)
         saved = cls._named_as_here(saved, from_retriever)
         if not dtype_given:
-            kwargs["dtype"] = _widest_dtype(saved) or config.dtype
+            kwargs["dtype"] = widest_dtype(saved) or config.dtype
         frozen = {}
         if not config.save_backbone:
             frozen = cls._frozen_weights(config, pretrained_model_name_or_path, backbone, hub_kwargs)
