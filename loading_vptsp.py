@@ -264,7 +264,7 @@ def _timm_kind(architecture, source):
     raise ValueError(
         f"architecture of the timm checkpoint {str(source)!r} must be one like "
         f"{', '.join(kind.example.format('<size>') for kind in _TIMM_KINDS)}, got {architecture!r}: {reason}. "
-        f"The nearest is {get_close_matches(architecture, known, 1, cutoff=0)[0]}"
+        f"The nearest name is {get_close_matches(architecture, known, 1, cutoff=0)[0]}"
     )
 
 
@@ -522,8 +522,9 @@ def _image_tower_config(values, path) -> PreTrainedConfig:
     if "vision_config" not in whole.sub_configs:
         return whole.from_dict(values["vision_config"])
     config = whole.from_dict(values).vision_config
-    if (written := values["vision_config"].get("model_type")) not in (None, config.model_type):
-        raise ValueError(f"vision_config in {path} must be of model_type {config.model_type!r}, got {written!r}")
+    expected = type(config).model_type
+    if config.model_type != expected:  # transformers takes over what is written
+        raise ValueError(f"vision_config in {path} must be of model_type {expected!r}, got {config.model_type!r}")
     return config
 
 
