@@ -208,10 +208,11 @@ ADAPTER_NAME = "default"
 LORA_INSTEAD = "for LoRA set lora_rank in the configuration (from_backbone(..., lora_rank=8))"
 
 
-def add_lora(backbone, rank, alpha, targets=None):
+def add_lora(backbone, rank, alpha, targets=None, use_dora=False):
     """Put LoRA matrices (Hu et al., ICLR 2022) beside linear layers, in place: `W x + (alpha / rank) * B A x`.
 
-    A is drawn Kaiming uniform and B is 0, so that the backbone starts as it was pretrained.
+    A is drawn Kaiming uniform and B is 0, so that the backbone starts as it was pretrained. DoRA (Liu et al., ICML
+    2024) gives each row of `V = W + (alpha / rank) * B A` a norm m of its own: `m V x / |V|`; see `start_dora`.
 
     They lie in the transformer's layers alone: what embeds patches or pools tokens may read weights without calling
     the linear layer that holds them, as PyTorch's own attention does, so that LoRA beside it would never run.
@@ -222,6 +223,7 @@ def add_lora(backbone, rank, alpha, targets=None):
         alpha: Scale.
         targets: Names of the linear layers, whole (`layers.0.attention.q_proj`) or their ends (`q_proj`); None for
             `DEFAULT_TARGETS`, which layers of every family have.
+        use_dora: DoRA instead of plain LoRA.
 
     Raises:
         ImportError: peft is not installed.
@@ -240,11 +242,19 @@ def add_lora(backbone, rank, alpha, targets=None):
                 f"lora_targets must name linear layers of the backbone ({', '.join(ends)}), got {target!r}"
             )
     targets = sorted(name for name in linear if _is_target(name, targets))
-    lora = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    lora = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_dora=use_dora)
     peft.inject_adapter_in_model(lora, backbone, adapter_name=ADAPTER_NAME)
     for name, module in backbone.named_modules():
         if is_lora(name):
             module._is_hf_initialized = True  # or the backbone would draw A and B as it draws its own weights
+
+
+@torch.no_grad()
+def start_dora(backbone):
+    """Let DoRA's norms start as those of the pretrained weights' rows; to be called whenever these have come anew."""
+    for module in backbone.modules():
+        for norm in getattr(module, "lora_magnitude_vector", {}).values():
+            norm.weight.copy_(module.base_layer.weight.norm(dim=1))
 
 
 def is_lora(name) -> bool:
@@ -545,6 +555,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         backbone = model.retriever.backbone
         new = {name: tensor for name, tensor in backbone.state_dict().items() if is_lora(name)}
         backbone.load_state_dict(names_with_lora(weights, config) | new, strict=True)
+        start_dora(backbone)
         return model.to(dtype or torch.float32)
 
     def add_adapter(self, *args, **kwargs):
@@ -835,13 +846,14 @@ class VPTSPModel(VPTSPPreTrainedModel):
         self.family = family_of(config.backbone_config)
         self.backbone = self.family.build(config.backbone_config)
         if config.lora_rank:
-            add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_targets)
+            add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_targets, config.use_dora)
         self.adapters = build_adapters(config)
         self.prompts = Prompts(config.prompt_lengths, config.num_prompts, config.backbone_config.hidden_size)
         self.head = embedding_head(config)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         add_tuning(self)
         self.post_init()
+        start_dora(self.backbone)
         self.freeze_backbone()
         self.backbone.train(config.tune_backbone)  # before anyone calls `train` or `eval`: DINOv3 draws positions anew
 

@@ -179,6 +179,35 @@ def test_step_with_lora_and_mean(name):
     assert all(model.get_parameter(n).grad.norm() > 0 for n in lora)
 
 
+LAYERS_HAVE = {  # with LoRA: linear layers of each family's layers
+    **dict.fromkeys(FAMILIES, "q_proj k_proj v_proj o_proj fc1 fc2"),
+    **dict.fromkeys(
+        (name for name in FAMILIES if "lip" in name or "mlcd" in name), "q_proj k_proj v_proj out_proj fc1 fc2"
+    ),
+    "dinov2 swiglu": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+    "dinov3_vit": "q_proj k_proj v_proj o_proj up_proj down_proj",
+    "dinov3_vit gated": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+}
+
+
+@every_family
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_lora_beside_every_linear_layer(name, use_dora, tmp_path):
+    pytest.importorskip("peft")
+    targets = LAYERS_HAVE[name].split()
+    with pytest.raises(ValueError, match=rf"\({', '.join(sorted(targets))}\), got 'dense'"):
+        retriever(name, lora_rank=2, lora_targets=["dense"])
+    model = training_model(name, lora_rank=2, lora_targets=targets, use_dora=use_dora, bitfit=False)
+    lora = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" in n}
+    assert len(lora) == 2 * len(targets) * (3 if use_dora else 2)
+    assert_same_step(model, LABELS)
+    assert all(model.get_parameter(n).grad.norm() > 0 for n in lora)
+    model, pixel_values = retriever(name, lora_rank=2, lora_targets=targets, use_dora=use_dora), images()
+    model.save_pretrained(tmp_path)
+    loaded = VPTSPModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(pixel_values).embeddings, model(pixel_values).embeddings)
+
+
 def test_lora_lies_in_the_layers_alone():
     """PyTorch's attention in SigLIP's head reads the weights of its `out_proj` without calling it."""
     pytest.importorskip("peft")
