@@ -55,7 +55,8 @@ FAMILIES = {
 LABELS = torch.tensor([4, 4, 0, 6, 6])
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
-every_kind = pytest.mark.parametrize("name", [name for name in FAMILIES if name in backbones_vptsp.FAMILIES])
+KINDS = [name for name in FAMILIES if name in backbones_vptsp.FAMILIES]
+every_kind = pytest.mark.parametrize("name", KINDS)
 
 
 def backbone_config(name):
@@ -434,6 +435,19 @@ def test_mlcd_under_its_authors_name(tmp_path):
     built.save_pretrained(tmp_path / "retriever")
     loaded = VPTSPModel.from_pretrained(tmp_path / "retriever")
     torch.testing.assert_close(loaded(pixel_values).embeddings, built(pixel_values).embeddings)
+
+
+@every_kind
+def test_a_model_made_on_the_meta_device_has_all_its_buffers(name, tmp_path):
+    """Loading makes models there, and what is not in the file has to be filled in: positions, frequencies."""
+    model, pixel_values = retriever(name), images()
+    model.save_pretrained(tmp_path)
+    loaded = VPTSPModel.from_pretrained(tmp_path)
+    assert {n for n, _ in loaded.named_buffers()} == {n for n, _ in model.named_buffers()}
+    for n, buffer in model.named_buffers():
+        assert torch.equal(loaded.get_buffer(n), buffer), n
+    half = VPTSPModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert F.cosine_similarity(half(pixel_values).embeddings, model(pixel_values).embeddings).min() > 0.98
 
 
 @every_family

@@ -150,5 +150,5 @@ def test_a_processor_for_torchvision_alone(tmp_path):
     assert build_image_processor(224, 256, backbone=tmp_path).rescale_factor == 1
     other = {**values, "image_processor_type": "Sam2ImageProcessorFast"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="can't be used: (?s:.)*Sam2ImageProcessor requires the Torchvision library"):
+    with pytest.raises(ValueError, match=r"can't be used: (?s:.)*Sam2ImageProcessor requires the Torchvision library"):
         build_image_processor(224, 256, backbone=tmp_path)
