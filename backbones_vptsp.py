@@ -9,6 +9,7 @@ Shapes: B images, N tokens (CLS + patches), P prompts, D width, H heads, M disti
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -492,7 +493,11 @@ def family_of(config) -> ViTFamily:
         ValueError: its model type is not supported.
     """
     if config.model_type not in FAMILIES:
-        raise ValueError(f"backbone model type must be one of {', '.join(FAMILIES)}, got {config.model_type!r}")
+        nearest = get_close_matches(config.model_type, FAMILIES, 1, cutoff=0)[0]
+        raise ValueError(
+            f"backbone model type must be one of {', '.join(FAMILIES)}, got {config.model_type!r}: its layers are not "
+            f"known here. The nearest name is {nearest}"
+        )
     return FAMILIES[config.model_type](config)
 
 

@@ -891,20 +891,25 @@ def resized_weights(backbone, image_size) -> dict[str, torch.Tensor]:
     Args:
         backbone: In the size that it was trained with.
         image_size: Side in pixels, a multiple of the patch size.
+
+    Raises:
+        ValueError: the backbone has no `position_table` of its family, or no way to interpolate it.
     """
     weights, config = backbone.state_dict(), backbone.config
     family = family_of(config)
     table = family.position_table
     if table is None or image_size == family.image_size:
         return weights
-    shape, (before, after) = (
-        weights[table].shape,
-        ((side // config.patch_size) for side in (family.image_size, image_size)),
-    )
-    num_tokens = shape[-2] - before**2 + after**2
-    tokens = torch.empty(1, num_tokens, shape[-1], device="meta")  # only its shape is looked at
+    if table not in weights or not hasattr(backbone.embeddings, "interpolate_pos_encoding"):
+        raise ValueError(
+            f"image_size must be {family.image_size}, got {image_size}: {type(backbone).__name__} has no "
+            f"interpolate_pos_encoding for {table}, the position_table of {type(family).__name__}"
+        )
+    *axes, rows, width = weights[table].shape
+    rows += (image_size // config.patch_size) ** 2 - (family.image_size // config.patch_size) ** 2
+    tokens = torch.empty(1, rows, width, device="meta")  # only its shape is looked at
     positions = backbone.embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
-    return {**weights, table: positions.reshape(*shape[:-2], num_tokens, shape[-1]).contiguous()}
+    return {**weights, table: positions.reshape(*axes, rows, width).contiguous()}
 
 
 __all__ = [
