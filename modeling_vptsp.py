@@ -289,6 +289,18 @@ def refuse_other_adapters(model):
             raise ValueError(f"PEFT has put an adapter into the model ({name}), which is not saved: {LORA_INSTEAD}")
 
 
+def refuse_merged_lora(model):
+    """Raise if PEFT has merged LoRA into weights that are to be saved beside it: loaded, it would count twice.
+
+    Raises:
+        ValueError: there are such weights.
+    """
+    if merged := [name for name, module in model.named_modules() if getattr(module, "merged", False) is True]:
+        raise ValueError(
+            f"PEFT has merged LoRA into {_listed(merged)}, where it would count twice: unmerge() it first"
+        )
+
+
 def names_with_lora(weights, config):
     """A pretrained backbone's tensors under the names that they have beside LoRA: peft wraps what it is put beside.
 
@@ -589,7 +601,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the folder holds another model; `push_to_hub` was asked for, use the method of that name;
                 `max_shard_size`, since it is all one file; `save_backbone=False`, but all of the backbone is tuned; or
-                PEFT has changed the model.
+                PEFT has changed the model, or merged LoRA into weights that are to be saved.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("save_pretrained does not push: use model.push_to_hub(repo_id)")
@@ -603,6 +615,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             self.config.save_backbone = save_backbone
         if self.config.backbone is None:
             self.config.save_backbone = True
+        if self.config.save_backbone:
+            refuse_merged_lora(self)
         state_dict = self.state_dict() if state_dict is None else state_dict
         if not self.config.save_backbone:
             tuned = self.tuned_names()

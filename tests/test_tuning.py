@@ -396,3 +396,25 @@ def test_dora_is_saved_and_loaded(backbone_folder, tmp_path):
 def test_dora_needs_lora():
     with pytest.raises(ValueError, match="use_dora must be false without lora_rank, got True"):
         VPTSPConfig(backbone_config=tiny_vit_config(), use_dora=True)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_merged_by_peft(backbone_folder, tmp_path, use_dora):
+    """The same model; but weights with LoRA in them are not saved beside LoRA, which would count twice."""
+    fields = {**DORA, "use_dora": use_dora, "embedding_dim": 10}
+    model = perturb(VPTSPModel.from_backbone(backbone_folder, **fields)).eval()
+    pixel_values = torch.randn(2, 3, 16, 16)
+    expected = model(pixel_values).embeddings
+    layers = [module for module in model.backbone.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer.merge()
+    torch.testing.assert_close(model(pixel_values).embeddings, expected, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "tuned")  # the frozen weights come from the backbone
+    torch.testing.assert_close(VPTSPModel.from_pretrained(tmp_path / "tuned")(pixel_values).embeddings, expected)
+    with pytest.raises(ValueError, match=r"merged LoRA into backbone\.layers\.0\.attention\.q_proj, .* unmerge\(\)"):
+        model.save_pretrained(tmp_path / "whole", save_backbone=True)
+    for layer in layers:
+        layer.unmerge()
+    model.save_pretrained(tmp_path / "whole", save_backbone=True)
+    loaded = VPTSPModel.from_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(loaded(pixel_values).embeddings, expected, rtol=0, atol=1e-5)
