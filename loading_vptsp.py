@@ -154,12 +154,11 @@ _TIMM_KINDS = (
 
 # Pattern of an architecture's name -> why no model of transformers computes it.
 _TIMM_REASONS = {
-    r"eva.*": "its MLP with a norm inside and its rotary positions in pairs are in no model of transformers",
+    r"eva02_.*": "its MLP with a norm inside and its rotary positions in pairs are in no model of transformers",
     r"naflexvit_.*": "it takes patches of any number, under names of its own",
     r"vit_.*_reg\d+_(gap|map)_\d+": "it has registers but no class token, as no model of transformers has",
     r"deit3_.*": "transformers' DeiT has no layer scale",
     r"vit_.*_rope_.*": "its rotary positions are in no model of transformers",
-    r"(?!.*(vit|deit|eva|beit)).*": "it is no vision transformer",
 }
 
 # Arguments of timm's model that change neither tensors nor what is computed of them, but what comes after or which
@@ -293,7 +292,8 @@ def timm_backbone_weights(tensors, backbone, source) -> dict[str, torch.Tensor]:
     if problems:
         raise ValueError(f"the timm checkpoint {str(source)!r} {' and '.join(problems)}")
     # what pretraining alone used is not in timm's checkpoints
-    weights = {name: torch.zeros(shape) for name, shape in shapes.items() if name == "embeddings.mask_token"}
+    unused = [name for name in shapes if name == "embeddings.mask_token"]
+    weights = {name: torch.zeros(shapes[name], dtype=widest_dtype(tensors)) for name in unused}
     for theirs, ours in groups:
         joined = torch.cat([tensors[name] for name in theirs])
         if _lacks_class_position(backbone.config, theirs):

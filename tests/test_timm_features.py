@@ -60,6 +60,15 @@ def test_features_are_those_of_timm(recorded):
 
 
 @pytest.mark.parametrize("recorded", RECORDED, indirect=True)
+def test_half_precision_is_kept(recorded):
+    folder, _ = recorded
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    backbone = open_backbone(find_backbone(folder))
+    assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize("recorded", RECORDED, indirect=True)
 def test_every_tensor_is_accounted_for(recorded):
     folder, _ = recorded
     tensors = load_file(folder / "model.safetensors")
@@ -108,7 +117,7 @@ def test_architectures_are_those_of_timm(name):
         ("vit_base_patch16_rope_224", r"rotary positions.* The nearest name is vit_base_patch16_224"),
         ("vit_small_patch16_dinov4", r"is not known.* The nearest name is vit_small_patch16_dinov3"),
         ("vit_gigantic_patch14_dinov2", r"is not known.* The nearest name is vit_\w+_patch14_dinov2"),
-        ("resnet50", r"it is no vision transformer"),
+        ("resnet50", r"is not known.* The nearest name is \w+"),
     ],
 )
 def test_others_are_refused_with_the_reason_and_the_nearest(name, message):
