@@ -9,6 +9,7 @@ Shapes: B images, N tokens (CLS + patches), P prompts, D width, H heads, M disti
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -156,6 +157,9 @@ class ViTFamily:
         has_head: Whether the model has a pooling head of its own, for pooling `head`.
         default_pooling: What the model's authors take as its description of an image.
         image_size: Side of the images in pixels, or height and width.
+        position_table: Name of the tensor of position embeddings that are interpolated once for images of another
+            size, when weights are loaded; None where each pass finds positions for the size that it gets.
+        interpolates_positions: Whether positions for other sizes are interpolated, not computed.
         model_options: Arguments of the model class. A dense layer on CLS, BERT's pooler, is left out.
     """
 
@@ -163,6 +167,8 @@ class ViTFamily:
     num_class_tokens = 1
     has_head = False
     default_pooling = "cls"
+    position_table = "embeddings.position_embeddings"
+    interpolates_positions = True
     model_options: ClassVar = {"add_pooling_layer": False}
 
     def __init__(self, config):
@@ -325,6 +331,9 @@ class Dinov2WithRegistersFamily(Dinov2Family):
 class DINOv3ViTFamily(Dinov2WithRegistersFamily):
     """`DINOv3ViTModel` (Siméoni et al., 2025): rotary positions of the patches, none of CLS and registers."""
 
+    position_table = None
+    interpolates_positions = False
+
     def rotation(self, backbone, pixel_values, hidden):
         return _with_unrotated(backbone.rope_embeddings(pixel_values), in_front=self.num_prefix_tokens)
 
@@ -349,6 +358,7 @@ class CLIPFamily(ViTFamily):
     transformers norms CLS alone behind them. Here `mean` takes the patches through the same norm.
     """
 
+    position_table = "embeddings.position_embedding.weight"
     model_options: ClassVar = {}
 
     def embed(self, backbone, pixel_values, interpolate_pos_encoding=False):
@@ -380,6 +390,9 @@ class CLIPFamily(ViTFamily):
 
 class MLCDFamily(CLIPFamily):
     """`MLCDVisionModel` (An et al., ECCV 2024): CLIP's layers with rotary positions, CLS at a learned one."""
+
+    position_table = None
+    interpolates_positions = False
 
     def embed(self, backbone, pixel_values, interpolate_pos_encoding=False):
         self.check_size(pixel_values, interpolate_pos_encoding)
@@ -437,6 +450,8 @@ class Siglip2NaFlexFamily(SiglipFamily):
     masked. The model's own size is that of its table of positions.
     """
 
+    position_table = None  # every pass interpolates it, as transformers does
+
     @property
     def image_size(self):
         return getattr(self.config, "image_size", self._grid * self.config.patch_size)
@@ -486,7 +501,11 @@ def family_of(config) -> ViTFamily:
         ValueError: its model type is not supported.
     """
     if config.model_type not in FAMILIES:
-        raise ValueError(f"backbone model type must be one of {', '.join(FAMILIES)}, got {config.model_type!r}")
+        nearest = get_close_matches(config.model_type, FAMILIES, 1, cutoff=0)[0]
+        raise ValueError(
+            f"backbone model type must be one of {', '.join(FAMILIES)}, got {config.model_type!r}: its layers are not "
+            f"known here. The nearest name is {nearest}"
+        )
     return FAMILIES[config.model_type](config)
 
 

@@ -65,6 +65,7 @@ class VPTSPConfig(PreTrainedConfig):
         lora_rank: Rank of LoRA matrices beside linear layers of the backbone (needs the package peft); 0 for none.
         lora_alpha: Their product is scaled by `lora_alpha / lora_rank`.
         lora_targets: Names of the linear layers with LoRA; None for `q_proj` and `v_proj` (queries and values).
+        use_dora: LoRA as DoRA: the norm of each row of the weights, LoRA's product added, is tuned by itself.
         tuning: A further tuning method, one that `register_tuning` made known. None: none.
         tuning_kwargs: Its keywords, as a mapping (on the command line: JSON).
         num_classes: Number of training classes (C); only training needs it.
@@ -127,6 +128,7 @@ class VPTSPConfig(PreTrainedConfig):
     lora_rank: int = 0
     lora_alpha: float = 8.0
     lora_targets: list[str] | None = None
+    use_dora: bool = False
     tuning: str | None = None
     tuning_kwargs: dict | None = None
 
@@ -190,6 +192,7 @@ class VPTSPConfig(PreTrainedConfig):
             _require(self, "pooling", self.pooling is not None, "set with a backbone_config")
             family_of(self.backbone_config).check_pooling(self.pooling)
             _require(self, "adapter_layers", self.adapter_layers <= layers, f"<= the backbone's {layers} layers")
+        _require(self, "use_dora", self.lora_rank > 0 or not self.use_dora, "false without lora_rank")
         if self.prompt_mode == "shallow":
             for name in ("prompt_depth", "class_prompt_depth"):
                 _require(self, name, getattr(self, name) in (None, 0, 1), "None, 0 or 1 with prompt_mode shallow")

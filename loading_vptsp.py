@@ -1,6 +1,7 @@
 """Load a pretrained backbone, whichever library wrote it: configuration, weights, image size, fingerprint.
 
-Checkpoints of transformers and of timm (without timm), from the Hub or a local folder, in safetensors alone.
+Checkpoints of transformers, also of an image and a text tower, and of timm (without timm), from the Hub or a local
+folder, in safetensors alone.
 
 Part of what a shared retriever needs, like `modeling_vptsp.py`.
 """
@@ -9,10 +10,14 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModel, DeiTConfig, PreTrainedConfig, ViTConfig
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .backbones_vptsp import family_of
 
@@ -31,25 +36,135 @@ logger = logging.get_logger(__name__)
 
 # ---- Checkpoints of timm
 #
-# timm's checkpoints of plain vision transformers as transformers' models: by tensor name, without timm.
+# timm's checkpoints of vision transformers as transformers' models: by tensor name, without timm.
 #
 # A timm repository has a `config.json` with `architecture` and `pretrained_cfg`, but no `model_type`, and (for our
-# purposes) a `model.safetensors`. What is known here are the architectures whose forward pass is that of `ViTModel` or
-# `DeiTModel`; others may have the same tensor names and compute something else, so they are refused by name.
+# purposes) a `model.safetensors`. What is known here are the architectures whose forward pass is that of a model of
+# transformers; others may have the same tensor names and compute something else, so they are refused by name.
 
 
-# Width, layers, heads.
+# Width, layers, heads, width of the MLP.
 _SIZES = {
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "huge": (1280, 32, 16),
+    "tiny": (192, 12, 3, 768),
+    "xsmall": (256, 10, 4, 1024),
+    "small": (384, 12, 6, 1536),
+    "medium": (512, 12, 8, 2048),
+    "betwixt": (640, 12, 10, 2560),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "huge": (1280, 32, 16, 5120),
+    "so400m": (1152, 27, 16, 4304),
+    "giant": (1408, 40, 16, 6144),
+    "giantopt": (1536, 40, 16, 6144),
+    "gigantic": (1664, 48, 16, 8192),
 }
-_ARCHITECTURE = re.compile(rf"(vit|deit)_({'|'.join(_SIZES)})_(distilled_)?patch(\d+)_\d+")
+_DINOV2_SIZES = {name: _SIZES[name] for name in ("small", "base", "large")} | {"giant": (1536, 40, 24, 6144)}
+_DINOV3_SIZES = {name: _SIZES[name] for name in ("tiny", "small", "base", "large")}
+_DINOV3_SIZES |= {"small_plus": _SIZES["small"], "huge_plus": (1280, 32, 20, 5120), "7b": (4096, 40, 32, 8192)}
 
-# Arguments of timm's model that change neither tensors nor what is computed of them, but what comes after.
-_HARMLESS_ARGUMENTS = {"img_size", "num_classes"}
+
+class _TimmKind(NamedTuple):
+    """Architectures of timm that one model of transformers computes.
+
+    Attributes:
+        pattern: Of their names, with groups `size` and `patch`, and such as `fields` wants.
+        model_type: Of the model of transformers.
+        sizes: Name of a size -> width, layers, heads, width of the MLP.
+        fields: From the match, what else the model's configuration says.
+        example: A name, with `{}` for the size.
+    """
+
+    pattern: str
+    model_type: str
+    sizes: dict
+    fields: Callable[[re.Match], dict]
+    example: str
+
+
+_PLAIN_SIZES = {name: _SIZES[name] for name in ("tiny", "small", "base", "large", "huge")}
+_SIGLIP_WITH_TANH = r"vit_(base_patch32|large_patch16_siglip_(gap_)?512|so400m_patch16|giantopt)"
+_TIMM_KINDS = (
+    _TimmKind(
+        r"(?:vit|deit)_(?P<size>[a-z]+)_patch(?P<patch>\d+)_\d+",
+        "vit",
+        _PLAIN_SIZES,
+        lambda match: {"layer_norm_eps": 1e-6},
+        "vit_{}_patch16_224",
+    ),
+    _TimmKind(
+        r"(?:vit|deit)_(?P<size>[a-z]+)_distilled_patch(?P<patch>\d+)_\d+",
+        "deit",
+        _PLAIN_SIZES,
+        lambda match: {"layer_norm_eps": 1e-6},
+        "deit_{}_distilled_patch16_224",
+    ),
+    _TimmKind(
+        r"vit_(?P<size>[a-z]+)_patch(?P<patch>\d+)_dinov2",
+        "dinov2",
+        _DINOV2_SIZES,
+        lambda match: {"layer_norm_eps": 1e-6, "use_swiglu_ffn": match["size"] == "giant"},
+        "vit_{}_patch14_dinov2",
+    ),
+    _TimmKind(
+        r"vit_(?P<size>[a-z]+)_patch(?P<patch>\d+)_reg(?P<registers>\d+)_dinov2",
+        "dinov2_with_registers",
+        _DINOV2_SIZES,
+        lambda match: {
+            "layer_norm_eps": 1e-6,
+            "use_swiglu_ffn": match["size"] == "giant",
+            "num_register_tokens": int(match["registers"]),
+        },
+        "vit_{}_patch14_reg4_dinov2",
+    ),
+    _TimmKind(
+        r"vit_(?P<size>[a-z]+(?:_plus)?|7b)_patch(?P<patch>\d+)_dinov3(?P<bias>_qkvb)?",
+        "dinov3_vit",
+        _DINOV3_SIZES,
+        lambda match: {
+            "layer_norm_eps": 1e-5,
+            "num_register_tokens": 4,
+            "query_bias": match["bias"] is not None,
+            "value_bias": match["bias"] is not None,
+            **({"use_gated_mlp": True, "hidden_act": "silu"} if re.search("plus|7b", match["size"]) else {}),
+        },
+        "vit_{}_patch16_dinov3",
+    ),
+    _TimmKind(
+        r"vit_(?P<size>[a-z]+)_patch(?P<patch>\d+)(?P<plus>(?<=base_patch16)_plus)?_clip_(?P<quick>quickgelu_)?\d+",
+        "clip_vision_model",
+        {name: size for name, size in _SIZES.items() if name not in ("tiny", "small", "so400m", "giantopt")},
+        lambda match: {
+            "layer_norm_eps": 1e-5,
+            "hidden_act": "quick_gelu" if match["quick"] else "gelu",
+            **({"hidden_size": 896, "num_attention_heads": 14, "intermediate_size": 3584} if match["plus"] else {}),
+        },
+        "vit_{}_patch16_clip_224",
+    ),
+    _TimmKind(
+        r"vit_(?P<size>[a-z]+|so400m)_patch(?P<patch>\d+)_siglip_(?P<gap>gap_)?\d+",
+        "siglip_vision_model",
+        {name: _SIZES[name] for name in ("base", "large", "so400m", "giantopt")},
+        lambda match: {
+            "layer_norm_eps": 1e-6,
+            "vision_use_head": match["gap"] is None,
+            "hidden_act": "gelu_pytorch_tanh" if re.match(_SIGLIP_WITH_TANH, match[0]) else "gelu",
+        },
+        "vit_{}_patch16_siglip_256",
+    ),
+)
+
+# Pattern of an architecture's name -> why no model of transformers computes it.
+_TIMM_REASONS = {
+    r"eva02_.*": "its MLP with a norm inside and its rotary positions in pairs are in no model of transformers",
+    r"naflexvit_.*": "it takes patches of any number, under names of its own",
+    r"vit_.*_reg\d+_(gap|map)_\d+": "it has registers but no class token, as no model of transformers has",
+    r"deit3_.*": "transformers' DeiT has no layer scale",
+    r"vit_.*_rope_.*": "its rotary positions are in no model of transformers",
+}
+
+# Arguments of timm's model that change neither tensors nor what is computed of them, but what comes after or which
+# other sizes of images it would take.
+_HARMLESS_ARGUMENTS = {"img_size", "num_classes", "dynamic_img_size"}
 
 # Classifiers: retrieval has heads of its own.
 _DROPPED = {f"{layer}.{part}" for layer in ("head", "head_dist", "pre_logits.fc") for part in ("weight", "bias")}
@@ -108,7 +223,7 @@ def timm_preprocessing(values: dict, source) -> TimmPreprocessing:
     )
 
 
-def timm_backbone_config(values: dict, source) -> ViTConfig | DeiTConfig:
+def timm_backbone_config(values: dict, source) -> PreTrainedConfig:
     """Configuration of the transformers model that a timm checkpoint's weights belong in.
 
     Args:
@@ -118,27 +233,38 @@ def timm_backbone_config(values: dict, source) -> ViTConfig | DeiTConfig:
     Raises:
         ValueError: the architecture is none of those that are known to be the same, or was changed by `model_args`.
     """
-    architecture = values.get("architecture")
-    match = _ARCHITECTURE.fullmatch(str(architecture))
-    if match is None:
-        raise ValueError(
-            f"architecture of the timm checkpoint {str(source)!r} must be (vit|deit)_({'|'.join(_SIZES)})"
-            f"[_distilled]_patch<P>_<S>, got {architecture!r}"
-        )
+    kind, match = _timm_kind(str(values.get("architecture")), source)
     if changed := set(values.get("model_args") or {}) - _HARMLESS_ARGUMENTS:
         raise ValueError(
             f"model_args of the timm checkpoint {str(source)!r} change its architecture: {', '.join(sorted(changed))}"
         )
-    _, size, distilled, patch_size = match.groups()
-    width, layers, heads = _SIZES[size]
-    return (DeiTConfig if distilled else ViTConfig)(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        layer_norm_eps=1e-6,
-        image_size=timm_preprocessing(values, source).image_size,
-        patch_size=int(patch_size),
+    width, layers, heads, mlp_width = kind.sizes[match["size"]]
+    by_ratio = kind.model_type.startswith("dinov2")
+    fields = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        **({"mlp_ratio": mlp_width // width} if by_ratio else {"intermediate_size": mlp_width}),
+        "image_size": timm_preprocessing(values, source).image_size,
+        "patch_size": int(match["patch"]),
+        **kind.fields(match),
+    }
+    return CONFIG_MAPPING[kind.model_type](**fields)
+
+
+def _timm_kind(architecture, source):
+    """What an architecture's name says: its [`_TimmKind`] and the match of its pattern."""
+    for kind in _TIMM_KINDS:
+        match = re.fullmatch(kind.pattern, architecture)
+        if match and match["size"] in kind.sizes:
+            return kind, match
+    reasons = (reason for pattern, reason in _TIMM_REASONS.items() if re.fullmatch(pattern, architecture))
+    reason = next(reasons, "that a model of transformers computes the same is not known")
+    known = [kind.example.format(size) for kind in _TIMM_KINDS for size in kind.sizes]
+    raise ValueError(
+        f"architecture of the timm checkpoint {str(source)!r} must be one like "
+        f"{', '.join(kind.example.format('<size>') for kind in _TIMM_KINDS)}, got {architecture!r}: {reason}. "
+        f"The nearest name is {get_close_matches(architecture, known, 1, cutoff=0)[0]}"
     )
 
 
@@ -153,49 +279,120 @@ def timm_backbone_weights(tensors, backbone, source) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: tensors are missing, unknown or of another shape; all are named.
     """
-    shapes = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
-    names = _names_in_backbone(backbone.config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
+    groups = _names_in_backbone(backbone.config, shapes)
+    expected = {name: shape for group in groups for name, shape in _shapes_of_timm(backbone.config, *group, shapes)}
     problems = []
-    if missing := names.keys() - tensors.keys():
+    if missing := expected.keys() - tensors.keys():
         problems.append(f"lacks {', '.join(sorted(missing))}")
-    if unknown := tensors.keys() - names.keys() - _DROPPED:
+    if unknown := tensors.keys() - expected.keys() - _DROPPED:
         problems.append(f"has unknown {', '.join(sorted(unknown))}")
-    for name in sorted(names.keys() & tensors.keys()):
-        first, *others = shapes[names[name][0]]
-        expected = (first * len(names[name]), *others)
-        if tensors[name].shape != expected:
-            problems.append(f"has {name} {tuple(tensors[name].shape)} instead of {expected}")
+    for name in sorted(expected.keys() & tensors.keys()):
+        if tensors[name].shape != expected[name]:
+            problems.append(f"has {name} {tuple(tensors[name].shape)} instead of {expected[name]}")
     if problems:
         raise ValueError(f"the timm checkpoint {str(source)!r} {' and '.join(problems)}")
-    return {
-        target: part.clone()  # so that no two tensors share memory
-        for name, targets in names.items()
-        for target, part in zip(targets, tensors[name].chunk(len(targets)), strict=True)
-    }
+    # what pretraining alone used is not in timm's checkpoints
+    unused = [name for name in shapes if name == "embeddings.mask_token"]
+    weights = {name: torch.zeros(shapes[name], dtype=widest_dtype(tensors)) for name in unused}
+    for theirs, ours in groups:
+        joined = torch.cat([tensors[name] for name in theirs])
+        if _lacks_class_position(backbone.config, theirs):
+            joined = nn.functional.pad(joined, (0, 0, 1, 0))
+        for name, part in zip(ours, joined.chunk(len(ours)), strict=True):
+            weights[name] = part.reshape(shapes[name]).clone()  # so that no two tensors share memory
+    return weights
 
 
-def _names_in_backbone(config) -> dict[str, tuple[str, ...]]:
-    """timm's name -> names of the tensors in the transformers model that lie in it one below the other."""
-    modules = {"patch_embed.proj": ("embeddings.patch_embeddings.projection",), "norm": ("layernorm",)}
-    for layer in range(config.num_hidden_layers):
-        theirs, ours = f"blocks.{layer}", f"layers.{layer}"
-        modules |= {
-            f"{theirs}.norm1": (f"{ours}.layernorm_before",),
-            f"{theirs}.attn.qkv": tuple(f"{ours}.attention.{letter}_proj" for letter in "qkv"),
-            f"{theirs}.attn.proj": (f"{ours}.attention.o_proj",),
-            f"{theirs}.norm2": (f"{ours}.layernorm_after",),
-            f"{theirs}.mlp.fc1": (f"{ours}.mlp.fc1",),
-            f"{theirs}.mlp.fc2": (f"{ours}.mlp.fc2",),
-        }
-    names = {
-        f"{module}.{part}": tuple(f"{target}.{part}" for target in targets)
-        for module, targets in modules.items()
-        for part in ("weight", "bias")
-    }
-    names |= {"cls_token": ("embeddings.cls_token",), "pos_embed": ("embeddings.position_embeddings",)}
-    if config.model_type == "deit":
-        names["dist_token"] = ("embeddings.distillation_token",)
-    return names
+def _lacks_class_position(config, theirs) -> bool:
+    """Whether a tensor holds positions of patches alone: timm adds that of the class token to the token itself."""
+    return config.model_type == "dinov2_with_registers" and theirs == ("pos_embed",)
+
+
+def _shapes_of_timm(config, theirs, ours, shapes):
+    """Names of timm's tensors that hold others of the transformers model, each with the shape that it must have."""
+    rows, *others = shapes[ours[0]]
+    if len(theirs) == 2:  # queries, and keys with values
+        return (theirs[0], (rows // 3, *others)), (theirs[1], (rows // 3 * 2, *others))
+    if theirs[0] not in ("cls_token", "pos_embed"):
+        return ((theirs[0], (rows * len(ours), *others)),)
+    *_, tokens, width = 1, 1, *shapes[ours[0]]  # of timm's, the first axis is always that of images
+    return ((theirs[0], (1, tokens - _lacks_class_position(config, theirs), width)),)
+
+
+# timm's modules and tensors in a layer, and those that they hold, one below the other.
+_ATTENTION_OF_TIMM = (
+    ("attn.qkv", "attention.q_proj attention.k_proj attention.v_proj"),
+    ("attn.proj", "attention.o_proj"),
+)
+_MLP_OF_TIMM = (("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2"))
+_VIT_OF_TIMM = (("norm1", "layernorm_before"), ("norm2", "layernorm_after"), *_ATTENTION_OF_TIMM, *_MLP_OF_TIMM)
+_DINOV2_OF_TIMM = (
+    *(("norm1", "norm1"), ("norm2", "norm2"), *_ATTENTION_OF_TIMM, *_MLP_OF_TIMM),
+    *(("ls1.gamma", "layer_scale1.lambda1"), ("ls2.gamma", "layer_scale2.lambda1")),
+    *(("mlp.fc1", "mlp.gate_proj mlp.up_proj"), ("mlp.fc2", "mlp.down_proj")),
+)
+_DINOV3_OF_TIMM = (
+    *(("norm1", "norm1"), ("norm2", "norm2"), *_ATTENTION_OF_TIMM),
+    *(("attn.q_bias", "attention.q_proj.bias"), ("attn.v_bias", "attention.v_proj.bias")),
+    *(("gamma_1", "layer_scale1.lambda1"), ("gamma_2", "layer_scale2.lambda1"), ("mlp.fc2", "mlp.down_proj")),
+)
+_CLIP_OF_TIMM = (
+    *(("norm1", "layer_norm1"), ("norm2", "layer_norm2"), *_MLP_OF_TIMM),
+    ("attn.qkv", "self_attn.q_proj self_attn.k_proj self_attn.v_proj"),
+    ("attn.proj", "self_attn.out_proj"),
+)
+_LAYERS_OF_TIMM = {
+    "vit": ("layers", _VIT_OF_TIMM),
+    "deit": ("layers", _VIT_OF_TIMM),
+    "dinov2": ("encoder.layer", _DINOV2_OF_TIMM),
+    "dinov2_with_registers": ("encoder.layer", _DINOV2_OF_TIMM),
+    "dinov3_vit": ("model.layer", _DINOV3_OF_TIMM),
+    "clip_vision_model": ("encoder.layers", _CLIP_OF_TIMM),
+    "siglip_vision_model": ("encoder.layers", _CLIP_OF_TIMM),
+}
+# The same outside of the layers; no model has two places for one.
+_OUTSIDE_OF_TIMM = (
+    ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+    ("patch_embed.proj", "embeddings.patch_embeddings"),
+    ("patch_embed.proj", "embeddings.patch_embedding"),
+    ("cls_token", "embeddings.cls_token"),
+    ("cls_token", "embeddings.class_embedding"),
+    ("dist_token", "embeddings.distillation_token"),
+    ("reg_token", "embeddings.register_tokens"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("pos_embed", "embeddings.position_embedding.weight"),
+    ("norm_pre", "pre_layrnorm"),
+    *(("norm", "layernorm"), ("norm", "norm"), ("norm", "post_layernorm")),
+    ("attn_pool.latent", "head.probe"),
+    ("attn_pool.q.weight attn_pool.kv.weight", "head.attention.in_proj_weight"),
+    ("attn_pool.q.bias attn_pool.kv.bias", "head.attention.in_proj_bias"),
+    ("attn_pool.proj", "head.attention.out_proj"),
+    ("attn_pool.norm", "head.layernorm"),
+    *(("attn_pool.mlp.fc1", "head.mlp.fc1"), ("attn_pool.mlp.fc2", "head.mlp.fc2")),
+)
+
+
+def _names_in_backbone(config, shapes) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """timm's tensors, and those of the transformers model that they hold, one below the other: names of both.
+
+    Args:
+        config: The model's.
+        shapes: Name -> shape of the model's tensors.
+    """
+    layers, inside = _LAYERS_OF_TIMM[config.model_type]
+    if config.model_type == "dinov3_vit":
+        gated = (("mlp.fc1_g", "mlp.gate_proj"), ("mlp.fc1_x", "mlp.up_proj"))
+        inside = (*inside, *(gated if config.use_gated_mlp else (("mlp.fc1", "mlp.up_proj"),)))
+    pairs = [("", "", *pair) for pair in _OUTSIDE_OF_TIMM]
+    pairs += [(f"blocks.{n}.", f"{layers}.{n}.", *pair) for n in range(config.num_hidden_layers) for pair in inside]
+    groups = []
+    for before_theirs, before_ours, theirs, ours in pairs:
+        for part in ("", ".weight", ".bias"):
+            names = tuple(f"{before_ours}{name}{part}" for name in ours.split())
+            if all(name in shapes for name in names):
+                groups.append((tuple(f"{before_theirs}{name}{part}" for name in theirs.split()), names))
+    return groups
 
 
 # ---- Opening
@@ -234,6 +431,11 @@ _RENAMED = {"vit": _VIT_NAMES, "deit": _VIT_NAMES, "dinov2": _ATTENTION_NAMES}
 
 # Parts of checkpoints inside the backbone that retrieval has no use for.
 _UNUSED_PARTS = ("mask_token", "position_ids")
+
+# Model types with a tower for images and one for texts, of which only the first is read. (MLCD has none for texts, but
+# its authors nest the configuration too.)
+_TWO_TOWERS = ("clip", "siglip", "siglip2", "mlcd")
+_IMAGE_TOWER = "vision_model."
 
 
 # Of a saved retriever's tensors, in the metadata of their file, so that it goes where they go. Tools that write them
@@ -297,12 +499,14 @@ class FoundBackbone(NamedTuple):
         revision: Commit on the Hub.
         config: Of the transformers model that its weights belong in.
         is_timm: Whether the checkpoint is timm's.
+        tower: What the names of its tensors begin with in a checkpoint that holds other models too; empty otherwise.
     """
 
     source: str
     revision: str | None
     config: PreTrainedConfig
     is_timm: bool
+    tower: str = ""
 
     def config_at(self, image_size=None) -> PreTrainedConfig:
         """A copy of its configuration, for images of a size in pixels; None for what it was trained with.
@@ -310,13 +514,15 @@ class FoundBackbone(NamedTuple):
         Raises:
             ValueError: the backbone is not for images of this size.
         """
-        if image_size in (None, self.config.image_size):
+        family = family_of(self.config)
+        if image_size in (None, family.image_size):
             return copy.deepcopy(self.config)
+        config = resized_config(self.config, image_size)
         logger.warning(
-            f"{self.source} was trained with images of {self.config.image_size} pixels and is used with {image_size}: "
-            "its position embeddings are interpolated"
+            f"{self.source} was trained with images of {family.image_size} pixels and is used with {image_size}: its "
+            f"positions are {'interpolated' if family.interpolates_positions else 'computed'} for that size"
         )
-        return resized_config(self.config, image_size)
+        return config
 
 
 def find_backbone(source, revision=None, **hub_kwargs) -> FoundBackbone:
@@ -338,8 +544,11 @@ def find_backbone(source, revision=None, **hub_kwargs) -> FoundBackbone:
         _, _, in_snapshot = Path(path).as_posix().rpartition("/snapshots/")  # the layout of the Hub's cache
         commit = in_snapshot.partition("/")[0]
         revision = commit if re.fullmatch(r"[0-9a-f]{40}", commit) else revision
-    if is_timm_config(values):
+    is_timm, has_towers = is_timm_config(values), _has_towers(values, path)
+    if is_timm:
         config = timm_backbone_config(values, source)
+    elif has_towers:
+        config = _image_tower_config(values, path)
     elif (model_type := values.get("model_type")) in CONFIG_MAPPING:
         config = CONFIG_MAPPING[model_type].from_dict(values)
     else:
@@ -347,7 +556,31 @@ def find_backbone(source, revision=None, **hub_kwargs) -> FoundBackbone:
             f"{path} must hold a model_type that transformers knows, got {model_type!r}; custom code is not run"
         )
     family_of(config)
-    return FoundBackbone(str(source), revision, config, is_timm_config(values))
+    return FoundBackbone(str(source), revision, config, is_timm, _IMAGE_TOWER if has_towers else "")
+
+
+def _has_towers(values, path) -> bool:
+    """Whether a `config.json` is that of a model with an image tower beside others."""
+    if values.get("model_type") not in _TWO_TOWERS:
+        return False
+    nested = isinstance(values.get("vision_config"), dict)
+    if not nested and values["model_type"] != "mlcd":  # transformers would take defaults
+        raise ValueError(
+            f"{path} must say in vision_config what the image tower is, got {values.get('vision_config')}"
+        )
+    return nested
+
+
+def _image_tower_config(values, path) -> PreTrainedConfig:
+    """Configuration of the image tower, by transformers' own reading of the whole."""
+    whole = CONFIG_MAPPING[values["model_type"]]
+    if "vision_config" not in whole.sub_configs:
+        return whole.from_dict(values["vision_config"])
+    config = whole.from_dict(values).vision_config
+    expected = type(config).model_type
+    if config.model_type != expected:  # transformers takes over what is written
+        raise ValueError(f"vision_config in {path} must be of model_type {expected!r}, got {config.model_type!r}")
+    return config
 
 
 def read_timm_config(source, revision=None, **hub_kwargs) -> dict | None:
@@ -390,34 +623,48 @@ def open_backbone(found, **hub_kwargs) -> nn.Module:
         ValueError: tensors are missing (of timm's: or unknown, or misshapen), or damaged.
     """
     check_hub_arguments(hub_kwargs)
-    source, revision, config, is_timm = found
+    source, revision, config, is_timm, tower = found
     if is_timm:
         return _open_timm_backbone(source, revision, config, **hub_kwargs)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the weights of a pooler or a classifier are not missed; others are named below
+    if tower:
+        return _open_tower(source, revision, config, tower, **hub_kwargs)
     try:
-        backbone, info = AutoModel.from_pretrained(
-            source,
-            config=config,
-            revision=revision or "main",
-            use_safetensors=True,  # never a pickle
-            trust_remote_code=False,
-            dtype="auto",
-            output_loading_info=True,
-            **family_of(config).model_options,
-            **hub_kwargs,
-        )
+        with _quiet():  # the weights of a pooler or a classifier are not missed; others are named below
+            backbone, info = AutoModel.from_pretrained(
+                source,
+                config=config,
+                revision=revision or "main",
+                use_safetensors=True,  # never a pickle
+                trust_remote_code=False,
+                dtype="auto",
+                output_loading_info=True,
+                **family_of(config).model_options,
+                **hub_kwargs,
+            )
     except SafetensorError as error:
         raise ValueError(f"weights of the backbone {str(source)!r} are damaged ({error})") from error
-    finally:
-        logging.set_verbosity(verbosity)
     parts = {name for name, _ in backbone.named_children()}
     unknown = {name for name in info["unexpected_keys"] if _part_of(name, backbone) in parts}
+    _refuse_differences(info["missing_keys"], unknown, source)
+    return backbone
+
+
+@contextmanager
+def _quiet():
+    """transformers says nothing but errors."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _refuse_differences(missing, unknown, source):
     unknown = {name for name in unknown if not name.endswith(_UNUSED_PARTS)}
-    for problem, names in (("lacks", info["missing_keys"]), ("has unknown", unknown)):
+    for problem, names in (("lacks", missing), ("has unknown", unknown)):
         if names:
             raise ValueError(f"the backbone {str(source)!r} {problem} {', '.join(sorted(names))}")
-    return backbone
 
 
 def _part_of(name, backbone):
@@ -426,19 +673,90 @@ def _part_of(name, backbone):
 
 
 def _open_timm_backbone(source, revision, config, **hub_kwargs):
-    weights = cached_file(
-        source,
-        SAFE_WEIGHTS_NAME,
-        revision=revision or "main",
-        _raise_exceptions_for_missing_entries=False,
-        **hub_kwargs,
-    )
+    weights = _file_of(source, SAFE_WEIGHTS_NAME, revision, **hub_kwargs)
     if weights is None:
         raise ValueError(f"the timm checkpoint {str(source)!r} must hold {SAFE_WEIGHTS_NAME}; no other format is read")
+    weights = timm_backbone_weights(read_weights(weights), _empty(config), source)
+    return _with_weights(config, weights, source)
+
+
+def _open_tower(source, revision, config, tower, **hub_kwargs):
+    expected = set(_empty(config).state_dict())
+    weights = {
+        name.removeprefix(tower): tensor
+        for name, tensor in _read_tower(source, revision, tower, **hub_kwargs).items()
+        if not name.endswith(_UNUSED_PARTS)
+    }
+    named = [{f"{tower}{name}" for name in names} for names in (expected - set(weights), set(weights) - expected)]
+    _refuse_differences(*named, source)
+    return _with_weights(config, weights, source)
+
+
+def _read_tower(source, revision, tower, **hub_kwargs) -> dict[str, torch.Tensor]:
+    """Tensors whose names begin with `tower`; of others nothing is read, and no file without any is fetched."""
+    whole = _file_of(source, SAFE_WEIGHTS_NAME, revision, **hub_kwargs)
+    files = [whole] if whole else _shards_of_tower(source, revision, tower, **hub_kwargs)
+    tensors = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names = opened.keys()
+                tensors |= {name: opened.get_tensor(name) for name in names if name.startswith(tower)}
+        except SafetensorError as error:
+            raise ValueError(f"weights of the backbone {str(source)!r} are damaged: {file} ({error})") from error
+    return tensors
+
+
+def _shards_of_tower(source, revision, tower, **hub_kwargs) -> list[str]:
+    index = _file_of(source, SAFE_WEIGHTS_INDEX_NAME, revision, **hub_kwargs)
+    if index is None:
+        raise OSError(f"{str(source)!r} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+    try:
+        places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted({file for name, file in places.items() if name.startswith(tower)})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{index} must hold a weight_map from tensors to files ({error!r})") from error
+    for file in shards:
+        if Path(file).name != file:
+            raise ValueError(f"{index} must name files beside it, got {file!r}")
+    return [cached_file(source, file, revision=revision or "main", **hub_kwargs) for file in shards]
+
+
+def _file_of(source, name, revision, **hub_kwargs) -> str | None:
+    """Local path of a checkpoint's file, None where it has none."""
+    return cached_file(
+        source, name, revision=revision or "main", _raise_exceptions_for_missing_entries=False, **hub_kwargs
+    )
+
+
+def _empty(config) -> nn.Module:
+    """The transformers model of a configuration without weights, for its class, names and shapes."""
     with torch.device("meta"):
-        backbone = family_of(config).build(config)
-    backbone.load_state_dict(timm_backbone_weights(read_weights(weights), backbone, source), strict=True, assign=True)
+        return family_of(config).build(config)
+
+
+def _with_weights(config, weights, source) -> nn.Module:
+    """The transformers model of a configuration with weights under its own names, in the widest dtype among them."""
+    with _quiet():
+        backbone, info = type(_empty(config)).from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=widest_dtype(weights),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **family_of(config).model_options,
+        )
+    _refuse_differences(info["missing_keys"], info["unexpected_keys"], source)
+    if others := sorted(str(item) for item in info["mismatched_keys"]):
+        raise ValueError(f"the backbone {str(source)!r} has tensors of another shape: {', '.join(others)}")
     return backbone.eval()
+
+
+def widest_dtype(state_dict):
+    """The floating-point dtype that holds all values of a checkpoint, None where it has none."""
+    dtypes = {tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()}
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
 
 
 def load_backbone(config, folder=None, found=None, **hub_kwargs):
@@ -608,16 +926,19 @@ def resized_config(config, image_size) -> PreTrainedConfig:
     Raises:
         ValueError: the size is not a multiple of the patch size, or the backbone does not take squares.
     """
-    if not (isinstance(config.image_size, int) and isinstance(config.patch_size, int)):
+    own = family_of(config).image_size
+    config = copy.deepcopy(config)
+    if image_size == own:  # also where patches leave a margin out, as SigLIP's of 14 pixels do of 384
+        return config
+    if not (isinstance(own, int) and isinstance(config.patch_size, int)):
         raise ValueError(
             "image_size can only be changed for backbones of square images and patches, got "
-            f"{config.image_size} and {config.patch_size}"
+            f"{own} and {config.patch_size}"
         )
     if image_size < config.patch_size or image_size % config.patch_size:
         raise ValueError(
             f"image_size must be a multiple of the backbone's patch size {config.patch_size}, got {image_size}"
         )
-    config = copy.deepcopy(config)
     config.image_size = image_size
     return config
 
@@ -627,19 +948,30 @@ def resized_weights(backbone, image_size) -> dict[str, torch.Tensor]:
     """A backbone's weights with its position embeddings interpolated for square images of another size.
 
     By transformers' own `interpolate_pos_encoding` (bicubic, without the class tokens), so the same as giving it to
-    every forward pass, but done once.
+    every forward pass, but done once. Without such embeddings (rotary positions, NaFlex) the weights are as they were.
 
     Args:
         backbone: In the size that it was trained with.
         image_size: Side in pixels, a multiple of the patch size.
+
+    Raises:
+        ValueError: the backbone has no `position_table` of its family, or no way to interpolate it.
     """
     weights, config = backbone.state_dict(), backbone.config
-    if image_size == config.image_size:
+    family = family_of(config)
+    table = family.position_table
+    if table is None or image_size == family.image_size:
         return weights
-    num_tokens = family_of(config).num_prefix_tokens + (image_size // config.patch_size) ** 2
-    tokens = torch.empty(1, num_tokens, config.hidden_size, device="meta")  # only its shape is looked at
+    if table not in weights or not hasattr(backbone.embeddings, "interpolate_pos_encoding"):
+        raise ValueError(
+            f"image_size must be {family.image_size}, got {image_size}: {type(backbone).__name__} has no "
+            f"interpolate_pos_encoding for {table}, the position_table of {type(family).__name__}"
+        )
+    *axes, rows, width = weights[table].shape
+    rows += (image_size // config.patch_size) ** 2 - (family.image_size // config.patch_size) ** 2
+    tokens = torch.empty(1, rows, width, device="meta")  # only its shape is looked at
     positions = backbone.embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
-    return {**weights, "embeddings.position_embeddings": positions.contiguous()}
+    return {**weights, table: positions.reshape(*axes, rows, width).contiguous()}
 
 
 __all__ = [
@@ -666,5 +998,6 @@ __all__ = [
     "timm_backbone_config",
     "timm_backbone_weights",
     "timm_preprocessing",
+    "widest_dtype",
     "write_digest",
 ]

@@ -9,7 +9,6 @@ Shapes: B images, N tokens (CLS + patches), P prompts, D backbone width, E embed
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import importlib
 import json
@@ -51,6 +50,7 @@ from .loading_vptsp import (
     read_weights,
     refuse_local_backbone,
     relative_to,
+    widest_dtype,
     write_digest,
 )
 
@@ -234,10 +234,11 @@ ADAPTER_NAME = "default"
 LORA_INSTEAD = "for LoRA set lora_rank in the configuration (from_backbone(..., lora_rank=8))"
 
 
-def add_lora(backbone, rank, alpha, targets=None):
+def add_lora(backbone, rank, alpha, targets=None, use_dora=False):
     """Put LoRA matrices (Hu et al., ICLR 2022) beside linear layers, in place: `W x + (alpha / rank) * B A x`.
 
-    A is drawn Kaiming uniform and B is 0, so that the backbone starts as it was pretrained.
+    A is drawn Kaiming uniform and B is 0, so that the backbone starts as it was pretrained. DoRA (Liu et al., ICML
+    2024) gives each row of `V = W + (alpha / rank) * B A` a norm m of its own: `m V x / |V|`; see `start_dora`.
 
     They lie in the transformer's layers alone: what embeds patches or pools tokens may read weights without calling
     the linear layer that holds them, as PyTorch's own attention does, so that LoRA beside it would never run.
@@ -248,6 +249,7 @@ def add_lora(backbone, rank, alpha, targets=None):
         alpha: Scale.
         targets: Names of the linear layers, whole (`layers.0.attention.q_proj`) or their ends (`q_proj`); None for
             `DEFAULT_TARGETS`, which layers of every family have.
+        use_dora: DoRA instead of plain LoRA.
 
     Raises:
         ImportError: peft is not installed.
@@ -266,11 +268,19 @@ def add_lora(backbone, rank, alpha, targets=None):
                 f"lora_targets must name linear layers of the backbone ({', '.join(ends)}), got {target!r}"
             )
     targets = sorted(name for name in linear if _is_target(name, targets))
-    lora = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    lora = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_dora=use_dora)
     peft.inject_adapter_in_model(lora, backbone, adapter_name=ADAPTER_NAME)
     for name, module in backbone.named_modules():
         if is_lora(name):
             module._is_hf_initialized = True  # or the backbone would draw A and B as it draws its own weights
+
+
+@torch.no_grad()
+def start_dora(backbone):
+    """Let DoRA's norms start as those of the pretrained weights' rows; to be called whenever these have come anew."""
+    for module in backbone.modules():
+        for norm in getattr(module, "lora_magnitude_vector", {}).values():
+            norm.weight.copy_(module.base_layer.weight.norm(dim=1))
 
 
 def is_lora(name) -> bool:
@@ -303,6 +313,18 @@ def refuse_other_adapters(model):
         own = "backbone" in module.split(".") and _is_target(module, targets) and ".base_layer" not in rest
         if wrapped and (not own or (wrapped == ".lora_" and rest.split(".")[1] != ADAPTER_NAME)):
             raise ValueError(f"PEFT has put an adapter into the model ({name}), which is not saved: {LORA_INSTEAD}")
+
+
+def refuse_merged_lora(model):
+    """Raise if PEFT has merged LoRA into weights that are to be saved beside it: loaded, it would count twice.
+
+    Raises:
+        ValueError: there are such weights.
+    """
+    if merged := [name for name, module in model.named_modules() if getattr(module, "merged", False) is True]:
+        raise ValueError(
+            f"PEFT has merged LoRA into {_listed(merged)}, where it would count twice: unmerge() it first"
+        )
 
 
 def names_with_lora(weights, config):
@@ -421,12 +443,20 @@ def _card_writer():
 
 
 def _weight_digest(tensor):
-    """Of a tensor's values and, where it is rounded, to what."""
+    """Of a tensor's values, the same in every dtype that holds them."""
     values = tensor.detach().cpu().contiguous()
-    if values.dtype == torch.float64 and torch.equal(values.float().double(), values):
+    if values.dtype != torch.float64 or torch.equal(values.float().double(), values):
         values = values.float()
-    kind = "" if values.dtype in (torch.float32, torch.float64) else str(values.dtype)
-    return kind + hashlib.sha256(values.flatten().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(values.flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+def _is_rounded(tensor, original, name):
+    """Whether a frozen tensor is the backbone's in its dtype, or what PEFT left of it: unmerged, up to rounding."""
+    original = original.to(tensor.dtype)
+    if torch.equal(tensor.cpu(), original):
+        return True
+    near = 4 * torch.finfo(tensor.dtype).eps * original.abs().max()
+    return ".base_layer." in name and torch.allclose(tensor.cpu(), original, rtol=0, atol=near.item())
 
 
 def _listed(names, at_most=8):
@@ -460,12 +490,6 @@ def _others(saved, own, may_round):
         ):
             found.append(f"{name} in {tensor.dtype} instead of {expected.dtype}")
     return found
-
-
-def _widest_dtype(state_dict):
-    """The floating-point dtype that holds all values of a checkpoint, None where it has none."""
-    dtypes = {tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()}
-    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
 
 
 def _named_as_in(frozen, saved, model_type):
@@ -586,6 +610,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         backbone = model.retriever.backbone
         new = {name: tensor for name, tensor in backbone.state_dict().items() if is_lora(name)}
         backbone.load_state_dict(names_with_lora(weights, config) | new, strict=True)
+        start_dora(backbone)
         model.note_frozen_weights()
         return model.to(dtype or torch.float32)
 
@@ -615,12 +640,14 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         """
         known = self.retriever.frozen_digests
         changed = {n: t for n, t in self._used_frozen_weights() if n in known and _weight_digest(t) not in known[n]}
-        if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in changed.values()):
-            weights = names_with_lora(load_backbone(copy.deepcopy(self.config)), self.config)
-            rounded = {name: weights[name].to(tensor.dtype) for name, tensor in changed.items()}
-            changed = {
-                name: tensor for name, tensor in changed.items() if not torch.equal(tensor.cpu(), rounded[name])
-            }
+        # LoRA of ours that PEFT has merged is saved beside the backbone's own weights all the same
+        modules = self.retriever.backbone.named_modules()
+        merged = tuple(f"{name}.base_layer." for name, module in modules if getattr(module, "merged", False) is True)
+        changed = {name: tensor for name, tensor in changed.items() if not name.startswith(merged)}
+        halves = (torch.float16, torch.bfloat16)
+        if any(tensor.dtype in halves or ".base_layer." in name for name, tensor in changed.items()):
+            own = names_with_lora(load_backbone(copy.deepcopy(self.config)), self.config)
+            changed = {name: tensor for name, tensor in changed.items() if not _is_rounded(tensor, own[name], name)}
         if changed:
             raise ValueError(
                 f"frozen weights of the model are not those of the backbone {self.config.backbone!r} any more "
@@ -660,7 +687,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the folder holds another model; `push_to_hub` was asked for, use the method of that name;
                 `max_shard_size` or `variant`, since it is all one file; `save_backbone=False`, but all of the backbone
-                is tuned; PEFT has changed the model; or frozen weights were changed, which would not be saved.
+                is tuned; PEFT has changed the model, or merged LoRA into weights that are to be saved; or frozen
+                weights were changed, which would not be saved.
             TypeError: a keyword is none that is read.
         """
         if kwargs.get("push_to_hub"):
@@ -678,7 +706,9 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             self.config.save_backbone = save_backbone
         if self.config.backbone is None:
             self.config.save_backbone = True
-        if not self.config.save_backbone:
+        if self.config.save_backbone:
+            refuse_merged_lora(self)
+        else:
             self.refuse_changed_backbone()
         state_dict = self.state_dict() if state_dict is None else state_dict
         if not self.config.save_backbone:
@@ -839,7 +869,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         from_retriever = not any(name.startswith("vptsp.") for name in saved)
         saved = cls._named_as_here(saved, from_retriever)
         if not dtype_given:
-            kwargs["dtype"] = _widest_dtype(saved) or config.dtype
+            kwargs["dtype"] = widest_dtype(saved) or config.dtype
         frozen = {}
         if not config.save_backbone:
             frozen = cls._frozen_weights(config, pretrained_model_name_or_path, backbone, hub_kwargs)
@@ -939,7 +969,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
         self.family = family_of(config.backbone_config)
         self.backbone = self.family.build(config.backbone_config)
         if config.lora_rank:
-            add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_targets)
+            add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_targets, config.use_dora)
         self.adapters = build_adapters(config)
         self.frozen_digests = {}  # name -> what the frozen weights may be; see `note_frozen_weights`
         self.prompts = Prompts(config.prompt_lengths, config.num_prompts, config.backbone_config.hidden_size)
@@ -947,6 +977,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         add_tuning(self)
         self.post_init()
+        start_dora(self.backbone)
         self.freeze_backbone()
         self.backbone.train(config.tune_backbone)  # before anyone calls `train` or `eval`: DINOv3 draws positions anew
 

@@ -21,6 +21,10 @@ from .transforms import EvalTransform
 
 # Where transformers keeps image processors.
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+# Kinds that transformers has for torchvision alone, and that do what ViT's does: DINOv3's, under its earlier name too.
+_LIKE_VIT = ("DINOv3ViTImageProcessor", "DINOv3ViTImageProcessorFast")
+# Fields in which their defaults are others.
+_NEEDED_OF_THEM = ("do_normalize", "do_rescale", "do_resize", "image_mean", "image_std", "resample", "size")
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +42,10 @@ def build_image_processor(image_size=None, resize_size=None, backbone=None, revi
     """Processor that scales the short side to `resize_size` and cuts out a central square of `image_size`.
 
     Args:
-        image_size: Side of what the model sees, in pixels. None: that of a timm checkpoint, else 224.
+        image_size: Side of what the model sees, in pixels. None: that of the backbone's checkpoint, else 224.
         resize_size: Short side before the crop, in pixels, to which images are resized bilinearly, as the method
-            evaluates. None: a timm checkpoint's own crop and interpolation, else `image_size * 256 / 224`, bilinear.
+            evaluates. None: the backbone's own crop and interpolation, else `image_size * 256 / 224`, bilinear. (Where
+            its processor makes any image a square, there is no crop: here the short side becomes `image_size`.)
         backbone: Hub name or folder; pixels are treated (mean, std, scale) as its timm `pretrained_cfg` says, or as by
             the image processor that is saved beside it. Without a backbone, or where one certainly has no processor
             (which a warning says), mean and std are 0.5.
@@ -55,7 +60,9 @@ def build_image_processor(image_size=None, resize_size=None, backbone=None, revi
         ValueError: the backbone does not say how it wants its images, or wants what is not done here.
     """
     check_hub_arguments(hub_kwargs)
-    own = _Preprocessing(Normalisation()) if backbone is None else _preprocessing_of(backbone, revision, hub_kwargs)
+    own = _Preprocessing(Normalisation())
+    if backbone is not None:
+        own = _preprocessing_of(backbone, revision, hub_kwargs, with_geometry=None in (image_size, resize_size))
     image_size = own.image_size if image_size is None else image_size
     resample = PILImageResampling.BILINEAR
     if resize_size is None:
@@ -85,8 +92,8 @@ def load_image_processor(name, revision=None, **hub_kwargs):
 
     Raises:
         OSError: it can't be read, or nobody can say whether there is one.
-        ValueError: it is damaged, of an unknown kind, has code of its own, or does not say the mean, std and size that
-            it takes.
+        ValueError: it is damaged, of an unknown kind, has code of its own, needs a package that is not installed, or
+            does not say the mean, std and size that it takes.
     """
     return _load_processor(name, revision, hub_kwargs, ("image_mean", "image_std", "size"))
 
@@ -106,15 +113,27 @@ def _load_processor(name, revision, hub_kwargs, needed):
         )
         said, _ = type(processor).get_image_processor_dict(name, revision=revision, **hub_kwargs)
         missing = [key for key in needed if said.get(key) is None and getattr(processor, _USED_BY[key], True)]
-        if missing:
+        if missing and not (missing == ["size"] and said.get("max_num_patches")):  # NaFlex: as many for any shape
             raise ValueError(f"its file does not say {', '.join(missing)}")
         return processor
+    except ImportError as error:
+        return _without_torchvision(name, revision, hub_kwargs, error)
     except OSError as error:
         if all(_is_absent(name, file, revision, hub_kwargs) for file in PROCESSOR_FILES):
             return None
         raise OSError(f"the image processor of {str(name)!r} can't be read: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the image processor of {str(name)!r} can't be used: {error}") from error
+
+
+def _without_torchvision(name, revision, hub_kwargs, error):
+    """A processor of `_LIKE_VIT`, by PIL: but for rounding, the same."""
+    values, _ = ViTImageProcessorPil.get_image_processor_dict(name, revision=revision, **hub_kwargs)
+    if (kind := values.get("image_processor_type")) not in _LIKE_VIT:
+        raise ValueError(f"the image processor of {str(name)!r} can't be used: {error}") from error
+    if missing := [field for field in _NEEDED_OF_THEM if field not in values]:
+        raise ValueError(f"the image processor of {str(name)!r}, a {kind}, lacks {', '.join(missing)}") from error
+    return ViTImageProcessorPil.from_dict(values)
 
 
 def _is_absent(name, file, revision, hub_kwargs) -> bool:
@@ -191,20 +210,42 @@ def geometry_of(processor, image_size):
     return image_size, size.get("shortest_edge") or (image_size and round(image_size * 256 / 224))
 
 
-def _preprocessing_of(backbone, revision, hub_kwargs):
+def _preprocessing_of(backbone, revision, hub_kwargs, with_geometry=False):
     timm_config = read_timm_config(backbone, revision, **hub_kwargs)
     if timm_config is not None:
         own = timm_preprocessing(timm_config, backbone)
         resample = PILImageResampling[own.interpolation.upper()]
         return _Preprocessing(Normalisation(own.mean, own.std), own.image_size, own.crop_share, resample)
-    saved = _load_processor(backbone, revision, hub_kwargs, ("image_mean", "image_std"))
+    needed = ("image_mean", "image_std", *(["size"] if with_geometry else []))
+    saved = _load_processor(backbone, revision, hub_kwargs, needed)
     if saved is None:
         logger.warning(f"the backbone {str(backbone)!r} has no image processor: mean and std of images are 0.5")
         return _Preprocessing(Normalisation())
     try:
-        return _Preprocessing(Normalisation.of(saved))
+        return _Preprocessing(Normalisation.of(saved), *(_geometry(saved) if with_geometry else ()))
     except ValueError as error:
         raise ValueError(f"the image processor of {str(backbone)!r} can't be used: {error}") from error
+
+
+def _geometry(processor):
+    """Side of what the model sees, share of the short side that it is of, and interpolation, as a processor has them.
+
+    Raises:
+        ValueError: it makes no squares of one size.
+    """
+    resample = PILImageResampling(getattr(processor, "resample", None) or PILImageResampling.BILINEAR)
+    size, crop = (getattr(processor, name, None) or {} for name in ("size", "crop_size"))
+    resized = {size.get(name) for name in ("shortest_edge", "height", "width")} - {None}
+    if (patches := getattr(processor, "max_num_patches", None)) and not resized:  # NaFlex: as many for a square
+        return processor.patch_size * math.isqrt(patches), 1.0, resample
+    if getattr(processor, "do_center_crop", False):
+        cropped = {crop.get("height"), crop.get("width")}
+    else:
+        cropped = set() if size.get("shortest_edge") else resized
+    if not getattr(processor, "do_resize", False) or len(resized) != 1 or len(cropped) != 1 or None in cropped:
+        raise ValueError(f"it makes no squares of one size (size {size}, crop_size {crop}): give both sizes yourself")
+    (side,), (short,) = cropped, resized
+    return side, side / short, resample
 
 
 __all__ = ["build_image_processor", "check_geometry", "geometry_of", "load_image_processor", "normalisation_for"]

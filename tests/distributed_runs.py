@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from checkpoint_runs import free_port
 from safetensors.torch import save_file
+from test_families import KINDS, backbone_config, perturb
 
 from vptsp import (
     EvalTransform,
     ImageDataset,
     TrainTransform,
+    VPTSPConfig,
     VPTSPForMetricLearning,
     VPTSPTrainer,
     VPTSPTrainingArguments,
@@ -58,6 +60,7 @@ RUNS = {
         {},
     ),
     "pml_parameters": ({"loss": "pml.ProxyAnchorLoss", "proxy_update": "none"}, {"images_per_class": 1}),
+    **{f"family {name}": ({"family": name, "pooling": None}, {"max_steps": 5}) for name in KINDS},
     "pml_memory": (
         {
             "loss": "pml.CrossBatchMemory",
@@ -78,8 +81,7 @@ def run_all(data, backbone, output):
         args = VPTSPTrainingArguments(
             str(output / name),
             # plain SGD: AdamW turns rounding errors of gradients near zero into full steps
-            **{"images_per_class": 2, "optim": "sgd", **training_fields},
-            max_steps=20,
+            **{"images_per_class": 2, "optim": "sgd", "max_steps": 20, **training_fields},
             logging_steps=1,
             learning_rate=2e-3,
             proxy_learning_rate=1e-2,
@@ -95,7 +97,7 @@ def run_all(data, backbone, output):
             args.class_prompt_folder = str(output / args.class_prompt_folder)
         torch.manual_seed(0)
         fields = {"num_classes": train.num_classes, "embedding_dim": 12, "num_prompts": 3, "num_class_prompts": 2}
-        model = VPTSPForMetricLearning.from_backbone(backbone, **{**fields, **model_fields})
+        model = build({**fields, **model_fields}, backbone)
         trainer = VPTSPTrainer(model=model, args=args, train_dataset=train, eval_dataset=test)
         trainer.train()
         embeddings, labels = trainer.embed(test)
@@ -108,6 +110,14 @@ def run_all(data, backbone, output):
         final |= {"embeddings": embeddings, "labels": labels, "loss": losses}
         final["map_at_r"] = torch.tensor(metrics["eval_map_at_r"])
         save_file(final, output / f"{name}-{args.process_index}.safetensors")
+
+
+def build(fields, backbone):
+    """A model on the weights in a folder, or on random ones of a `family` by its name in test_families.py."""
+    name = fields.pop("family", None)
+    if name is None:
+        return VPTSPForMetricLearning.from_backbone(backbone, **fields)
+    return perturb(VPTSPForMetricLearning(VPTSPConfig(backbone_config=backbone_config(name), **fields)))
 
 
 def fork(rank, processes, port, data, backbone, output):

@@ -173,6 +173,9 @@ def test_backbone_family(tmp_path):
     expected = F.normalize(whole(pixel_values).pooler_output, dim=-1)
     torch.testing.assert_close(model.embed_with_backbone(pixel_values), expected, rtol=1e-4, atol=1e-5)
 
+    with pytest.raises(ValueError, match=r"image_size must be 16, got 24: Aimv2VisionModel has no interpolate"):
+        VPTSPModel.from_backbone(folder, embedding_dim=6, image_size=24)
+
     hidden = whole.embeddings(pixel_values)  # prompts in front, outputs dropped, layer by layer
     for layer, prompts in zip(whole.encoder.layers, model.prompts(), strict=True):
         hidden = layer(torch.cat([prompts.expand(3, -1, -1), hidden], dim=1))[:, len(prompts) :]

@@ -55,7 +55,8 @@ FAMILIES = {
 LABELS = torch.tensor([4, 4, 0, 6, 6])
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
-every_kind = pytest.mark.parametrize("name", [name for name in FAMILIES if name in backbones_vptsp.FAMILIES])
+KINDS = [name for name in FAMILIES if name in backbones_vptsp.FAMILIES]
+every_kind = pytest.mark.parametrize("name", KINDS)
 
 
 def backbone_config(name):
@@ -84,6 +85,29 @@ def prompted(model, pixel_values):
     with oracle.plain_prompts(model, model.prompts.tokens):
         output = model.backbone(**oracle.stock_inputs(model.backbone, pixel_values))
     return model.head(oracle.stock_pooled(model.backbone, output, model.config.pooling))
+
+
+def stock_of_any_size(backbone, pixel_values):
+    """Output of the model's own forward, whatever the size of the images."""
+    asked = backbone.config.model_type in (
+        "vit",
+        "deit",
+        "vit_msn",
+        "ijepa",
+        "clip_vision_model",
+        "siglip_vision_model",
+    )
+    options = {"interpolate_pos_encoding": True} if asked else {}  # the others take any size
+    return backbone(**oracle.stock_inputs(backbone, pixel_values), **options)
+
+
+def saved_stock(name, folder):
+    """A model of transformers, saved in a folder; without BERT's pooler, which retrieval leaves out."""
+    stock = perturb(AutoModel.from_config(backbone_config(name))).eval()
+    stock.save_pretrained(folder)
+    if name in ("vit", "deit"):
+        stock.pooler = None
+    return stock
 
 
 def images(number=3, height=16, width=None, dtype=torch.float32):
@@ -116,10 +140,7 @@ def test_frozen_features_are_those_of_transformers(name):
 def test_images_of_other_sizes(name, size):
     model = retriever(name, num_prompts=0)
     pixel_values = images(2, *size)
-    options = {}
-    if name in ("vit", "deit", "vit_msn", "ijepa", "clip_vision_model", "siglip_vision_model"):
-        options["interpolate_pos_encoding"] = True
-    expected = model.backbone(**oracle.stock_inputs(model.backbone, pixel_values), **options)
+    expected = stock_of_any_size(model.backbone, pixel_values)
     expected = oracle.stock_pooled(model.backbone, expected, model.config.pooling)
     got = model.encode(model.embed_patches(pixel_values, interpolate_pos_encoding=True))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
@@ -157,6 +178,35 @@ def test_step_with_lora_and_mean(name):
     assert len(lora) == 2 * 2 * 2  # A and B beside queries and values of both layers
     assert_same_step(model, LABELS)
     assert all(model.get_parameter(n).grad.norm() > 0 for n in lora)
+
+
+LAYERS_HAVE = {  # with LoRA: linear layers of each family's layers
+    **dict.fromkeys(FAMILIES, "q_proj k_proj v_proj o_proj fc1 fc2"),
+    **dict.fromkeys(
+        (name for name in FAMILIES if "lip" in name or "mlcd" in name), "q_proj k_proj v_proj out_proj fc1 fc2"
+    ),
+    "dinov2 swiglu": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+    "dinov3_vit": "q_proj k_proj v_proj o_proj up_proj down_proj",
+    "dinov3_vit gated": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+}
+
+
+@every_family
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_lora_beside_every_linear_layer(name, use_dora, tmp_path):
+    pytest.importorskip("peft")
+    targets = LAYERS_HAVE[name].split()
+    with pytest.raises(ValueError, match=rf"\({', '.join(sorted(targets))}\), got 'dense'"):
+        retriever(name, lora_rank=2, lora_targets=["dense"])
+    model = training_model(name, lora_rank=2, lora_targets=targets, use_dora=use_dora, bitfit=False)
+    lora = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" in n}
+    assert len(lora) == 2 * len(targets) * (3 if use_dora else 2)
+    assert_same_step(model, LABELS)
+    assert all(model.get_parameter(n).grad.norm() > 0 for n in lora)
+    model, pixel_values = retriever(name, lora_rank=2, lora_targets=targets, use_dora=use_dora), images()
+    model.save_pretrained(tmp_path)
+    loaded = VPTSPModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(pixel_values).embeddings, model(pixel_values).embeddings)
 
 
 def test_lora_lies_in_the_layers_alone():
@@ -326,15 +376,45 @@ def test_saved_with_its_backbone_and_loaded(name, tmp_path):
     torch.testing.assert_close(remote(pixel_values).embeddings, model(pixel_values).embeddings)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "siglip2_vision_model"])
+@every_kind
+@pytest.mark.parametrize("side", [8, 24, 40])
+def test_loaded_for_images_of_another_size(name, side, tmp_path, caplog):
+    stock = saved_stock(name, tmp_path / "stock")
+    with caplog.at_level("WARNING", logger="vptsp"):
+        built = VPTSPModel.from_backbone(tmp_path / "stock", embedding_dim=10, num_prompts=2, image_size=side)
+    pixel_values = images(2, side)
+    expected = oracle.stock_pooled(stock, stock_of_any_size(stock, pixel_values), built.config.pooling)
+    expected = F.normalize(expected.mean(1) if expected.dim() == 3 else expected, dim=-1)
+    torch.testing.assert_close(built.embed_with_backbone(pixel_values), expected, rtol=0, atol=1e-5)
+    how = "computed" if name in ("dinov3_vit", "mlcd_vision_model") else "interpolated"
+    assert f"images of 16 pixels and is used with {side}: its positions are {how}" in caplog.text
+    assert built.config.backbone_config.image_size == side
+    built.save_pretrained(tmp_path / "retriever")
+    loaded = VPTSPModel.from_pretrained(tmp_path / "retriever")
+    assert torch.equal(loaded(pixel_values).embeddings, built(pixel_values).embeddings)
+    with pytest.raises(ValueError, match=rf"\(16\*16\) doesn't match model \({side}\*{side}\)"):
+        loaded(images())
+    with pytest.raises(ValueError, match="image_size must be a multiple of the backbone's patch size 8, got 20"):
+        VPTSPModel.from_backbone(tmp_path / "stock", image_size=20)
+
+
+def test_patches_that_leave_a_margin_out(tmp_path):
+    """As SigLIP's of 14 pixels do of images of 384."""
+    config = SiglipVisionConfig(**{**MLP, "image_size": 20})
+    stock = perturb(AutoModel.from_config(config)).eval()
+    stock.save_pretrained(tmp_path)
+    built, pixel_values = VPTSPModel.from_backbone(tmp_path, embedding_dim=10, image_size=20), images(2, 20)
+    expected = F.normalize(stock(pixel_values).pooler_output, dim=-1)
+    torch.testing.assert_close(built.embed_with_backbone(pixel_values), expected, rtol=0, atol=1e-5)
+
+
+@every_family
 def test_built_on_a_checkpoint_of_transformers(name, tmp_path):
-    stock = perturb(AutoModel.from_config(backbone_config(name))).eval()
-    stock.save_pretrained(tmp_path / "stock")
-    if name in ("vit", "deit"):
-        stock.pooler = None  # BERT's: retrieval leaves it out
+    stock = saved_stock(name, tmp_path / "stock")
     built = VPTSPModel.from_backbone(tmp_path / "stock", embedding_dim=10, num_prompts=2)
     pixel_values = images()
-    expected = oracle.stock_pooled(stock, stock(pixel_values), FAMILIES[name][1].split()[0])
+    output = stock(**oracle.stock_inputs(stock, pixel_values))
+    expected = oracle.stock_pooled(stock, output, FAMILIES[name][1].split()[0])
     expected = F.normalize(expected.mean(1) if expected.dim() == 3 else expected, dim=-1)
     torch.testing.assert_close(built.embed_with_backbone(pixel_values), expected, rtol=0, atol=1e-5)
     built.save_pretrained(tmp_path / "retriever")
@@ -355,6 +435,19 @@ def test_mlcd_under_its_authors_name(tmp_path):
     built.save_pretrained(tmp_path / "retriever")
     loaded = VPTSPModel.from_pretrained(tmp_path / "retriever")
     torch.testing.assert_close(loaded(pixel_values).embeddings, built(pixel_values).embeddings)
+
+
+@every_kind
+def test_a_model_made_on_the_meta_device_has_all_its_buffers(name, tmp_path):
+    """Loading makes models there, and what is not in the file has to be filled in: positions, frequencies."""
+    model, pixel_values = retriever(name), images()
+    model.save_pretrained(tmp_path)
+    loaded = VPTSPModel.from_pretrained(tmp_path)
+    assert {n for n, _ in loaded.named_buffers()} == {n for n, _ in model.named_buffers()}
+    for n, buffer in model.named_buffers():
+        assert torch.equal(loaded.get_buffer(n), buffer), n
+    half = VPTSPModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert F.cosine_similarity(half(pixel_values).embeddings, model(pixel_values).embeddings).min() > 0.98
 
 
 @every_family

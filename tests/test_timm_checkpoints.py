@@ -198,7 +198,7 @@ def test_incomplete_checkpoint_is_refused_through_from_backbone(checkpoint, tmp_
     "values, message",
     [
         (timm_config("resnet50"), r"architecture of the timm checkpoint 'a/b' must be .*, got 'resnet50'"),
-        (timm_config("vit_base_patch16_clip_224"), "got 'vit_base_patch16_clip_224'"),
+        (timm_config("vit_base_patch16_gap_224"), "got 'vit_base_patch16_gap_224'"),
         (timm_config("deit3_small_patch16_224"), "got 'deit3_small_patch16_224'"),
         (timm_config("vit_base_patch16_224") | {"model_args": {"img_size": 96, "act_layer": "relu"}}, ": act_layer"),
         (timm_config("vit_base_patch16_224", input_size=[3, 224, 96]), "must take square images, got 224 x 96"),

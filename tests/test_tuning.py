@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_vit_config
 from safetensors.torch import load_file, save_file
 from test_modeling_exact import K2, assert_same_step, make_model
+from transformers import AutoModel
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel
 
@@ -311,3 +312,111 @@ def test_lora_targets_that_do_not_exist_are_named():
     message = r"must name linear layers of the backbone \(fc1, fc2, k_proj, o_proj, q_proj, v_proj\), got 'query'"
     with pytest.raises(ValueError, match=message):
         VPTSPModel(config)
+
+
+# ---- DoRA
+
+
+DORA = {"lora_rank": 3, "lora_alpha": 6.0, "use_dora": True}
+
+
+def norms(backbone):
+    """Name of a layer with DoRA -> its tuned norms, and those of its weights' rows."""
+    return {
+        name: (module.lora_magnitude_vector["default"].weight, module.base_layer.weight.square().sum(1).sqrt())
+        for name, module in backbone.named_modules()
+        if hasattr(module, "lora_magnitude_vector")
+    }
+
+
+def test_dora_starts_as_the_pretrained_backbone(backbone_folder):
+    """Its norms are of the weights that the model has in the end, not of those that it was built with."""
+    pixel_values = torch.randn(2, 3, 16, 16)
+    plain = VPTSPModel.from_backbone(backbone_folder, embedding_dim=10)
+    model = VPTSPModel.from_backbone(backbone_folder, embedding_dim=10, **DORA)
+    expected = plain.embed_with_backbone(pixel_values)
+    torch.testing.assert_close(model.embed_with_backbone(pixel_values), expected, rtol=0, atol=1e-6)
+    for cls in (VPTSPModel, VPTSPForMetricLearning):
+        config = VPTSPConfig(backbone_config=tiny_vit_config(), num_classes=3, **DORA)
+        found = norms(cls(config).retriever.backbone)
+        assert len(found) == 2 * 4
+        for tuned, pretrained in found.values():
+            torch.testing.assert_close(tuned, pretrained)
+
+
+@pytest.mark.parametrize("targets", [None, ["k_proj", "o_proj", "fc1", "fc2"]])
+def test_dora(targets):
+    model = perturb(make_model(**DORA, lora_targets=targets, bitfit=targets is None))
+    tuned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sum("lora_magnitude_vector" in name for name in tuned) == 4 * len(targets or "qv")
+    assert_same_step(model, K2, images_per_class=2)
+
+
+def test_dora_is_the_model_with_merged_weights():
+    model = perturb(make_model(**DORA, lora_targets=["v_proj", "fc1"])).eval()
+    state, merged = model.state_dict(), {}
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            continue
+        if name.endswith("base_layer.weight"):
+            stem = name.removesuffix("base_layer.weight")
+            tensor = tensor + 2.0 * state[f"{stem}lora_B.default.weight"] @ state[f"{stem}lora_A.default.weight"]
+            tensor = tensor / tensor.square().sum(1, keepdim=True).sqrt()
+            tensor = state[f"{stem}lora_magnitude_vector.default.weight"][:, None] * tensor
+        merged[name.replace("base_layer.", "")] = tensor
+    plain = make_model().eval()
+    plain.load_state_dict(merged, strict=True)
+    pixel_values = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(model(pixel_values).embeddings, plain(pixel_values).embeddings)
+
+
+def test_dora_is_saved_and_loaded(backbone_folder, tmp_path):
+    model = perturb(VPTSPModel.from_backbone(backbone_folder, embedding_dim=10, **DORA)).eval()
+    pixel_values = torch.randn(2, 3, 16, 16)
+    expected = model(pixel_values).embeddings
+    for save_backbone in (False, True):
+        folder = tmp_path / str(save_backbone)
+        model.save_pretrained(folder, save_backbone=save_backbone)
+        loaded = VPTSPModel.from_pretrained(folder)
+        assert loaded.config.use_dora
+        assert torch.equal(loaded(pixel_values).embeddings, expected)
+        assert torch.equal(
+            AutoModel.from_pretrained(folder, trust_remote_code=True)(pixel_values).embeddings, expected
+        )
+    training = VPTSPForMetricLearning.from_pretrained(tmp_path / "False", num_classes=3).eval()
+    assert torch.equal(training(pixel_values).embeddings, expected)
+    name = "backbone.layers.1.attention.q_proj.lora_magnitude_vector.default.weight"
+    tensors = load_file(tmp_path / "False" / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "False" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks {name}$"):
+        VPTSPModel.from_pretrained(tmp_path / "False")
+
+
+def test_dora_needs_lora():
+    with pytest.raises(ValueError, match="use_dora must be false without lora_rank, got True"):
+        VPTSPConfig(backbone_config=tiny_vit_config(), use_dora=True)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_merged_by_peft(backbone_folder, tmp_path, use_dora):
+    """The same model; but weights with LoRA in them are not saved beside LoRA, which would count twice."""
+    fields = {**DORA, "use_dora": use_dora, "embedding_dim": 10}
+    model = perturb(VPTSPModel.from_backbone(backbone_folder, **fields)).eval()
+    pixel_values = torch.randn(2, 3, 16, 16)
+    expected = model(pixel_values).embeddings
+    layers = [module for module in model.backbone.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer.merge()
+    torch.testing.assert_close(model(pixel_values).embeddings, expected, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "tuned")  # the frozen weights come from the backbone
+    torch.testing.assert_close(VPTSPModel.from_pretrained(tmp_path / "tuned")(pixel_values).embeddings, expected)
+    with pytest.raises(ValueError, match=r"merged LoRA into backbone\.layers\.0\.attention\.q_proj, .* unmerge\(\)"):
+        model.save_pretrained(tmp_path / "whole", save_backbone=True)
+    for layer in layers:
+        layer.unmerge()
+    model.save_pretrained(tmp_path / "unmerged", save_backbone=False)
+    torch.testing.assert_close(VPTSPModel.from_pretrained(tmp_path / "unmerged")(pixel_values).embeddings, expected)
+    model.save_pretrained(tmp_path / "whole", save_backbone=True)
+    loaded = VPTSPModel.from_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(loaded(pixel_values).embeddings, expected, rtol=0, atol=1e-5)

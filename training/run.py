@@ -69,6 +69,15 @@ def check_classes_answered(trainer):
         )
 
 
+def describe_backbone(config) -> str:
+    """One line: name, family, size, patches, pixels and pooling of a `VPTSPConfig`'s backbone."""
+    own = config.backbone_config
+    return (
+        f"{config.backbone or 'random weights'}: {own.model_type}, {own.num_hidden_layers} layers of width "
+        f"{own.hidden_size}, patches of {own.patch_size}, images of {own.image_size} pixels, pooling {config.pooling}"
+    )
+
+
 def print_summary(summary, images, training_args, class_prompts):
     lengths = {name: _length(part) for name, part in images.items()}
     sizes = ", ".join(f"{name} {'?' if length is None else f'{length:,}'}" for name, length in lengths.items())
@@ -255,6 +264,7 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
     is_main = trainer.is_world_process_zero()
     summary = tuned_counts(trainer.model)
     if is_main:
+        print(f"backbone          {describe_backbone(trainer.model.config)}")
         print_summary(summary, images, trainer.args, describe_class_prompts(trainer.model))
 
     table = ScoreTable(trainer.args.recall_at, write=tqdm.write if is_main else lambda line: None)

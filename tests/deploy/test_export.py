@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import test_families
 import torch
 from conftest import tiny_vit_config
 from transformers import DeiTConfig
@@ -59,6 +60,20 @@ def test_same_embeddings_for_any_batch(exported, batch_size):
     program = torch.export.load(program_file).module()
     torch.testing.assert_close(program(pixel_values), expected, atol=1e-5, rtol=0)
     assert all(0 <= difference < 1e-5 for difference in differences)
+
+
+@pytest.mark.slow
+@test_families.every_kind
+def test_every_family(name, tmp_path):
+    for pooling in test_families.FAMILIES[name][1].split()[:2]:
+        retriever, pixel_values = test_families.retriever(name, pooling=pooling), torch.randn(3, 3, 16, 16)
+        file = tmp_path / f"{pooling}.onnx"
+        assert export.export_onnx(retriever, file) < 1e-5
+        with torch.no_grad():
+            expected = retriever(pixel_values).embeddings
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        embeddings = torch.from_numpy(session.run(None, {"pixel_values": pixel_values.numpy()})[0])
+        torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=0)
 
 
 def test_prompts_are_constants(exported):

@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_vit_config
-from transformers import ViTConfig
+from transformers import SiglipVisionConfig, ViTConfig
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPTrainer, train
-from vptsp.training.run import build_model, print_summary
+from vptsp.training.run import build_model, describe_backbone, print_summary
 from vptsp.training.run_arguments import parse_arguments
 from vptsp.training.run_errors import ConfigError
 from vptsp.training.tuned_counts import tuned_counts
@@ -219,6 +219,17 @@ def test_summary_says_what_is_shipped(capsys):
         "class prompts     none",
         f"results           {training_args.output_dir}",
     ]
+
+
+def test_a_backbone_is_described():
+    config = VPTSPConfig(backbone_config=SiglipVisionConfig(), backbone="google/siglip-base-patch16-224")
+    config.backbone_config.image_size = 384
+    assert describe_backbone(config) == (
+        "google/siglip-base-patch16-224: siglip_vision_model, 12 layers of width 768, patches of 16, images of 384 "
+        "pixels, pooling head"
+    )
+    config = VPTSPConfig(backbone_config=tiny_vit_config(), pooling="mean")
+    assert describe_backbone(config).startswith("random weights: vit, 4 layers of width 24, patches of 8, ")
 
 
 def test_a_backbone_without_a_name_is_shipped_too():

@@ -81,6 +81,8 @@ def test_run_from_configuration_to_reloaded_retriever(arguments, tmp_path, image
     retriever = VPTSPModel.from_pretrained(output)
     assert results["tuned_parameters"] == sum(p.numel() for p in retriever.parameters() if p.requires_grad)
     assert results["retriever_parameters"] == sum(p.numel() for p in retriever.parameters())
+    described = ": vit, 4 layers of width 24, patches of 8, images of 16 pixels, pooling cls\n"
+    assert f"backbone          {backbone_folder}{described}" in printed[: printed.index("frozen backbone")]
     assert f"{results['tuned_parameters']:,} of {results['retriever_parameters']:,} parameters" in printed
     header = (output / "model.safetensors").stat().st_size - round(1e6 * results["shipped_megabytes"])
     assert 0 < header < 8000
