@@ -361,6 +361,19 @@ class RetrievalIndex(VectorIndex):
         rows = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
         return self._table.column("id").take(pa.array(rows)).to_pylist()
 
+    def list_items(self, count, start=0, containing=None, one_per=None):
+        """See [`VectorIndex.list_items`]; in the order in which they were added."""
+        keys = self._keys_that_pass(None, containing) if containing else self._table_keys
+        if one_per is not None:
+            if one_per not in self.columns:
+                raise ValueError(f"there is no column {one_per!r}; the columns are {self.columns}")
+            rows = self._table.filter(pc.is_in(self._table.column("key"), pa.array(keys)))
+            keys = np.sort(rows.group_by(one_per).aggregate([("key", "min")]).column("key_min").to_numpy())
+        chosen = keys[start : start + count]
+        if not len(chosen):
+            return [], len(keys)
+        return self._hits(np.full((1, len(chosen)), np.nan), chosen[None])[0], len(keys)
+
     def _keys(self, ids):
         return np.array([self._key_of[name] for name in self.require(ids)], dtype=np.int64)
 

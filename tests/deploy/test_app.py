@@ -17,7 +17,9 @@ from PIL import Image
 
 from vptsp import DataError, Embedder, IndexMismatchError, RetrievalIndex, VPTSPModel, folder_source
 from vptsp.data_scripts.preprocessing import build_image_processor
-from vptsp.deploy.search_page import THUMBNAIL, SearchPage, open_page, write_space
+from vptsp.deploy.page_content import THUMBNAIL, SearchPage
+from vptsp.deploy.search_page import open_page
+from vptsp.deploy.space import write_space
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

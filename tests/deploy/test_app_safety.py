@@ -12,7 +12,10 @@ from PIL import Image
 
 from vptsp import DataError, Embedder, RetrievalIndex, VPTSPModel, folder_source
 from vptsp.data_scripts.preprocessing import build_image_processor
-from vptsp.deploy.search_page import SearchPage, launch, open_page, write_space
+from vptsp.deploy.page_content import SearchPage
+from vptsp.deploy.page_layout import build_page, launch
+from vptsp.deploy.search_page import open_page
+from vptsp.deploy.space import write_space
 from vptsp.eval.markdown import code_span, plain_text
 
 
@@ -239,7 +242,6 @@ def test_names_on_the_page(place):
 
 def test_formulas_are_looked_for_nowhere(place):
     gradio = pytest.importorskip("gradio")
-    from vptsp.deploy.search_page import build_page
 
     blocks = build_page(open_page(place / "index"))
     shown = [block for block in blocks.blocks.values() if isinstance(block, gradio.Markdown)]
@@ -249,7 +251,6 @@ def test_formulas_are_looked_for_nowhere(place):
 
 def test_the_models_name_on_the_page(place):
     gradio = pytest.importorskip("gradio")
-    from vptsp.deploy.search_page import build_page
 
     page = open_page(place / "index")
     page.index.info.model = {**page.index.model, "name": "runs/![x](http:\\a.b)"}
