@@ -22,7 +22,7 @@ def backbone_index(page, cache_dir=None):
         cache_dir: As for [`cached_store`].
 
     Returns:
-        [`RetrievalIndex`] with an embedder, and the names of the items that it lacks, since their images can't be read.
+        [`RetrievalIndex`] with an embedder, and the ids of the items that it lacks, whose images can't be read.
 
     Raises:
         DataError: the index is that of a bare backbone, the pretrained backbone is not to be had, or an image's file

@@ -149,7 +149,7 @@ def build_page(page):
                     after = gr.Button("More →", size="sm", visible=False, elem_id="after", min_width=80)
         parts = {"image": image, "asked": asked, "state": state, "status": status, "results": results}
         parts |= {"minimum": minimum, "back": back, "before": before, "after": after}
-        filters = [count, text, minimum, one_per, view]
+        filters = [count, text, one_per, view]
         _connect(page, blocks, parts, filters, picked, browse)
     return blocks
 
@@ -158,13 +158,13 @@ def _connect(page, blocks, parts, filters, picked, browse):
     """Let the controls do what they are for."""
     import gradio as gr
 
-    state, (count, text, minimum, one_per, view) = parts["state"], filters
+    state, (count, text, one_per, view) = parts["state"], filters
     shown = [parts[name] for name in ("state", "status", "results", "minimum", "asked", "back", "before", "after")]
 
-    def show(now, count, text, limit, one_per, view):
-        if limit is not None and limit <= now["low"]:
-            limit = -1.0  # the slider's own end: no limit, whatever range the next results have
-        found = page.search(now["query"], count, text or "", limit, one_per, view, now["start"])
+    def show(now, count, text, one_per, view, limit=None):
+        found = page.search(
+            now["query"], count, text or "", -1.0 if limit is None else limit, one_per, view, now["start"]
+        )
         slider, low = _slider(gr, found, limit)
         has_more = bool(found.panels) and now["start"] + len(found.ids) < found.total
         return (
@@ -178,26 +178,26 @@ def _connect(page, blocks, parts, filters, picked, browse):
             gr.Button(visible=has_more),
         )
 
-    def search(now, *values):
-        return show({**now, "start": 0}, *values)
+    def search(now, limit, *values):
+        # at the slider's own end there is no limit, whatever range the next results have
+        return show({**now, "start": 0}, *values, limit=None if limit == now["low"] else limit)
 
     def search_file(path, now, *values):
         query = None if path is None else ("image", path)
-        return _preview(gr, page, query), *show(_Session.asks(now, query), *_unlimited(values))
+        return _preview(page, query), *show(_Session.asks(now, query), *values)
 
     def search_item(name, now, *values):
         if not isinstance(name, str) or name not in page.index.present([name]):
             raise gr.Error(f"There is no item {name!r} in the index.", print_exception=False)
         query = ("id", name)
-        return _preview(gr, page, query), *show(_Session.asks(now, query), *_unlimited(values))
+        return _preview(page, query), *show(_Session.asks(now, query), *values)
 
     def browse_all(now, *values):
         return None, *show(_Session.asks(now, None) if now["query"] else {**now, "start": 0}, *values)
 
     def go_back(now, *values):
         *history, query = now["history"] or [None]
-        now = {**_Session.new(), "query": query, "history": history}
-        return _preview(gr, page, query), *show(now, *_unlimited(values))
+        return _preview(page, query), *show({**_Session.new(), "query": query, "history": history}, *values)
 
     def turn(step):
         def turn_page(now, count, *values):
@@ -206,8 +206,10 @@ def _connect(page, blocks, parts, filters, picked, browse):
 
         return turn_page
 
-    blocks.load(search, [state, *filters], shown)
-    image = parts["image"]
+    # Gradio refuses a slider's value outside of its range, and each query has a range of its own: so the slider is an
+    # input only where it counts
+    minimum, image = parts["minimum"], parts["image"]
+    blocks.load(browse_all, [state, *filters], [image, *shown], api_name="start")
     image.input(search_file, [image, state, *filters], [image, *shown])
     parts["results"].click(search_item, [picked, state, *filters], [image, *shown], js=_PICKED)
     browse.click(browse_all, [state, *filters], [image, *shown])
@@ -215,13 +217,7 @@ def _connect(page, blocks, parts, filters, picked, browse):
     parts["before"].click(turn(-1), [state, *filters], shown, api_name="earlier")
     parts["after"].click(turn(1), [state, *filters], shown, api_name="more")
     changes = [text.submit, text.blur, minimum.release, count.release, one_per.input, view.input]
-    gr.on(changes, search, [state, *filters], shown, api_name="search")
-
-
-def _unlimited(values):
-    """The filters without the limit of similarity, which was set among the results of another query."""
-    count, text, _, *others = values
-    return count, text, -1.0, *others
+    gr.on(changes, search, [state, minimum, *filters], shown, api_name="search")
 
 
 def _slider(gr, found, limit):
@@ -233,7 +229,7 @@ def _slider(gr, found, limit):
     return gr.Slider(low, max(high, low + 0.01), value, interactive=True), low
 
 
-def _preview(gr, page, query):
+def _preview(page, query):
     """Small copy of the query, since a browser may not show files of its kind."""
     if query is None:
         return None
@@ -242,7 +238,8 @@ def _preview(gr, page, query):
     try:
         return small_copy(page.open_query(query[1]))
     except ImageError:  # the search says what is wrong with it
-        return gr.skip()
+        # A value, never an update: Gradio would go on with an image component that has lost its `preprocess`
+        return None
 
 
 def add_item_routes(app, page):
@@ -264,14 +261,14 @@ def add_item_routes(app, page):
         except (ImageError, DataError, ValueError):  # their texts name folders of this machine
             return JSONResponse({"error": "the image of this item can't be read"}, 404)
 
-    def thumbnail(id: str):  # noqa: A002 - the name in the address
+    def thumbnail(id: str):
         def respond():
             image = page.small_copy(id)
             return encoded(image, "PNG" if max(image.size) < THUMBNAIL else "JPEG")
 
         return answer(id, respond)
 
-    def original(id: str):  # noqa: A002
+    def original(id: str):
         def respond():
             kind, path = page.original(id)
             if kind is None:

@@ -367,8 +367,12 @@ class RetrievalIndex(VectorIndex):
         if one_per is not None:
             if one_per not in self.columns:
                 raise ValueError(f"there is no column {one_per!r}; the columns are {self.columns}")
-            rows = self._table.filter(pc.is_in(self._table.column("key"), pa.array(keys)))
-            keys = np.sort(rows.group_by(one_per).aggregate([("key", "min")]).column("key_min").to_numpy())
+            values = self._table.column(one_per).take(pa.array(np.searchsorted(self._table_keys, keys))).to_pylist()
+            first = {
+                key if value in ("", None) else (value,): key
+                for key, value in zip(keys[::-1], values[::-1], strict=True)
+            }
+            keys = np.sort(np.fromiter(first.values(), np.int64, len(first)))
         chosen = keys[start : start + count]
         if not len(chosen):
             return [], len(keys)

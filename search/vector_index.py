@@ -151,7 +151,7 @@ class VectorIndex(ABC):
             count: How many at most, >= 1.
             start: How many to pass over.
             containing: As for `search`.
-            one_per: A column: only the first item of each of its values.
+            one_per: A column: only the first item of each of its values; items without a value stay.
 
         Returns:
             items: List of [`Hit`], whose similarity is NaN.

@@ -17,7 +17,8 @@ from PIL import Image
 
 from vptsp import DataError, Embedder, IndexMismatchError, RetrievalIndex, VPTSPModel, folder_source
 from vptsp.data_scripts.preprocessing import build_image_processor
-from vptsp.deploy.page_content import THUMBNAIL, SearchPage
+from vptsp.deploy.page_content import BACKBONE, BOTH, THUMBNAIL, Found, SearchPage, nearest
+from vptsp.deploy.page_layout import card
 from vptsp.deploy.search_page import open_page
 from vptsp.deploy.space import write_space
 
@@ -59,35 +60,87 @@ def page(place):
 
 def test_search_by_image_and_by_id(page, place):
     query = str(place / "images" / "green" / "2.png")
-    status, pictures, ids = page.search(("image", query), 5, "", -1)
-    assert status == "5 nearest to your image. Click one to search on."
-    assert ids[0] == "green/2.png"
-    assert pictures[0][1] == "1.000 · green"
-    assert {name.partition("/")[0] for name in ids} == {"green"}
+    found = page.search(("image", query), 5, "", -1)
+    assert found.status == "5 nearest to your image. Click one to search on."
+    assert found.ids[0] == "green/2.png"
+    ((first, *_),) = found.panels.values()
+    assert first.similarity == pytest.approx(1, abs=1e-5)
+    assert "<b>1.000</b> · green" in card(first) and ">2.png<" in card(first)
+    assert {name.partition("/")[0] for name in found.ids} == {"green"}
 
-    _, pictures, others = page.search(("id", "green/2.png"), 4, "", -1)
-    assert others == ids[1:]
-    similarity = [float(caption.split()[0]) for _, caption in pictures]
-    _, _, close = page.search(("id", "green/2.png"), 14, "", similarity[1])
-    assert 1 <= len(close) <= 2
+    others = page.search(("id", "green/2.png"), 4, "", -1)
+    assert others.ids == found.ids[1:]
+    assert list(others.panels) == ["4 of 4 are green"]
+    assert (others.query.id, others.query.metadata) == ("green/2.png", {"class_name": "green"})
+    similarity = [hit.similarity for hits in others.panels.values() for hit in hits]
+    assert (others.low, others.high) == (min(similarity), max(similarity))
+    close = page.search(("id", "green/2.png"), 14, "", similarity[1])
+    assert 1 <= len(close.ids) <= 2
+    assert close.low < similarity[-1]  # the range that occurs, whatever is left out
 
-    _, _, red = page.search(("id", "green/2.png"), 14, " RED ", -1)
-    assert sorted(red) == [f"red/{i}.png" for i in range(5)]
+    red = page.search(("id", "green/2.png"), 14, " RED ", -1)
+    assert sorted(red.ids) == [f"red/{i}.png" for i in range(5)]
+
+
+def test_browsing_without_a_query(page):
+    pages = [page.search(None, 6, start=start) for start in (0, 6, 12, 18)]
+    assert [len(part.ids) for part in pages] == [6, 6, 3, 0]
+    assert [name for part in pages for name in part.ids] == page.index.ids
+    assert {part.total for part in pages} == {15}
+    assert pages[1].status.startswith("7–12 of 15 images.")
+    assert (pages[0].low, pages[0].high) == (None, None)
+    filtered = page.search(None, 6, " RED ")
+    assert filtered.ids == [f"red/{i}.png" for i in range(5)]
+    assert filtered.status.startswith("5 images with `RED`.")
+    assert page.search(None, 6, "violet") == Found("Nothing passes the filter.")
+    products = page.search(None, 6, one_per="class_name")
+    assert products.ids == ["blue/0.png", "green/0.png", "red/0.png"]
+    assert products.status.startswith("3 images, one for each class.")
+    assert page.search(None, 6, "1", one_per="class_name").ids == ["blue/1.png", "green/1.png", "red/1.png"]
+    assert "there is no column 'sku'; the columns are" in page.search(None, 6, one_per="sku").status
+
+
+def test_best_photo_of_each_product(page):
+    query = ("id", "green/2.png")
+    everything = page.search(query, 14)
+    (hits,) = everything.panels.values()
+    best = {}
+    for hit in hits:
+        best.setdefault(hit.metadata["class_name"], hit.id)
+    assert page.search(query, 3, one_per="class_name").ids == list(best.values())
+    assert page.search(query, 2, one_per="class_name").ids == list(best.values())[:2]
+    assert "there is no column 'sku'" in page.search(query, 3, one_per="sku").status
+
+
+def test_items_without_a_value_are_products_of_their_own():
+    vectors = torch.nn.functional.normalize(torch.randn(6, 4), dim=1)
+    values = ["a", "", "a", "", "b", "b"]
+    index = RetrievalIndex.build(list("uvwxyz"), vectors, {"sku": values})
+    assert [hit.id for hit in index.list_items(9, one_per="sku")[0]] == ["u", "v", "x", "y"]
+    found = nearest(index, vectors[:1], 6, one_per="sku")
+    assert sorted(hit.id for hit in found if not hit.metadata["sku"]) == ["v", "x"]
+    assert sorted(hit.metadata["sku"] for hit in found) == ["", "", "a", "b"]
+
+
+def test_few_products_are_found_behind_many_photos():
+    """The photos of one product, however many, don't keep the others out."""
+    close = torch.nn.functional.normalize(torch.tensor([1.0, 0.0]) + 0.01 * torch.rand(400, 2), dim=1)
+    vectors = torch.cat([close, torch.tensor([[0.0, 1.0], [-1.0, 0.0]])])
+    index = RetrievalIndex.build([str(i) for i in range(402)], vectors, {"sku": ["x"] * 400 + ["y", "z"]})
+    assert [hit.metadata["sku"] for hit in nearest(index, vectors[:1], 3, one_per="sku")] == ["x", "y", "z"]
 
 
 def test_empty_states_and_errors(page, tmp_path):
-    status, pictures, ids = page.search(None, 5, "", -1)
-    assert "click one of these to search the 15 images" in status
-    assert len(pictures) == len(ids) == 15
-    assert page.search(("id", "green/2.png"), 5, "violet", -1) == (
-        "Nothing found for `green/2.png` that passes the filters.",
-        [],
-        [],
-    )
+    found = page.search(None, 15, "", -1)
+    assert "15 images. Drop an image, or click one to search with it." in found.status
+    assert len(found.ids) == 15
+    nothing = page.search(("id", "green/2.png"), 5, "violet", -1)
+    assert nothing.status == "Nothing found for `green/2.png` that passes the filters."
+    assert nothing.ids == []
     (tmp_path / "broken.png").write_bytes(b"no image")
-    status, pictures, _ = page.search(("image", str(tmp_path / "broken.png")), 5, "", -1)
-    assert status.startswith("**This query can't be searched:** broken.png: can't read this image")
-    assert pictures == []
+    broken = page.search(("image", str(tmp_path / "broken.png")), 5, "", -1)
+    assert broken.status.startswith("**This query can't be searched:** broken.png: can't read this image")
+    assert broken.panels == {}
 
 
 def test_only_files_inside_the_root_are_read(page, place, tmp_path):
@@ -121,7 +174,7 @@ def test_space_stands_alone(place, tmp_path):
     assert page.root == moved / "images"
     assert page.index.model["name"] == str(moved / "model")
     query = ("image", str(place / "images" / "blue" / "0.png"))
-    assert page.search(query, 3, "", -1)[2] == open_page(place / "index").search(query, 3, "", -1)[2]
+    assert page.search(query, 3, "", -1).ids == open_page(place / "index").search(query, 3, "", -1).ids
     assert re.search(
         r"^sdk: gradio\nsdk_version: \S+\napp_file: app\.py\n---$", (moved / "README.md").read_text(), re.M
     )
