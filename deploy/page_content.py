@@ -217,7 +217,7 @@ class SearchPage:
     def _heading(self, name, hits, item, view):
         wanted = None if item is None else item.metadata.get(CLASS_COLUMN)
         found = sum(hit.metadata.get(CLASS_COLUMN) == wanted for hit in hits)
-        shares = f"{found} of {len(hits)} are {wanted}" if wanted else ""
+        shares = f"{found} of {len(hits)} are of its class" if wanted else ""
         return " · ".join(filter(None, ("" if view == TUNED else name, shares)))
 
 

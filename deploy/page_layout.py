@@ -32,6 +32,8 @@ element.addEventListener('click', event => {
     if (page) page.scrollIntoView({behavior: 'smooth'});
 });
 """
+# On a phone the results come below the controls
+_NARROW = "() => { if (innerWidth < 700) document.querySelector('#filters > button').click() }"
 _PICKED = "(_, ...rest) => [document.pickedItem, ...rest]"
 
 
@@ -129,15 +131,18 @@ def build_page(page):
                     back = gr.Button("← Back", size="sm", interactive=False, elem_id="back", min_width=80)
                     browse = gr.Button("Browse all", size="sm", elem_id="browse", min_width=80)
                 text = gr.Textbox(label="Name, class or column contains", placeholder="all", elem_id="text")
-                choices = [("every photo", "")] + [(f"best of each {shown_name(c)}", c) for c in page.index.columns]
-                one_per = gr.Dropdown(choices, value="", label="Show", elem_id="one_per", visible=len(choices) > 1)
-                view = gr.Radio(
-                    list(VIEWS), value=TUNED, label="Model", elem_id="view", visible=page.backbone is not None
-                )
-                minimum = gr.Slider(
-                    -1, 1, -1, step=0.01, label="Similarity at least", elem_id="minimum", interactive=False
-                )
-                count = gr.Slider(1, MAX_RESULTS, RESULTS, step=1, label="Results", elem_id="count")
+                with gr.Accordion("Filters", open=True, elem_id="filters"):
+                    choices = [("every photo", "")] + [
+                        (f"best of each {shown_name(c)}", c) for c in page.index.columns
+                    ]
+                    one_per = gr.Dropdown(choices, value="", label="Show", elem_id="one_per", visible=len(choices) > 1)
+                    view = gr.Radio(
+                        list(VIEWS), value=TUNED, label="Model", elem_id="view", visible=page.backbone is not None
+                    )
+                    minimum = gr.Slider(
+                        -1, 1, -1, step=0.001, label="Similarity at least", elem_id="minimum", interactive=False
+                    )
+                    count = gr.Slider(1, MAX_RESULTS, RESULTS, step=1, label="Results", elem_id="count")
             with gr.Column(scale=3, min_width=300):
                 status = gr.Markdown(elem_id="status", **markdown)
                 # `${value}` is put in as it is; `{{value}}` would be read as code
@@ -209,6 +214,7 @@ def _connect(page, blocks, parts, filters, picked, browse):
     # Gradio refuses a slider's value outside of its range, and each query has a range of its own: so the slider is an
     # input only where it counts
     minimum, image = parts["minimum"], parts["image"]
+    blocks.load(None, js=_NARROW)
     blocks.load(browse_all, [state, *filters], [image, *shown], api_name="start")
     image.input(search_file, [image, state, *filters], [image, *shown])
     parts["results"].click(search_item, [picked, state, *filters], [image, *shown], js=_PICKED)
@@ -224,9 +230,9 @@ def _slider(gr, found, limit):
     """The slider over the similarities that occur, and its smallest value."""
     if found.low is None:
         return gr.Slider(-1, 1, -1, interactive=False), -1.0
-    low, high = math.floor(100 * found.low) / 100, math.ceil(100 * found.high) / 100
+    low, high = math.floor(1000 * found.low) / 1000, math.ceil(1000 * found.high) / 1000
     value = low if limit is None else min(max(limit, low), high)
-    return gr.Slider(low, max(high, low + 0.01), value, interactive=True), low
+    return gr.Slider(low, max(high, low + 0.001), value, interactive=True), low
 
 
 def _preview(page, query):

@@ -11,6 +11,7 @@ import torch
 from ..data_scripts.overlap import select_pairs
 from ..data_scripts.preprocessing import normalisation_for
 from .attention import cls_attention, save_attention
+from .before_after import Maps, Row, save_before_after
 from .confusion import confused_pairs, confusion_shares, save_confusion
 from .curves import save_training_curves
 from .embedding_map import choose_mapped, map_embeddings, save_embedding_map
@@ -108,25 +109,73 @@ def draw_neighbours(path, evaluated, count=8, seed=0):
     )
 
 
+def draw_before_after(path, frozen, tuned, count=4, seed=0):
+    """The same queries with what the backbone alone and the tuned model find, and both maps of their embeddings.
+
+    Args:
+        path: File to write.
+        frozen, tuned: [`EvaluatedImages`] of the same data.
+        count: Queries at most, spread over the classes at random.
+        seed: Of their choice, and of the maps.
+
+    Raises:
+        ValueError: the two are of other images.
+    """
+    if not (torch.equal(frozen.query_rows, tuned.query_rows) and torch.equal(frozen.gallery_rows, tuned.gallery_rows)):
+        raise ValueError("before and after must be of the same images")
+    chosen = choose_queries(tuned.query_labels, min(count, len(tuned.query_labels)), seed)
+    queries = list(zip(tuned.query_images(chosen), tuned.query_names(chosen), strict=True))
+    before, after = (_found_rows(evaluated, chosen) for evaluated in (frozen, tuned))
+    first = [found_first(evaluated) for evaluated in (frozen, tuned)]
+    answered = tuned.num_relevant > 0
+    gained, lost = (int((a & ~b & answered).sum()) for a, b in (first[::-1], first))
+    shares = [f"{100 * (correct & answered).sum() / answered.sum().clamp(min=1):.1f} %" for correct in first]
+    title = (
+        f"What tuning brought, on {SUBJECT}: R@1 {shares[0]} before, {shares[1]} after. Of {int(answered.sum()):,} "
+        f"queries, {gained:,} find a correct image first only with tuning, {lost:,} only without"
+    )
+    maps = None
+    if len(tuned.query_labels) >= 5:
+        rows, classes = choose_mapped(tuned.query_labels, seed=seed)
+        points = [map_embeddings(evaluated.query_embeddings[rows], seed=seed) for evaluated in (frozen, tuned)]
+        maps = Maps(*points, tuned.query_labels[rows], tuned.queries.class_names, classes)
+    return save_before_after(path, queries, before, after, maps, title, dpi=GRID_DPI)
+
+
+def found_first(evaluated):
+    """`(Q,)` bool: whether the nearest neighbour of each query is of its class."""
+    return evaluated.gallery_labels[evaluated.neighbours[1][:, 0]] == evaluated.query_labels
+
+
+def _found_rows(evaluated, chosen):
+    """What some queries find, a [`Row`] for each."""
+    similarity, index = (values[chosen] for values in evaluated.neighbours)
+    correct = evaluated.gallery_labels[index] == evaluated.query_labels[chosen][:, None]
+    return [
+        Row(evaluated.gallery_images(found), evaluated.gallery_names(found), near.tolist(), same.tolist())
+        for found, near, same in zip(index, similarity, correct, strict=True)
+    ]
+
+
 def draw_failures(path, evaluated, count=8):
-    """The worst failures, spread over the classes, with what was found instead and the first right neighbour."""
+    """The worst failures, spread over the classes, with what was found instead and the first correct neighbour."""
     failures = find_failures(*evaluated.sets, excluded=evaluated.excluded)
     places = choose_failures(failures, evaluated.query_labels, count)
-    chosen, right, ranks = failures.query[places], failures.right[places], failures.rank[places].tolist()
+    chosen, correct, ranks = failures.query[places], failures.correct[places], failures.rank[places].tolist()
     nearest, index = (values[chosen] for values in evaluated.neighbours)
     before = [min(rank - 1, 6, index.shape[1]) for rank in ranks]
-    found = torch.cat([right, *(index[row, :number] for row, number in enumerate(before))])
-    similarity = torch.cat([failures.right_similarity[places], *(nearest[row, :n] for row, n in enumerate(before))])
+    found = torch.cat([correct, *(index[row, :number] for row, number in enumerate(before))])
+    similarity = torch.cat([failures.correct_similarity[places], *(nearest[row, :n] for row, n in enumerate(before))])
     images, names = evaluated.gallery_images(found), evaluated.gallery_names(found)
     triples = list(zip(images, names, similarity.tolist(), strict=True))
-    ends = [len(right) + sum(before[: row + 1]) for row in range(len(right))]
+    ends = [len(correct) + sum(before[: row + 1]) for row in range(len(correct))]
     return save_failure_grid(
         path,
         query=list(zip(evaluated.query_images(chosen), evaluated.query_names(chosen), strict=True)),
         wrong=[triples[end - number : end] for end, number in zip(ends, before, strict=True)],
-        right=triples[: len(right)],
+        correct=triples[: len(correct)],
         ranks=ranks,
-        title=f"Queries whose first right neighbour comes last ({len(failures.query):,} of "
+        title=f"Queries whose first correct neighbour comes last ({len(failures.query):,} of "
         f"{len(evaluated.query_labels):,} find a wrong one first)",
         dpi=GRID_DPI,
     )
@@ -200,7 +249,7 @@ def draw_proxies(path, records):
     return save_proxy_movement(path, records, title="Movement of proxies: median and 10–90 % of the classes")
 
 
-def draw_run(folder, evaluated, retriever, processor, log_history, proxy_records, count=8, seed=0):
+def draw_run(folder, evaluated, retriever, processor, log_history, proxy_records=None, count=8, seed=0, frozen=None):
     """Every picture of a training run, each in a PNG file of its own.
 
     A picture that can't be drawn (no failure to show, too few images for a map) doesn't keep the others from it.
@@ -211,9 +260,10 @@ def draw_run(folder, evaluated, retriever, processor, log_history, proxy_records
         retriever: The tuned `VPTSPModel`, in evaluation mode.
         processor: Its image processor.
         log_history: `trainer.state.log_history`.
-        proxy_records: Of the callback `ProxyMovement`.
+        proxy_records: Of the callback `ProxyMovement`; None: no picture of proxies.
         count: Queries in the grids.
         seed: Of choices.
+        frozen: [`EvaluatedImages`] of the same data by the backbone alone; None: no picture of before and after.
 
     Returns:
         written: List of paths.
@@ -226,8 +276,11 @@ def draw_run(folder, evaluated, retriever, processor, log_history, proxy_records
         "map": lambda path: draw_map(path, evaluated, seed=seed),
         "attention": lambda path: draw_attention(path, retriever, evaluated, processor, seed=seed),
         "curves": lambda path: draw_curves(path, log_history),
-        "proxies": lambda path: draw_proxies(path, proxy_records),
     }
+    if frozen is not None:
+        pictures["before_after"] = lambda path: draw_before_after(path, frozen, evaluated, max(count // 2, 1), seed)
+    if proxy_records is not None:
+        pictures["proxies"] = lambda path: draw_proxies(path, proxy_records)
     written, problems = [], {}
     for name, draw in pictures.items():
         try:
@@ -256,6 +309,7 @@ __all__ = [
     "GRID_DPI",
     "EvaluatedImages",
     "draw_attention",
+    "draw_before_after",
     "draw_confusion",
     "draw_curves",
     "draw_failures",

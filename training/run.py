@@ -131,22 +131,32 @@ class StepTimer(TrainerCallback):
     on_save = on_evaluate
 
 
-def draw_pictures(folder, trainer, frozen, count):
+def draw_pictures(folder, trainer, results, frozen_evaluated, run_args):
     """Pictures of the evaluation that `trainer` made last, and of its training; says which and where.
+
+    Args:
+        folder: Where to.
+        trainer: After training.
+        results: Of the run, the frozen backbone's scores among them.
+        frozen_evaluated: `trainer.last_evaluated` of the frozen backbone.
+        run_args: [`RunArguments`].
 
     Returns:
         Names of the files.
     """
+    frozen = {name: value for name, value in results.items() if name.startswith("frozen_")}
     movement = Path(trainer.args.output_dir) / FILE_NAME
+    records = read_proxy_movement(movement) if movement.is_file() else []
     written, problems = draw_run(
         folder,
         EvaluatedImages(trainer.eval_dataset, trainer.last_evaluated),
         trainer.model.retriever.eval(),
         trainer.processing_class,
         [{"step": 0, "epoch": 0.0, **frozen}, *trainer.state.log_history],
-        read_proxy_movement(movement) if movement.is_file() else [],
-        count=count,
+        records if run_args.picture_proxies else None,
+        count=run_args.picture_queries,
         seed=trainer.args.seed,
+        frozen=EvaluatedImages(trainer.eval_dataset, frozen_evaluated),
     )
     print(f"pictures          {folder}: {', '.join(path.name for path in written)}", flush=True)
     for name, problem in problems.items():
@@ -198,9 +208,9 @@ def run(model_fields, training_args, data_args, run_args, command):
         resume, overwrite = training_args.resume_from_checkpoint, run_args.overwrite_output
         check_output_folder(training_args.output_dir, model_fields["backbone"], resume, overwrite)
         trainer, images, step_seconds = prepare(model_fields, training_args, data_args)
-        results = train_and_evaluate(trainer, images, step_seconds, run_args)
+        results, frozen_evaluated = train_and_evaluate(trainer, images, step_seconds, run_args)
         results = {"command": command, "seed": training_args.seed, **described_data(data_args, images), **results}
-        save_results(results, trainer, run_args)
+        save_results(results, trainer, run_args, frozen_evaluated)
         if training_args.push_to_hub and (
             commit := trainer.push_to_hub(results=results)
         ):  # None on all processes but the first
@@ -209,7 +219,11 @@ def run(model_fields, training_args, data_args, run_args, command):
 
 
 def train_and_evaluate(trainer, images, step_seconds, run_args):
-    """Scores of the frozen backbone, training, scores of what it gave; as a part of the results."""
+    """Scores of the frozen backbone, training, scores of what it gave.
+
+    Returns:
+        A part of the results, and what the frozen backbone was evaluated on (`trainer.last_evaluated`).
+    """
     checkpoint = trainer.checkpoint_to_resume(trainer.args.resume_from_checkpoint)
     if checkpoint is None and run_args.overwrite_output:
         trainer.replace_checkpoints()
@@ -219,6 +233,7 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
         print_summary(summary, images, trainer.args, describe_class_prompts(trainer.model))
 
     frozen = trainer.evaluate_backbone()
+    frozen_evaluated = trainer.last_evaluated
     if run_args.final_metrics == "all":
         check_classes_answered(trainer)
     if is_main:
@@ -228,7 +243,7 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
     if is_main:
         print_scores("frozen backbone", frozen, "frozen")
         print_scores("tuned", final, "final")
-    return {
+    results = {
         **summary,
         **frozen,
         **final,
@@ -239,6 +254,7 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
         "train_loss": outcome.training_loss,
         "peak_memory_megabytes": peak_memory_megabytes(),
     }
+    return results, frozen_evaluated
 
 
 def described_data(data_args, images):
@@ -255,7 +271,7 @@ def described_data(data_args, images):
     return {"versions": versions(), "dataset": dataset}
 
 
-def save_results(results, trainer, run_args):
+def save_results(results, trainer, run_args, frozen_evaluated):
     """Put retriever, scores and model card into `output_dir`, all at once, then pictures.
 
     `results` gets the name of the picture that is to be shared.
@@ -267,8 +283,7 @@ def save_results(results, trainer, run_args):
     output = Path(trainer.args.output_dir)
     print(f"saved             {output}: retriever, README.md, all_results.json", flush=True)
     if run_args.picture_queries:
-        frozen = {name: value for name, value in results.items() if name.startswith("frozen_")}
-        drawn = draw_pictures(output / "pictures", trainer, frozen, run_args.picture_queries)
+        drawn = draw_pictures(output / "pictures", trainer, results, frozen_evaluated, run_args)
         results["picture"] = "pictures/neighbours.png" if "neighbours.png" in drawn else None
         trainer.create_model_card(results=results)
 

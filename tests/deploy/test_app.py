@@ -70,7 +70,7 @@ def test_search_by_image_and_by_id(page, place):
 
     others = page.search(("id", "green/2.png"), 4, "", -1)
     assert others.ids == found.ids[1:]
-    assert list(others.panels) == ["4 of 4 are green"]
+    assert list(others.panels) == ["4 of 4 are of its class"]
     assert (others.query.id, others.query.metadata) == ("green/2.png", {"class_name": "green"})
     similarity = [hit.similarity for hits in others.panels.values() for hit in hits]
     assert (others.low, others.high) == (min(similarity), max(similarity))
