@@ -28,8 +28,8 @@ element.addEventListener('click', event => {
     if (!card) return;
     element.ownerDocument.pickedItem = card.dataset.id;
     trigger('click');
-    const page = element.ownerDocument.querySelector('#title');
-    if (page) page.scrollIntoView({behavior: 'smooth'});
+    const shown = element.ownerDocument.querySelector(innerWidth < 700 ? '#status' : '#title');
+    if (shown) shown.scrollIntoView({behavior: 'smooth'});
 });
 """
 # On a phone the results come below the controls
@@ -223,7 +223,8 @@ def _connect(page, blocks, parts, filters, picked, browse):
     parts["before"].click(turn(-1), [state, *filters], shown, api_name="earlier")
     parts["after"].click(turn(1), [state, *filters], shown, api_name="more")
     changes = [text.submit, text.blur, minimum.release, count.release, one_per.input, view.input]
-    gr.on(changes, search, [state, minimum, *filters], shown, api_name="search")
+    # the last change counts, also one that is made while an earlier one is searched for
+    gr.on(changes, search, [state, minimum, *filters], shown, api_name="search", trigger_mode="always_last")
 
 
 def _slider(gr, found, limit):

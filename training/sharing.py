@@ -65,7 +65,7 @@ class SharingTrainer(ResumableTrainer):
         path = Path(self.args.output_dir, "README.md")
         if self.is_world_process_zero() and not _is_foreign_card(path):
             with atomic_path(path) as temporary:
-                self._card(results, model_name, **metadata).save(temporary)
+                self._card(results, model_name, folder=path.parent, **metadata).save(temporary)
 
     def push_to_hub(
         self,
@@ -148,11 +148,11 @@ class SharingTrainer(ResumableTrainer):
         if results is not None:
             write_json(folder / RESULTS_NAME, results)
         if place is None or not _is_foreign_card(place / "README.md"):
-            self._card(results, **metadata).save(folder / "README.md")
+            self._card(results, folder=place, **metadata).save(folder / "README.md")
 
     def _card(self, results, model_name=None, **metadata):
         name = model_name or self.hub_model_id or self.args.hub_model_id
-        return retriever_card(self.model, name, results, self.args, **metadata)
+        return retriever_card(self.model, name, results, self.args, processor=self.processing_class, **metadata)
 
 
 def _is_foreign_card(path):
