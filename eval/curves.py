@@ -76,6 +76,7 @@ def save_training_curves(path, log_history, title=None, dpi=150):
     exponent = math.floor(math.log10(max(rates, default=1) or 1))
     plain_axes(rate_axes, f"Learning rate × {10.0**-exponent:,.0f}" if exponent else "Learning rate", "epoch")
     if not rates:
+        rate_axes.set(xticks=[], yticks=[])
         rate_axes.text(0.5, 0.5, "not logged", transform=rate_axes.transAxes, ha="center", fontproperties=font(8))
     rate_axes.plot(at, [rate / 10.0**exponent for rate in rates], color=COLOURS[2], linewidth=1.2, marker=marker)
     for axes in (loss_axes, score_axes, rate_axes):
