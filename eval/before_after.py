@@ -91,7 +91,7 @@ def save_before_after(path, queries, before, after, maps=None, title=None, dpi=1
             grid.neighbour(number, column, *found)
     if maps is not None:
         _draw_maps(grid, maps, legend, map_height)
-    return save_figure(grid.figure, path, palette=True)
+    return save_figure(grid.figure, path, palette=maps is None)  # a palette has no room for the colours of classes
 
 
 def _draw_maps(grid, maps, legend, height):
