@@ -109,7 +109,7 @@ def draw_neighbours(path, evaluated, count=8, seed=0):
     )
 
 
-def draw_before_after(path, frozen, tuned, count=4, seed=0):
+def draw_before_after(path, frozen, tuned, count=4, seed=0, heading="What tuning brought"):
     """The same queries with what the backbone alone and the tuned model find, and both maps of their embeddings.
 
     Args:
@@ -117,6 +117,7 @@ def draw_before_after(path, frozen, tuned, count=4, seed=0):
         frozen, tuned: [`EvaluatedImages`] of the same data.
         count: Queries at most, spread over the classes at random.
         seed: Of their choice, and of the maps.
+        heading: How the line above begins.
 
     Raises:
         ValueError: the two are of other images.
@@ -131,7 +132,7 @@ def draw_before_after(path, frozen, tuned, count=4, seed=0):
     gained, lost = (int((a & ~b & answered).sum()) for a, b in (first[::-1], first))
     shares = [f"{100 * (correct & answered).sum() / answered.sum().clamp(min=1):.1f} %" for correct in first]
     title = (
-        f"What tuning brought, on {SUBJECT}: R@1 {shares[0]} before, {shares[1]} after. Of {int(answered.sum()):,} "
+        f"{heading}: R@1 {shares[0]} before, {shares[1]} after. Of {int(answered.sum()):,} "
         f"queries, {gained:,} find a correct image first only with tuning, {lost:,} only without"
     )
     maps = None
@@ -278,7 +279,9 @@ def draw_run(folder, evaluated, retriever, processor, log_history, proxy_records
         "curves": lambda path: draw_curves(path, log_history),
     }
     if frozen is not None:
-        pictures["before_after"] = lambda path: draw_before_after(path, frozen, evaluated, max(count // 2, 1), seed)
+        pictures["before_after"] = lambda path: draw_before_after(
+            path, frozen, evaluated, max(count // 2, 1), seed, f"What tuning brought, on {SUBJECT}"
+        )
     if proxy_records is not None:
         pictures["proxies"] = lambda path: draw_proxies(path, proxy_records)
     written, problems = [], {}
