@@ -63,7 +63,6 @@ results
   --overwrite_output true           replace the run that is there
   --final_metrics all               what the last evaluation computes: retrieval or all [all]
   --picture_queries N               queries in the pictures of neighbours, 0: no pictures [8]
-  --picture_proxies true            draw how far the proxies moved
   --push_to_hub true                upload retriever, scores and card, as --hub_model_id
 
 --help-all lists the others.
