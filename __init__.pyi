@@ -45,6 +45,12 @@ from .eval.confusion import save_confusion as save_confusion
 from .eval.curves import save_training_curves as save_training_curves
 from .eval.embedding_map import map_embeddings as map_embeddings
 from .eval.embedding_map import save_embedding_map as save_embedding_map
+from .eval.evaluated_images import EvaluatedImages as EvaluatedImages
+from .eval.evaluated_images import draw_before_after as draw_before_after
+from .eval.evaluated_images import draw_confusion as draw_confusion
+from .eval.evaluated_images import draw_failures as draw_failures
+from .eval.evaluated_images import draw_map as draw_map
+from .eval.evaluated_images import draw_neighbours as draw_neighbours
 from .eval.failures import find_failures as find_failures
 from .eval.failures import save_failure_grid as save_failure_grid
 from .eval.geometry import class_distances as class_distances
@@ -105,13 +111,8 @@ from .training.model_registry import FAMILIES as FAMILIES
 from .training.model_registry import TUNINGS as TUNINGS
 from .training.model_registry import register_family as register_family
 from .training.model_registry import register_tuning as register_tuning
-from .training.run_pictures import EvaluatedImages as EvaluatedImages
 from .training.run_pictures import draw_attention as draw_attention
-from .training.run_pictures import draw_confusion as draw_confusion
 from .training.run_pictures import draw_curves as draw_curves
-from .training.run_pictures import draw_failures as draw_failures
-from .training.run_pictures import draw_map as draw_map
-from .training.run_pictures import draw_neighbours as draw_neighbours
 from .training.run_pictures import draw_proxies as draw_proxies
 from .training.run_pictures import draw_run as draw_run
 from .training.trainer import VPTSPTrainer as VPTSPTrainer

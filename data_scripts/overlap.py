@@ -134,23 +134,6 @@ def _identities(dataset):
     return ids, contents
 
 
-def select_pairs(pairs, query_rows, gallery_rows):
-    """The pairs among some rows, numbered as they stand there.
-
-    Args:
-        pairs: `(n, 2)` int64.
-        query_rows, gallery_rows: int64, each row once.
-    """
-    columns = []
-    for column, rows in enumerate((query_rows, gallery_rows)):
-        highest = max([-1, *pairs[:, column].tolist(), *rows.tolist()])
-        places = torch.full((highest + 1,), -1)
-        places[rows] = torch.arange(len(rows))
-        columns.append(places[pairs[:, column]])
-    pairs = torch.stack(columns, dim=1)
-    return pairs[(pairs >= 0).all(1)]
-
-
 __all__ = [
     "has_names",
     "pixel_digests",
@@ -158,5 +141,4 @@ __all__ = [
     "same_images",
     "same_items",
     "same_stored_images",
-    "select_pairs",
 ]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..backbones_vptsp import prompted_forward
-from .pictures import COLOURS, font, new_figure, plain_axes, save_figure, shorten
+from .pictures import COLOURS, font, new_figure, plain_axes, save_figure, wrap
 
 
 _SIDE, _GAP = 1.2, 0.08  # inches: an image's side, the space between two
@@ -121,15 +121,17 @@ def save_attention(path, images, names, without, tuned, title=None, dpi=150):
     lengths = [len(images), len(names), len(without.to_patches), len(tuned.to_patches)]
     if len(set(lengths)) > 1 or not images:
         raise ValueError(f"images, names and both attentions must be as many, at least one, got {lengths}")
-    width, height = _LEFT + len(images) * (_SIDE + _GAP) + _RIGHT, _HEAD + 3 * (_SIDE + _GAP) + _FOOT
+    names = [wrap(name, _SIDE, new_figure(1, 1, dpi), font(7.5)) for name in names]
+    head = _HEAD + 0.13 * (max(map(len, names)) - 1)
+    width, height = _LEFT + len(images) * (_SIDE + _GAP) + _RIGHT, head + 3 * (_SIDE + _GAP) + _FOOT
     figure = new_figure(width, height, dpi)
     figure.text(0.1 / width, 1 - 0.1 / height, title, fontproperties=font(9, "bold"), va="top")
 
     def add_axes(left, top, wide, tall, **options):
         return figure.add_axes((left / width, 1 - (top + tall) / height, wide / width, tall / height), **options)
 
-    shown = _draw_maps(figure, add_axes, images, names, without, tuned)
-    bar = add_axes(width - _RIGHT + 0.13, _HEAD + _SIDE + _GAP, 0.1, 2 * _SIDE + _GAP)
+    shown = _draw_maps(add_axes, head, images, names, without, tuned)
+    bar = add_axes(width - _RIGHT + 0.13, head + _SIDE + _GAP, 0.1, 2 * _SIDE + _GAP)
     figure.colorbar(shown, cax=bar, extend="both")
     bar.tick_params(labelsize=7)
     bar.set_ylabel("× uniform attention", fontproperties=font(7.5))
@@ -137,7 +139,7 @@ def save_attention(path, images, names, without, tuned, title=None, dpi=150):
     return save_figure(figure, path)
 
 
-def _draw_maps(figure, add_axes, images, names, without, tuned):
+def _draw_maps(add_axes, head, images, names, without, tuned):
     """Three rows of squares: the images, attention without and with prompts."""
     from matplotlib.colors import Normalize
 
@@ -146,13 +148,12 @@ def _draw_maps(figure, add_axes, images, names, without, tuned):
     scale = Normalize(*np.quantile(np.stack(maps), (0.005, 0.995)))
     for column, image in enumerate(images):
         for row, label in enumerate(("image", "without\nprompts", "with\nprompts")):
-            place = _LEFT + column * (_SIDE + _GAP), _HEAD + row * (_SIDE + _GAP)
+            place = _LEFT + column * (_SIDE + _GAP), head + row * (_SIDE + _GAP)
             axes = add_axes(*place, _SIDE, _SIDE, xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             if row == 0:
                 axes.imshow(np.asarray(image))
-                text = shorten(names[column], _SIDE, figure, font(7.5))
-                axes.set_title(text, fontproperties=font(7.5), pad=3, parse_math=False)
+                axes.set_title("\n".join(names[column]), fontproperties=font(7.5), pad=3, parse_math=False)
             else:
                 shown = axes.imshow(maps[row - 1][column], cmap="cividis", norm=scale, interpolation="nearest")
             if column == 0:

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 
 from .checks import check_labels
-from .pictures import GREY, WRONG_COLOUR, WRONG_SIGN, ImageGrid, font, save_figure, shorten
+from .pictures import GREY, WRONG_COLOUR, WRONG_SIGN, ImageGrid, font, new_figure, save_figure, wrap
 
 
-_MATRIX, _NAMES = 3.6, 1.3  # inches: the side of the matrix, and the space of the names beside it
+_MATRIX, _NAMES = 3.6, 1.3  # inches: the side of the matrix, and the least space of the names beside it
+_LEAST_MATRIX, _HEAD_ROOM, _ROW = 2.0, 0.5, 1.6  # its least height, what is above it, about a row of images
+_NAME_LINES = 2  # of a name beside the matrix, at most
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def confused_pairs(query_labels, found_labels, num_relevant=None, similarity=Non
             None: the first.
 
     Returns:
-        List of [`ConfusedPair`], the most confused first; empty where all nearest neighbours are right.
+        List of [`ConfusedPair`], the most confused first; empty where all nearest neighbours are correct.
 
     Raises:
         TypeError: labels aren't integer tensors.
@@ -131,7 +133,12 @@ def save_confusion(path, pairs, query_images, found_images, class_names, classes
             f"{len(pairs)} pairs, {len(query_images)} and {len(found_images)} images"
         )
     rows = max(-(-len(pairs) // 2), 2)  # room for the matrix beside them
-    grid = ImageGrid(rows, 4, title, dpi, gaps=(2,), room=_NAMES + _MATRIX + 0.1)
+    named = [str(class_names[label]) for label in classes]
+    room, lines = _name_room(named)
+    below = max(_HEAD_ROOM + _LEAST_MATRIX + room - rows * _ROW, 0.0)
+    in_rows = [(class_names[pair.label], class_names[pair.found]) for pair in pairs]
+    names = [[name for pair in in_rows[2 * row : 2 * row + 2] for name in pair] for row in range(rows)]
+    grid = ImageGrid(names, 4, title, dpi, gaps=(2,), room=room + _MATRIX + 0.1, below=below)
     for number, (pair, query, found) in enumerate(zip(pairs, query_images, found_images, strict=True)):
         row, column = number // 2, 2 * (number % 2)
         if row == 0:
@@ -141,16 +148,26 @@ def save_confusion(path, pairs, query_images, found_images, class_names, classes
         grid.image(row, column + 1, found, WRONG_COLOUR)
         share = f"{WRONG_SIGN} {pair.count:,} of {pair.total:,} ({pair.count / pair.total:.0%})"
         grid.caption(row, column + 1, class_names[pair.found], share, WRONG_COLOUR)
-    left, top = grid.left(4) + _NAMES, grid.corner(0, 0)[1]
-    _draw_matrix(grid, left, top, [str(class_names[label]) for label in classes], shares)
+    _draw_matrix(grid, grid.left(4) + room, grid.corner(0, 0)[1], room, lines, shares)
     return save_figure(grid.figure, path, palette=True)
 
 
-def _draw_matrix(grid, left, top, names, shares):
+def _name_room(names):
+    """Inches that the names beside the matrix take, and the lines of each name: two at most, and nothing left out."""
+    ruler, properties = new_figure(1, 1), font(6.5)
+    room = _NAMES
+    while True:
+        lines = [wrap(name, room - 0.1, ruler, properties) for name in names]
+        if max(map(len, lines), default=0) <= _NAME_LINES:
+            return room, ["\n".join(parts) for parts in lines]
+        room += 0.1
+
+
+def _draw_matrix(grid, left, top, room, names, shares):
     """A square of percentages; rows are classes of queries, columns those of their nearest neighbours."""
     if not shares[:, -1].any():  # there is no other class
         shares = shares[:, :-1]
-    height = min(_MATRIX, grid.height - top - _NAMES)
+    height = min(_MATRIX, grid.height - top - room)
     bounds = left / grid.width, 1 - (top + height) / grid.height, _MATRIX / grid.width, height / grid.height
     axes = grid.figure.add_axes(bounds)
     darkest = max(shares.max(), 0.01)
@@ -160,9 +177,8 @@ def _draw_matrix(grid, left, top, names, shares):
         colour = "white" if shares[row, column] > 0.6 * darkest else "black"
         text = f"{100 * shares[row, column]:.0f}"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontproperties=small)
-    short = [shorten(name, _NAMES - 0.1, grid.figure, small) for name in names]
-    axes.set_yticks(range(len(names)), short, fontproperties=small, parse_math=False)
-    columns = [*short, "any other"][: shares.shape[1]]
+    axes.set_yticks(range(len(names)), names, fontproperties=small, parse_math=False)
+    columns = [*names, "any other"][: shares.shape[1]]
     axes.set_xticks(range(len(columns)), columns, fontproperties=small, rotation=90, parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

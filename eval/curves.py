@@ -34,8 +34,9 @@ def series_of(log_history, name):
 def save_training_curves(path, log_history, title=None, dpi=150):
     """Draw loss, Recall@1 and MAP@R, and learning rate over the epochs.
 
-    Scores are those of evaluations during training (`eval_...`) and of the last one (`final_...`), with the frozen
-    backbone's (`frozen_...`) as dashed lines where the log has them.
+    Scores are those of evaluations during training (`eval_...`) and of the last one (`final_...`). They start, where
+    the log has it, at the frozen backbone's (`frozen_...`), which goes on as a dashed line. Of a run too short for a
+    loss to be logged, the mean over all of it is drawn (`train_loss`).
 
     Args:
         path: File to write; its suffix says how.
@@ -47,11 +48,15 @@ def save_training_curves(path, log_history, title=None, dpi=150):
         The path, as `pathlib.Path`.
 
     Raises:
-        ValueError: the log has no loss.
+        ValueError: the log has no loss at all.
     """
     epochs, losses = series_of(log_history, "loss")
+    what = "Training loss"
     if not losses:
-        raise ValueError("the log has no loss: nothing was trained, or logging_strategy is 'no'")
+        epochs, losses = series_of(log_history, "train_loss")
+        epochs, losses, what = [0.0, *epochs[-1:]], losses[-1:] * 2, "Training loss, mean of the run"
+    if not losses:
+        raise ValueError("the log has no loss: nothing was trained")
     head = 0.25 if title else 0.0
     height = 2.15 + head
     figure = new_figure(7.2, height, dpi)
@@ -60,7 +65,7 @@ def save_training_curves(path, log_history, title=None, dpi=150):
     loss_axes, score_axes, rate_axes = (figure.add_axes((x, bottom, 0.255, tall)) for x in (0.062, 0.396, 0.735))
     marker = "." if len(losses) < 30 else None
 
-    plain_axes(loss_axes, "Training loss", "epoch")
+    plain_axes(loss_axes, what, "epoch")
     loss_axes.plot(epochs, losses, color=COLOURS[0], linewidth=1.2, marker=marker)
     loss_axes.set_ylim(bottom=min(0, *losses))
 
@@ -70,6 +75,9 @@ def save_training_curves(path, log_history, title=None, dpi=150):
     at, rates = series_of(log_history, "learning_rate")
     exponent = math.floor(math.log10(max(rates, default=1) or 1))
     plain_axes(rate_axes, f"Learning rate × {10.0**-exponent:,.0f}" if exponent else "Learning rate", "epoch")
+    if not rates:
+        rate_axes.set(xticks=[], yticks=[])
+        rate_axes.text(0.5, 0.5, "not logged", transform=rate_axes.transAxes, ha="center", fontproperties=font(8))
     rate_axes.plot(at, [rate / 10.0**exponent for rate in rates], color=COLOURS[2], linewidth=1.2, marker=marker)
     for axes in (loss_axes, score_axes, rate_axes):
         axes.set_xlim(left=0)
@@ -83,10 +91,11 @@ def _draw_scores(axes, log_history):
     handles = []
     for colour, marker, (name, label) in zip((COLOURS[0], COLOURS[3]), "os", SHOWN_SCORES.items(), strict=True):
         at, scores = series_of(evaluations, f"eval_{name}")
-        percent = [100 * score for score in scores]
+        frozen = series_of(log_history, f"frozen_{name}")[1][-1:]
+        at, percent = [0.0] * len(frozen) + at, [100 * score for score in frozen + scores]
         handles += axes.plot(at, percent, color=colour, linewidth=1.4, marker=marker, markersize=3, label=label)
-        for frozen in series_of(log_history, f"frozen_{name}")[1][-1:]:
-            axes.axhline(100 * frozen, color=colour, linewidth=1, linestyle=_DASHES)
+        for score in frozen:
+            axes.axhline(100 * score, color=colour, linewidth=1, linestyle=_DASHES)
     handles += axes.plot([], [], color=GREY, linewidth=1, linestyle=_DASHES, label="frozen backbone")
     axes.legend(handles=handles, prop=font(7), frameon=False, loc="best")
 

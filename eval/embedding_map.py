@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .checks import check_embeddings
-from .pictures import COLOURS, choose_queries, font, new_figure, plain_axes, save_figure, shorten
+from .pictures import COLOURS, choose_queries, font, new_figure, plain_axes, save_figure, wrap
 
 
 _MARKERS = "o^"
@@ -106,32 +106,52 @@ def save_embedding_map(path, points, labels, class_names, classes, title=None, d
         raise ValueError(f"points must have shape ({len(labels)}, 2) for {len(labels)} labels, got {points.shape}")
     if len(classes) > MOST_CLASSES:
         raise ValueError(f"at most {MOST_CLASSES} classes can be told apart, got {len(classes)}")
-    figure = new_figure(6.8, 4.6, dpi)
-    axes = figure.add_axes((0.05, 0.07, 0.685, 0.86))
+    names = legend_names(labels, class_names, classes)
+    height = max(4.6, legend_height(names) + 0.4)
+    figure = new_figure(6.8, height, dpi)
+    axes = figure.add_axes((0.05, 0.32 / height, 0.685, (height - 0.64) / height))
+    draw_map(axes, points, labels, classes, method, title)
+    add_legend(axes, names)
+    return save_figure(figure, path)
+
+
+def legend_names(labels, class_names, classes):
+    """What a map's legend says, in lines: the other classes, if there are any, then those that are coloured."""
+    ruler = new_figure(1, 1)
+    other = np.unique(np.asarray(labels)[~np.isin(labels, classes)])
+    names = [f"{len(other)} other class{'es' if len(other) > 1 else ''}"] if len(other) else []
+    return ["\n".join(wrap(name, 1.5, ruler, font(7))) for name in [*names, *(class_names[c] for c in classes)]]
+
+
+def legend_height(names):
+    """Inches that a legend takes."""
+    return sum(0.06 + 0.137 * (name.count("\n") + 1) for name in names)
+
+
+def draw_map(axes, points, labels, classes, method="tsne", title=None):
+    """Mapped embeddings in axes of a figure; as for [`save_embedding_map`]."""
     name = {"tsne": "t-SNE", "pca": "PCA"}[method]
     plain_axes(axes, title, f"{name} dimension 1", f"{name} dimension 2")
     size = np.clip(18000 / max(len(points), 1), 10, 30)
-    other, texts = ~np.isin(labels, classes), []
+    other = ~np.isin(labels, classes)
     if other.any():
-        count = len(np.unique(labels[other]))
-        texts.append(f"{count} other class{'es' if count > 1 else ''}")
         axes.scatter(*points[other].T, s=0.5 * size, color="#cfcfcf", linewidths=0, label="other")
     for number, label in enumerate(classes):
-        members = points[labels == label]
-        texts.append(shorten(class_names[label], 1.55, figure, font(7)))
         colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number // len(COLOURS)]
-        axes.scatter(
-            *members.T, s=size, color=colour, marker=marker, linewidths=0.3, edgecolors="white", label="class"
-        )
-    legend = axes.legend(
-        loc="upper left", bbox_to_anchor=(1.01, 1.0), prop=font(7), frameon=False, handletextpad=0.2, markerscale=1.6
-    )
-    for entry, text in zip(legend.get_texts(), texts, strict=True):
-        entry.set(text=text, parse_math=False)  # as a label, a name with $ is a formula, and one with _ is left out
+        style = {"s": size, "color": colour, "marker": marker, "linewidths": 0.3, "edgecolors": "white"}
+        axes.scatter(*points[labels == label].T, label="class", **style)
     if method == "tsne":  # its units mean nothing
         axes.set(xticks=[], yticks=[])
     axes.margins(0.03)
-    return save_figure(figure, path)
+
+
+def add_legend(axes, names):
+    """Name the classes beside a map."""
+    legend = axes.legend(
+        loc="upper left", bbox_to_anchor=(1.01, 1.0), prop=font(7), frameon=False, handletextpad=0.2, markerscale=1.6
+    )
+    for entry, text in zip(legend.get_texts(), names, strict=True):
+        entry.set(text=text, parse_math=False)  # as a label, a name with $ is a formula, and one with _ is left out
 
 
 __all__ = ["MOST_CLASSES", "choose_mapped", "map_embeddings", "save_embedding_map"]

@@ -1,4 +1,4 @@
-"""The worst failures: queries whose first right neighbour comes late, and what came before it."""
+"""The worst failures: queries whose first correct neighbour comes late, and what came before it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Failures:
 
     Attributes:
         query: `(F,)` int64, rows of the queries.
-        rank: `(F,)` int64, where the first right item comes, >= 2.
-        right: `(F,)` int64, row of that item in the gallery.
-        right_similarity: `(F,)` its similarity.
+        rank: `(F,)` int64, where the first correct item comes, >= 2.
+        correct: `(F,)` int64, row of that item in the gallery.
+        correct_similarity: `(F,)` its similarity.
         wrong_similarity: `(F,)` that of the nearest wrong item.
     """
 
     query: torch.Tensor
     rank: torch.Tensor
-    right: torch.Tensor
-    right_similarity: torch.Tensor
+    correct: torch.Tensor
+    correct_similarity: torch.Tensor
     wrong_similarity: torch.Tensor
 
 
@@ -33,9 +33,9 @@ class Failures:
 def find_failures(
     query_embeddings, query_labels, gallery_embeddings=None, gallery_labels=None, *, device=None, excluded=None
 ):
-    """Queries whose nearest neighbour is wrong, by how late the first right one comes.
+    """Queries whose nearest neighbour is wrong, by how late the first correct one comes.
 
-    The rank of the first right item is 1 plus the number of wrong items that are nearer; an item that is just as near
+    The rank of the first correct item is 1 plus the number of wrong items that are nearer; one that is just as near
     doesn't count against it. Of equal ranks, the one with the higher wrong similarity is worse. Queries that can't be
     answered are no failures.
 
@@ -62,11 +62,11 @@ def find_failures(
     for rows in torch.arange(blocks.num_queries).split(blocks.block_size(1)):
         similarity = blocks.rows(rows)
         same = query_labels[rows.to(blocks.device), None] == gallery_labels
-        right, where = similarity.masked_fill(~same, -torch.inf).max(1)
+        correct, where = similarity.masked_fill(~same, -torch.inf).max(1)
         wrong = similarity.masked_fill_(same, -torch.inf)
-        rank = 1 + (wrong > right[:, None]).sum(1)
-        failed = (rank > 1) & right.isfinite()
-        columns = (rows.to(blocks.device), rank, where, right, wrong.amax(1))
+        rank = 1 + (wrong > correct[:, None]).sum(1)
+        failed = (rank > 1) & correct.isfinite()
+        columns = (rows.to(blocks.device), rank, where, correct, wrong.amax(1))
         found.append([values[failed].cpu() for values in columns])
     failures = [torch.cat(parts) for parts in zip(*found, strict=True)]
     order = failures[4].argsort(descending=True, stable=True)
@@ -92,17 +92,17 @@ def choose_failures(failures, query_labels, count):
     return [position for _, position in sorted(turns)[:count]]
 
 
-def save_failure_grid(path, query, wrong, right, ranks, title=None, dpi=150):
-    """Draw failed queries with what they found instead, and with their first right neighbour.
+def save_failure_grid(path, query, wrong, correct, ranks, title=None, dpi=150):
+    """Draw failed queries with what they found instead, and with their first correct neighbour.
 
-    Like [`save_neighbour_grid`], with one more column on the right: the first right neighbour and its rank.
+    Like [`save_neighbour_grid`], with one more column on the right: the first correct neighbour and its rank.
 
     Args:
         path: File to write; its suffix says how.
         query: F pairs of an image and its class name.
         wrong: F lists of K triples: image, class name and similarity of the nearest neighbours, nearest first, all of
-            them before the first right one.
-        right: F triples: the same of the first right neighbour.
+            them before the first correct one.
+        correct: F triples: the same of the first correct neighbour.
         ranks: F ranks of it.
         title: Line above the grid.
         dpi: Pixels per inch.
@@ -114,19 +114,24 @@ def save_failure_grid(path, query, wrong, right, ranks, title=None, dpi=150):
         TypeError: an image is neither a PIL image nor a uint8 array.
         ValueError: there is no failure, or the arguments differ in length.
     """
-    lengths = {"query": len(query), "wrong": len(wrong), "right": len(right), "ranks": len(ranks)}
+    lengths = {"query": len(query), "wrong": len(wrong), "correct": len(correct), "ranks": len(ranks)}
     if len(set(lengths.values())) > 1 or not query:
-        raise ValueError(f"query, wrong, right and ranks must have one entry per failure, at least one, got {lengths}")
+        raise ValueError(
+            f"query, wrong, correct and ranks must have one entry per failure, at least one, got {lengths}"
+        )
     columns = max(map(len, wrong))
     last = columns + 1
-    grid = ImageGrid(len(query), last + 1, title, dpi, gaps=(1, last))
-    for column, text in enumerate(("query", *range(1, last), "first right")):
+    names = [
+        [name, correct[row][1], *(neighbour[1] for neighbour in wrong[row])] for row, (_, name) in enumerate(query)
+    ]
+    grid = ImageGrid(names, last + 1, title, dpi, gaps=(1, last))
+    for column, text in enumerate(("query", *range(1, last), "first correct")):
         grid.column_head(column, str(text))
     for row, (image, name) in enumerate(query):
         grid.query(row, 0, image, name)
         for column, neighbour in enumerate(wrong[row], start=1):
             grid.neighbour(row, column, *neighbour, correct=False)
-        grid.neighbour(row, last, *right[row], correct=True, note=f", rank {ranks[row]:,}")
+        grid.neighbour(row, last, *correct[row], correct=True, note=f", rank {ranks[row]:,}")
     return save_figure(grid.figure, path, palette=True)
 
 

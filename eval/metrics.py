@@ -260,6 +260,23 @@ def _check_ranks(ranks, name):
     return tuple(int(k) for k in ranks)
 
 
+def select_pairs(pairs, query_rows, gallery_rows):
+    """The pairs among some rows, numbered as they stand there.
+
+    Args:
+        pairs: `(n, 2)` int64.
+        query_rows, gallery_rows: int64, each row once.
+    """
+    columns = []
+    for column, rows in enumerate((query_rows, gallery_rows)):
+        highest = max([-1, *pairs[:, column].tolist(), *rows.tolist()])
+        places = torch.full((highest + 1,), -1)
+        places[rows] = torch.arange(len(rows))
+        columns.append(places[pairs[:, column]])
+    pairs = torch.stack(columns, dim=1)
+    return pairs[(pairs >= 0).all(1)]
+
+
 __all__ = [
     "check_sets",
     "count_in_gallery",
@@ -267,4 +284,5 @@ __all__ = [
     "mean_scores",
     "retrieval_metrics",
     "retrieval_scores",
+    "select_pairs",
 ]

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 
-RIGHT_COLOUR, WRONG_COLOUR, QUERY_COLOUR = "#1a8a4a", "#cc3311", "#333333"
-RIGHT_SIGN, WRONG_SIGN = "✓", "✗"
+CORRECT_COLOUR, WRONG_COLOUR, QUERY_COLOUR = "#1a8a4a", "#cc3311", "#333333"
+CORRECT_SIGN, WRONG_SIGN = "✓", "✗"
 GREY = "#666666"
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; without their yellow, too light for lines.
@@ -33,7 +33,8 @@ _MORE_FONTS = (
 )
 
 _CELL, _GAP, _QUERY_GAP = 1.2, 0.14, 0.3  # inches: an image's side, the space between two, and after the query
-_HEAD, _CAPTION, _MARGIN = 0.22, 0.42, 0.1  # column numbers, text under an image, border
+_HEAD, _CAPTION, _MARGIN = 0.22, 0.42, 0.1  # column numbers, text under an image with a name of one line, border
+_LINE, _TITLE_LINE = 0.13, 0.19  # of names, of titles
 _SMALL_IMAGE = 64  # pixels; images no larger than this keep their pixels as squares
 
 
@@ -97,15 +98,15 @@ def font(size, weight="normal"):
     return FontProperties(family=family, size=size, weight=weight)
 
 
-def shorten(text, room, figure, properties):
-    """One line of text, cut with an ellipsis where it is wider than `room` inches."""
+def wrap(text, room, figure, properties):
+    """Text in lines, none of them wider than `room` inches; nothing is left out."""
     renderer = figure.canvas.get_renderer()
 
     def too_wide(line):
         wide, _, _ = renderer.get_text_width_height_descent(line, properties, ismath=False)
         return wide > room * figure.dpi
 
-    return _shorten(" ".join(str(text).split()), too_wide)
+    return _wrap(" ".join(str(text).split()), too_wide)
 
 
 def save_figure(figure, path, palette=False):
@@ -134,9 +135,9 @@ def save_neighbour_grid(
 ):
     """Draw queries (left) with their nearest neighbours (to the right, nearest first) into an image file.
 
-    Neighbours of the query's class have a green frame and ✓, others a red frame and ✗. Under each stand its class,
-    shortened where it is too long, and its cosine similarity to the query. Images keep their shape, and small ones
-    (such as scanned digits) are enlarged without blurring.
+    Neighbours of the query's class have a green frame and ✓, others a red frame and ✗. Under each stand its class, in
+    as many lines as it takes, and its cosine similarity to the query. Images keep their shape, and small ones (such as
+    scanned digits) are enlarged without blurring.
 
     Args:
         path: File to write; its suffix says how (`.png`, `.pdf`, `.svg`). Its folder is made if need be.
@@ -159,7 +160,8 @@ def save_neighbour_grid(
     similarity, correct = np.asarray(similarity, dtype=float), np.asarray(correct, dtype=bool)
     _check_grid(query_images, neighbour_images, query_names, neighbour_names, similarity, correct)
     rows, columns = similarity.shape
-    grid = ImageGrid(rows, columns + 1, title, dpi)
+    names = [[query, *found] for query, found in zip(query_names, neighbour_names, strict=True)]
+    grid = ImageGrid(names, columns + 1, title, dpi)
     grid.column_head(0, "query")
     for column in range(columns):
         grid.column_head(column + 1, str(column + 1))
@@ -181,22 +183,33 @@ class ImageGrid:
     """Rows of framed images with captions, placed in inches from the top left corner of a figure of their own.
 
     Args:
-        rows: Rows of images.
+        names: For each row, the names that stand in it, of which the longest says how tall it is.
         columns: Columns of images; column 0 holds the queries.
-        title: Line above the grid.
+        title: Above the grid.
         dpi: Pixels per inch.
         gaps: Columns with a wider gap before them.
         room: Inches left free to the right of the grid.
+        below: Inches left free below it.
     """
 
-    def __init__(self, rows, columns, title=None, dpi=150, gaps=(1,), room=0.0):
-        self.head = _HEAD + (0.3 if title else 0.0)
+    def __init__(self, names, columns, title=None, dpi=150, gaps=(1,), room=0.0, below=0.0):
         self.gaps = gaps
         self.width = self.left(columns - 1) + _CELL + _MARGIN + room
-        self.height = 2 * _MARGIN + self.head + rows * (_CELL + _CAPTION) + (rows - 1) * _GAP / 2
+        self._ruler = new_figure(1, 1, dpi)  # to measure texts with, before the size of the figure is known
+        title_lines = wrap(title, self.width - 2 * _MARGIN, self._ruler, font(10, "bold")) if title else []
+        self.head = _HEAD + (0.11 + _TITLE_LINE * len(title_lines) if title else 0.0)
+        lines = [max((len(self._name_lines(name)) for name in row), default=1) for row in names]
+        self._tops = [_MARGIN + self.head]
+        for count in lines:
+            self._tops.append(self._tops[-1] + _CELL + _CAPTION + (count - 1) * _LINE + _GAP / 2)
+        self.bottom = self._tops[-1] - _GAP / 2
+        self.height = self.bottom + _MARGIN + below
         self.figure = new_figure(self.width, self.height, dpi)
-        if title:
-            self.text(_MARGIN, _MARGIN, title, self.width - 2 * _MARGIN, size=10, weight="bold", align="left")
+        for number, line in enumerate(title_lines):
+            self.text(_MARGIN, _MARGIN + number * _TITLE_LINE, line, size=10, weight="bold", align="left")
+
+    def _name_lines(self, name):
+        return wrap(name, _CELL + _GAP / 2, self._ruler, font(7.5, "bold"))  # bold is widest
 
     def left(self, column):
         wide = sum(column >= gap for gap in self.gaps)
@@ -204,11 +217,11 @@ class ImageGrid:
 
     def corner(self, row, column):
         """Top left corner of a cell."""
-        return self.left(column), _MARGIN + self.head + row * (_CELL + _CAPTION + _GAP / 2)
+        return self.left(column), self._tops[row]
 
     def neighbour(self, row, column, image, name, similarity, correct, note=""):
-        """An image that was found, framed and signed as right or wrong."""
-        colour, sign = (RIGHT_COLOUR, RIGHT_SIGN) if correct else (WRONG_COLOUR, WRONG_SIGN)
+        """An image that was found, framed and signed as correct or wrong."""
+        colour, sign = (CORRECT_COLOUR, CORRECT_SIGN) if correct else (WRONG_COLOUR, WRONG_SIGN)
         self.image(row, column, image, colour)
         self.caption(row, column, name, f"{sign} {similarity:.3f}{note}".replace("-", "−"), colour)
 
@@ -231,23 +244,38 @@ class ImageGrid:
             spine.set(edgecolor=colour, linewidth=frame)
 
     def column_head(self, column, text):
-        left = self.left(column)
-        self.text(left + _CELL / 2, _MARGIN + self.head - _HEAD + 0.03, text, _CELL + _GAP, size=8, colour=GREY)
+        self.text(self.left(column) + _CELL / 2, _MARGIN + self.head - _HEAD + 0.03, text, size=8, colour=GREY)
+
+    def row_head(self, row, text):
+        """Upright text in front of a row's neighbours."""
+        left, top = self.corner(row, 1)
+        self.figure.text(
+            (left - 0.05) / self.width,
+            1 - (top + _CELL / 2) / self.height,
+            text,
+            fontproperties=font(8, "bold"),
+            color=GREY,
+            rotation=90,
+            ha="right",
+            va="center",
+        )
 
     def caption(self, row, column, name, score="", colour=None, weight="normal"):
         left, top = self.corner(row, column)
-        self.text(left + _CELL / 2, top + _CELL + 0.06, name, _CELL + _GAP / 2, size=7.5, weight=weight)
+        middle, top = left + _CELL / 2, top + _CELL + 0.06
+        for line in self._name_lines(name):
+            self.text(middle, top, line, size=7.5, weight=weight)
+            top += _LINE
         if score:
-            self.text(left + _CELL / 2, top + _CELL + 0.2, score, _CELL, size=7.5, colour=colour)
+            self.text(middle, top + 0.01, score, size=7.5, colour=colour)
 
-    def text(self, x, y, text, room, size, weight="normal", colour="#111111", align="center"):
-        """One line of text whose top is at y, cut with an ellipsis to `room` inches."""
-        properties = font(size, weight)
+    def text(self, x, y, text, size, weight="normal", colour="#111111", align="center"):
+        """One line of text whose top is at y."""
         self.figure.text(
             x / self.width,
             1 - y / self.height,
-            shorten(text, room, self.figure, properties),
-            fontproperties=properties,
+            text,
+            fontproperties=font(size, weight),
             color=colour,
             ha=align,
             va="top",
@@ -255,18 +283,22 @@ class ImageGrid:
         )
 
 
-def _shorten(text, too_wide):
-    """The text, or as many of its first characters as leave room for an ellipsis."""
-    if not too_wide(text):
-        return text
-    fits, fails = 0, len(text)
-    while fails - fits > 1:
-        middle = (fits + fails) // 2
-        if too_wide(text[:middle].rstrip(" -_.,") + "…"):
-            fails = middle
-        else:
-            fits = middle
-    return text[:fits].rstrip(" -_.,") + "…"
+def _wrap(text, too_wide):
+    """Lines of a text, broken after " ", "_", "-", "/" or "." where there is one, in a word where there is none."""
+    lines, rest = [], text
+    while too_wide(rest) and len(rest) > 1:
+        fits, fails = 1, len(rest)
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            if too_wide(rest[:middle].rstrip()):
+                fails = middle
+            else:
+                fits = middle
+        breaks = [place for place in range(fits // 3 + 1, fits + 1) if rest[place - 1] in " _-/."]
+        fits = fits + 1 if rest[fits] == " " else breaks[-1] if breaks else fits
+        lines.append(rest[:fits].rstrip())
+        rest = rest[fits:].lstrip()
+    return [*lines, rest]
 
 
 def _fit(image, side):
@@ -308,8 +340,8 @@ def _check_grid(query_images, neighbour_images, query_names, neighbour_names, si
 
 __all__ = [
     "COLOURS",
+    "CORRECT_COLOUR",
     "GREY",
-    "RIGHT_COLOUR",
     "WRONG_COLOUR",
     "WRONG_SIGN",
     "ImageGrid",
@@ -319,5 +351,5 @@ __all__ = [
     "plain_axes",
     "save_figure",
     "save_neighbour_grid",
-    "shorten",
+    "wrap",
 ]

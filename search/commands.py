@@ -69,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--store", help="stored embeddings instead of a model and data")
     evaluate.add_argument("--gallery_store", metavar="STORE", help="gallery, where it isn't the queries themselves")
 
+    evaluate.add_argument(
+        "--before_after", action="store_true", help="draw before_after.png: the retriever against its backbone alone"
+    )
+
     compare = parts["compare"]
     for name in ("first", "second"):
         compare.add_argument(name, help="retriever or backbone (folder or Hub name), or a store of embeddings")

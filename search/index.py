@@ -430,6 +430,23 @@ class RetrievalIndex(VectorIndex):
         rows = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
         return self._table.column("id").take(pa.array(rows)).to_pylist()
 
+    def list_items(self, count, start=0, containing=None, one_per=None):
+        """See [`VectorIndex.list_items`]; in the order in which they were added."""
+        keys = self._keys_that_pass(None, containing) if containing else self._table_keys
+        if one_per is not None:
+            if one_per not in self.columns:
+                raise ValueError(f"there is no column {one_per!r}; the columns are {self.columns}")
+            values = self._table.column(one_per).take(pa.array(np.searchsorted(self._table_keys, keys))).to_pylist()
+            first = {
+                key if value in ("", None) else (value,): key
+                for key, value in zip(keys[::-1], values[::-1], strict=True)
+            }
+            keys = np.sort(np.fromiter(first.values(), np.int64, len(first)))
+        chosen = keys[start : start + count]
+        if not len(chosen):
+            return [], len(keys)
+        return self._hits(np.full((1, len(chosen)), np.nan), chosen[None])[0], len(keys)
+
     def _keys(self, ids):
         return np.array([self._key_of[name] for name in self.require(ids)], dtype=np.int64)
 

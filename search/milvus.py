@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -312,6 +313,17 @@ class MilvusIndex(VectorIndex):
     def sample_ids(self, count):
         """See [`VectorIndex.sample_ids`]."""
         return [row["id"] for row in self._client.query(self._collection, limit=count, output_fields=["id"])]
+
+    def list_items(self, count, start=0, containing=None, one_per=None):
+        """See [`VectorIndex.list_items`]; in Milvus's own order, 16,384 items at most, and never one per value."""
+        if one_per is not None:
+            raise ValueError("one item of each value can't be listed from Milvus: list all, or search")
+        expression = self._expression([], containing)
+        total = self._client.query(self._collection, filter=expression, output_fields=["count(*)"])[0]["count(*)"]
+        fields = ["id", *self.columns]
+        options = {"filter": expression, "limit": count, "offset": start, "output_fields": fields}
+        rows = [dict(row) for row in self._client.query(self._collection, **options)] if start < total else []
+        return [Hit(row.pop("id"), math.nan, row) for row in rows], total
 
     def _expression(self, conditions, containing=None):
         """Milvus's expression for what passes; None where nothing can."""

@@ -287,6 +287,24 @@ class VectorIndex(ABC):
             return None
         return str(Path(there["root"]).absolute() / name.removeprefix(there["prefix"]))
 
+    @abstractmethod
+    def list_items(self, count, start=0, containing=None, one_per=None):
+        """Items without a query, in an order that stays while the index does.
+
+        Args:
+            count: How many at most, >= 1.
+            start: How many to pass over.
+            containing: As for `search`.
+            one_per: A column: only the first item of each of its values; items without a value stay.
+
+        Returns:
+            items: List of [`Hit`], whose similarity is NaN.
+            total: How many there are in all.
+
+        Raises:
+            ValueError: there is no such column, or this index can't do that.
+        """
+
     def search_ids(self, ids, k=10, where=None, containing=None, *, min_similarity=None, group_by=None):
         """The items most similar to items of the index, each without itself; see `search`."""
         ids = self.require(ids)

@@ -82,7 +82,7 @@ def online(folder, token):
     embeddings["pipeline_pooled"] = torch.tensor(embed_images("b.png", pool=True))
     names = {}
     for code in re.findall(r"```python\n(.*?)```", (folder / "card.md").read_text(), re.DOTALL):
-        exec(code.replace("<commit>", (folder / "card_commit").read_text()), names)
+        exec(code.replace('"main"', repr((folder / "card_commit").read_text())), names)
     embeddings["snippet"], embeddings["snippet_pipeline"] = names["embeddings"], torch.tensor(names["embedding"])
     embeddings["snippet_encoder"] = torch.from_numpy(names["encoded"])
     found["encoder"] = {

@@ -42,6 +42,9 @@ class RunArguments:
     picture_queries: int = field(
         default=8, metadata={"help": "Queries in the pictures of neighbours; 0 for no pictures at all."}
     )
+    picture_proxies: bool = field(
+        default=False, metadata={"help": "Draw the movement of the proxies too (proxies.png)."}
+    )
     final_metrics: str = field(
         default="all", metadata={"help": "What the last evaluation computes; as eval_metrics of those before."}
     )

@@ -16,10 +16,10 @@ from transformers.trainer_utils import EvalPrediction, IntervalStrategy, SaveStr
 from transformers.utils import logging
 
 from ..data_scripts.image_datasets import images_of
-from ..data_scripts.overlap import has_names, pixel_digests, same_dataset_images, select_pairs
+from ..data_scripts.overlap import has_names, pixel_digests, same_dataset_images
 from ..data_scripts.preprocessing import normalisation_for
 from ..eval.metric_registry import registered_metrics
-from ..eval.metrics import count_in_gallery, retrieval_metrics
+from ..eval.metrics import count_in_gallery, retrieval_metrics, select_pairs
 from ..eval.summary import embedding_metrics
 from .evaluation_checks import check_evaluation, named_sets
 from .interruption import leave_signals_to_main_process

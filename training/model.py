@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput
 
 from ..configuration_vptsp import VPTSPConfig
@@ -231,9 +232,17 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
         return store if isinstance(store, OffloadedClassPrompts) else None
 
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
-        """Save what is tuned, as [`VPTSPPreTrainedModel`] does; offloaded class prompts in a file of their own."""
+        """Save what is tuned, as [`VPTSPPreTrainedModel`] does; offloaded class prompts in a file of their own.
+
+        `AutoModel` loads what was saved as a retriever, with the code beside it, and leaves the rest of it alone.
+        """
         store = self.offloaded_class_prompts
+        code = type(self.vptsp)
+        own = {"AutoModel": f"{code.__module__.rpartition('.')[2]}.{code.__name__}"}
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **own}
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            custom_object_save(self.vptsp, save_directory)  # the code that `auto_map` names
         if store is not None and is_main_process:
             with atomic_path(Path(save_directory) / CLASS_PROMPTS_NAME) as temporary:
                 store.save(temporary)

@@ -82,7 +82,16 @@ def without_tokens(words, *secrets) -> str:
     return shlex.join(clean)
 
 
-def retriever_card(model, repo_id=None, results=None, training_args=None, token=None, **metadata) -> ModelCard:
+def retriever_card(
+    model,
+    repo_id=None,
+    results=None,
+    training_args=None,
+    folder=None,
+    processor=None,
+    token=None,
+    **metadata,
+) -> ModelCard:
     """Model card of a retriever: what it was tuned on, how well it does, how to use it, how to make it again.
 
     The licence is the backbone's, as its own model card has it; where that can't be read, there is none and the card
@@ -93,6 +102,8 @@ def retriever_card(model, repo_id=None, results=None, training_args=None, token=
         repo_id: Name on the Hub; None where it has none yet.
         results: What `train.py` writes into `all_results.json`; a part of it is enough.
         training_args: `VPTSPTrainingArguments` of the run.
+        folder: Where it is saved, after which it is named where it has no name on the Hub.
+        processor: Its image processor, for how images are cut.
         token: Token of the Hub, for the model card of a private backbone; None for `hub_token` of the run, or the one
             that `hf auth login` keeps.
         **metadata: Fields of `huggingface_hub.ModelCardData`; they win over what is known. A `license` takes the place
@@ -102,14 +113,15 @@ def retriever_card(model, repo_id=None, results=None, training_args=None, token=
         `huggingface_hub.ModelCard`.
     """
     results = results or {}
-    name = repo_id or "owner/name"
-    title = name.split("/")[-1]
+    folder = None if folder is None else Path(folder).absolute()
+    title = "Image retriever" if folder is None else folder.name
+    if repo_id is not None:
+        title = repo_id.split("/")[-1]
     token = token or getattr(training_args, "hub_token", None)
     licence = backbone_licence(model.config, _backbone_on_hub(model.config), token)
     sections = [
-        _introduction(model, title, results.get("picture")),
-        _usage(model, name),
-        _sentence_transformers(model, name),
+        _introduction(model, title, processor, results.get("picture")),
+        _usage(model, repo_id, folder),
         _scores(results, training_args),
         _tuned(model),
         _training(model, results, training_args),
@@ -169,14 +181,10 @@ def _metrics_of(results, prefix) -> dict[str, tuple[MetricDefinition, float]]:
     return found
 
 
-def _introduction(model, title, picture) -> str:
-    config = model.config
-    if hub_name := _backbone_on_hub(config):
-        backbone = f"[{hub_name}](https://huggingface.co/{hub_name}), revision `{config.backbone_revision}`"
-    elif config.save_backbone or config.backbone is None:
-        backbone = "saved along in this repository"
-    else:
-        backbone = "not in this repository and not on the Hub"
+def _introduction(model, title, processor, picture) -> str:
+    config, side = model.config, model.config.backbone_config.image_size
+    short = None if processor is None else dict(processor.size).get("shortest_edge")
+    cut = "" if short is None else f", the middle of the image once its short side has {short}"
     lines = [
         f"# {title}",
         "",
@@ -184,30 +192,79 @@ def _introduction(model, title, picture) -> str:
         "for classes that training has not seen. A frozen vision transformer with tuned prompts, made by VPTSP "
         "(semantic proxies from visual prompts, [ICLR 2024](https://arxiv.org/abs/2402.02340)).",
         "",
-        f"Backbone: {backbone}.",
+        f"Backbone: {_backbone(config)}.",
+        f"Image size: {side} x {side} pixels{cut}.",
     ]
     if picture is not None:
         lines += ["", f"![Queries with their nearest neighbours]({picture})"]
     return "\n".join(lines)
 
 
-def _usage(model, name) -> str:
-    width = model.config.embedding_dim
-    return f'''## Use
+def _backbone(config) -> str:
+    """What the backbone is called, what it is, and where."""
+    backbone = config.backbone_config
+    what = f"{backbone.model_type}, {backbone.num_hidden_layers} layers of width {backbone.hidden_size}"
+    if hub_name := _backbone_on_hub(config):
+        return f"[{hub_name}](https://huggingface.co/{hub_name}), revision `{config.backbone_revision}` ({what})"
+    named = "" if config.backbone is None else f"`{Path(config.backbone).name}` "
+    where = "saved along in this repository" if _saved_along(config) else "not in this repository and not on the Hub"
+    return f"{named}({what}), {where}"
 
-Needs `torch`, `transformers` and `pillow`. `revision` fixes weights and the code that `trust_remote_code` runs: put in
-a commit of this repository that you have looked at.
+
+def _saved_along(config) -> bool:
+    return config.save_backbone or config.backbone is None
+
+
+_HUB_NAME = """\
+name, revision = "{name}", "main"  # better than main: a commit that you have looked at
+processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+model = AutoModel.from_pretrained(name, revision=revision, trust_remote_code=True)"""
+_FOLDER_NAME = """\
+name = "{name}"  # the folder that this file is in
+processor = AutoImageProcessor.from_pretrained(name)
+model = AutoModel.from_pretrained(name, trust_remote_code=True)"""
+_LOCAL_BACKBONE = """\
+
+
+The backbone, `{backbone}`, is a folder of its own that this one needs; `config.json` says where it lies. Where it has
+been moved, say so:
+
+```python
+model = AutoModel.from_pretrained(name, backbone="path/to/{backbone}", trust_remote_code=True)
+```
+
+A retriever that needs no other folder, and can be pushed, is written by `--save_backbone true` in training, or by
+`model.save_pretrained("another/folder", save_backbone=True)` (and `processor.save_pretrained` into the same)."""
+
+
+def _usage(model, repo_id, folder) -> str:
+    config, width = model.config, model.config.embedding_dim
+    on_hub = repo_id is not None or folder is None
+    if on_hub:
+        opening = _HUB_NAME.format(name=repo_id or "owner/name")
+    else:
+        inside = folder.is_relative_to(Path.cwd())
+        opening = _FOLDER_NAME.format(name=(folder.relative_to(Path.cwd()) if inside else folder).as_posix())
+    pinned = ", revision=revision" if on_hub else ""
+    what_runs = "`trust_remote_code` runs the code in it"
+    if on_hub:
+        what_runs = "`revision` fixes weights and the code that `trust_remote_code` runs"
+    missing = _backbone_on_hub(config) is None and not _saved_along(config)
+    note = _LOCAL_BACKBONE.format(backbone=Path(config.backbone).name) if missing else ""
+    return f"""## Use
+
+Needs `torch`, `transformers` and `pillow`. {what_runs}.
 
 ```python
 import torch
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 from transformers.image_utils import load_image
 
-name, revision = "{name}", "<commit>"
-processor = AutoImageProcessor.from_pretrained(name, revision=revision)
-model = AutoModel.from_pretrained(name, revision=revision, trust_remote_code=True)
+{opening}
 
-images = [load_image("a.png"), load_image("b.png")]  # RGB, turned as EXIF says, as in training
+# yours: load_image("a.png"), which is RGB and turned as EXIF says, as in training
+images = [Image.new("RGB", (640, 480), colour) for colour in ("red", "blue")]
 with torch.inference_mode():
     embeddings = model(**processor(images, return_tensors="pt")).embeddings  # (2, {width}), L2-normalised
 similarity = embeddings @ embeddings.T
@@ -218,31 +275,31 @@ Or as a pipeline, which gives the same numbers as a list:
 ```python
 from transformers import pipeline
 
-embed = pipeline("image-feature-extraction", model=name, revision=revision, trust_remote_code=True)
-embedding = embed("a.png")[0]  # {width} floats
-```'''
+embed = pipeline("image-feature-extraction", model=name{pinned}, trust_remote_code=True)
+embedding = embed(images[0])[0]  # {width} floats
+```
 
-
-def _sentence_transformers(model, name) -> str:
-    return f"""With [sentence-transformers](https://sbert.net) (tried with 6.2), and so with all that takes its models:
+With [sentence-transformers](https://sbert.net) (tried with 6.2), and so with all that takes its models, again the same:
 
 ```python
 from sentence_transformers import SentenceTransformer
 
-encoder = SentenceTransformer(name, revision=revision, trust_remote_code=True)
-encoded = encoder.encode(["a.png", "b.png"])  # (2, {model.config.embedding_dim}), the same numbers
-similarity = encoder.similarity(encoded, encoded)
-```"""
+encoder = SentenceTransformer(name{pinned}, trust_remote_code=True)
+encoded = encoder.encode(images)  # an array
+```{note}"""
 
 
 def _scores(results, training_args) -> str | None:
     tuned, frozen = _metrics_of(results, "final"), _metrics_of(results, "frozen")
     if not tuned:
         return None
-    rows = []
+    rows, with_intervals = [], any(f"final_{name}_low" in results for name in tuned)
     for name, (definition, value) in tuned.items():
         alone = _percent(frozen[name][1]) if name in frozen else ""
-        rows.append(f"| {definition.title} | {alone} | {_percent(value)} | {definition.meaning} |")
+        low, high = results.get(f"final_{name}_low"), results.get(f"final_{name}_high")
+        interval = "" if low is None or high is None else f"{_percent(low)} to {_percent(high)}"
+        cells = [definition.title, alone, _percent(value), *([interval] if with_intervals else []), definition.meaning]
+        rows.append(f"| {' | '.join(cells)} |")
     count = results.get("final_num_queries")
     has_gallery = "gallery_images" in results.get("dataset", {})
     text = "Cosine similarity; "
@@ -260,7 +317,10 @@ def _scores(results, training_args) -> str | None:
             f" The checkpoint is the best of the run by {training_args.metric_for_best_model} on these same images, "
             "which flatters the tuned scores."
         )
-    table = ["| metric | backbone alone | tuned | what it is |", "|---|---|---|---|", *rows]
+    if with_intervals:
+        text += " Intervals are those of a percentile bootstrap over classes."
+    head = ["metric", "backbone alone", "tuned", *(["95 % interval"] if with_intervals else []), "what it is"]
+    table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows]
     return "\n".join(["## Scores", "", text, "", *table])
 
 

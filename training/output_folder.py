@@ -20,7 +20,8 @@ from .run_errors import CheckpointWriteError
 
 CONFIG_NAME = "config.json"
 PICTURES = tuple(
-    f"pictures/{name}.png" for name in ("attention", "confusion", "curves", "failures", "map", "neighbours", "proxies")
+    f"pictures/{name}.png"
+    for name in ("attention", "before_after", "confusion", "curves", "failures", "map", "neighbours", "proxies")
 )
 PARTIAL_NAME = ".retriever.partial"
 READY_NAME = ".retriever.ready"

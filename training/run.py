@@ -22,6 +22,7 @@ from ..configuration_vptsp import VPTSPConfig
 from ..data_scripts.image_datasets import image_datasets
 from ..data_scripts.preprocessing import build_image_processor
 from ..data_scripts.split_record import SPLITS_NAME, has_seen_classes, record_splits
+from ..eval.evaluated_images import EvaluatedImages
 from ..loading_vptsp import resized_config
 from .fitting import fit_to_data
 from .model import VPTSPForMetricLearning
@@ -30,7 +31,7 @@ from .output_folder import check_output_folder, output_held
 from .progress import RunProgress, ScoreTable
 from .proxy_movement import FILE_NAME, ProxyMovement, read_proxy_movement
 from .run_errors import ConfigError
-from .run_pictures import EvaluatedImages, draw_run
+from .run_pictures import draw_run
 from .run_record import record_data_arguments
 from .trainer import VPTSPTrainer
 from .tuned_counts import tuned_counts
@@ -140,24 +141,34 @@ class StepTimer(TrainerCallback):
     on_save = on_evaluate
 
 
-def draw_pictures(folder, trainer, frozen, count):
+def draw_pictures(folder, trainer, results, frozen_evaluated, run_args):
     """Pictures of the evaluation that `trainer` made last, and of its training; says which and where.
+
+    Args:
+        folder: Where to.
+        trainer: After training.
+        results: Of the run, the frozen backbone's scores among them.
+        frozen_evaluated: `trainer.last_evaluated` of the frozen backbone.
+        run_args: [`RunArguments`].
 
     Returns:
         Names of the files.
     """
+    frozen = {name: value for name, value in results.items() if name.startswith("frozen_")}
     seen = (trainer.split_record or {}).get("seen_classes")
     subject = {"subject": "classes that training has seen"} if seen else {}
     movement = Path(trainer.args.output_dir) / FILE_NAME
+    records = read_proxy_movement(movement) if movement.is_file() else []
     written, problems = draw_run(
         folder,
         EvaluatedImages(trainer.eval_dataset, trainer.last_evaluated, **subject),
         trainer.model.retriever.eval(),
         trainer.processing_class,
         [{"step": 0, "epoch": 0.0, **frozen}, *trainer.state.log_history],
-        read_proxy_movement(movement) if movement.is_file() else [],
-        count=count,
+        records if run_args.picture_proxies else None,
+        count=run_args.picture_queries,
         seed=trainer.args.seed,
+        frozen=EvaluatedImages(trainer.eval_dataset, frozen_evaluated),
     )
     print(f"pictures          {folder}: {', '.join(path.name for path in written)}", flush=True)
     for name, problem in problems.items():
@@ -246,9 +257,9 @@ def _run(model_fields, training_args, data_args, run_args, command, images, note
             notes.append("test              classes that train too, asked for by other images of them")
         for note in notes if trainer.is_world_process_zero() else ():
             print(note, flush=True)
-        results = train_and_evaluate(trainer, images, step_seconds, run_args)
+        results, frozen_evaluated = train_and_evaluate(trainer, images, step_seconds, run_args)
         results = {"command": command, "seed": training_args.seed, **described_data(data_args, images), **results}
-        save_results(results, trainer, run_args)
+        save_results(results, trainer, run_args, frozen_evaluated)
         if training_args.push_to_hub and (
             commit := trainer.push_to_hub(results=results)
         ):  # None on all processes but the first
@@ -257,7 +268,11 @@ def _run(model_fields, training_args, data_args, run_args, command, images, note
 
 
 def train_and_evaluate(trainer, images, step_seconds, run_args):
-    """Scores of the frozen backbone, training, scores of what it gave; as a part of the results."""
+    """Scores of the frozen backbone, training, scores of what it gave.
+
+    Returns:
+        A part of the results, and what the frozen backbone was evaluated on (`trainer.last_evaluated`).
+    """
     checkpoint = trainer.checkpoint_to_resume(trainer.args.resume_from_checkpoint)
     if checkpoint is None and run_args.overwrite_output:
         trainer.replace_checkpoints()
@@ -271,6 +286,7 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
     RunProgress.of(trainer, table)
     tests = trainer.eval_dataset is not None
     frozen = trainer.evaluate_backbone() if tests else {}
+    frozen_evaluated = trainer.last_evaluated
     if tests and run_args.final_metrics == "all":
         check_classes_answered(trainer)
     table.header()
@@ -280,7 +296,7 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
     final = trainer.evaluate(metric_key_prefix="final", eval_metrics=run_args.final_metrics) if tests else {}
     if tests:
         print_comparison(table, frozen, final, trainer)
-    return {
+    results = {
         **summary,
         **frozen,
         **final,
@@ -291,6 +307,7 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
         "train_loss": outcome.training_loss,
         "peak_memory_megabytes": peak_memory_megabytes(),
     }
+    return results, frozen_evaluated
 
 
 def print_comparison(table, frozen, final, trainer):
@@ -326,7 +343,7 @@ def described_data(data_args, images):
     return {"versions": versions(), "dataset": dataset}
 
 
-def save_results(results, trainer, run_args):
+def save_results(results, trainer, run_args, frozen_evaluated):
     """Put retriever, scores and model card into `output_dir`, all at once, then pictures.
 
     `results` gets the name of the picture that is to be shared.
@@ -340,8 +357,7 @@ def save_results(results, trainer, run_args):
     if run_args.picture_queries and not any(name.startswith("final_") for name in results):
         print("no pictures: there are no test images")
     elif run_args.picture_queries:
-        frozen = {name: value for name, value in results.items() if name.startswith("frozen_")}
-        drawn = draw_pictures(output / "pictures", trainer, frozen, run_args.picture_queries)
+        drawn = draw_pictures(output / "pictures", trainer, results, frozen_evaluated, run_args)
         results["picture"] = "pictures/neighbours.png" if "neighbours.png" in drawn else None
         trainer.create_model_card(results=results)
 

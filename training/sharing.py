@@ -105,7 +105,7 @@ class SharingTrainer(ResumableTrainer):
             with self._own_output():
                 if not _is_foreign_card(path):
                     with atomic_path(path) as temporary:
-                        self._card(results, model_name, **metadata).save(temporary)
+                        self._card(results, model_name, folder=path.parent, **metadata).save(temporary)
 
     def push_to_hub(
         self,
@@ -190,11 +190,11 @@ class SharingTrainer(ResumableTrainer):
         if place is not None and self.split_record is not None:
             write_json(folder / SPLITS_NAME, self.split_record)
         if place is None or not _is_foreign_card(place / "README.md"):
-            self._card(results, **metadata).save(folder / "README.md")
+            self._card(results, folder=place, **metadata).save(folder / "README.md")
 
     def _card(self, results, model_name=None, **metadata):
         name = model_name or self.hub_model_id or self.args.hub_model_id
-        return retriever_card(self.model, name, results, self.args, **metadata)
+        return retriever_card(self.model, name, results, self.args, processor=self.processing_class, **metadata)
 
 
 def _is_foreign_card(path):

@@ -27,10 +27,10 @@ from vptsp import (
     same_items,
 )
 from vptsp.data_scripts import overlap
-from vptsp.data_scripts.overlap import same_dataset_images, same_images, same_stored_images, select_pairs
+from vptsp.data_scripts.overlap import same_dataset_images, same_images, same_stored_images
 from vptsp.eval import markdown
 from vptsp.eval.metric_registry import METRICS, registered_metrics
-from vptsp.eval.metrics import count_relevant
+from vptsp.eval.metrics import count_relevant, select_pairs
 from vptsp.search.commands import main
 from vptsp.search.report import compare_stores, evaluate_stores, write_report
 from vptsp.search.store import begin_store, finish_store, write_shard

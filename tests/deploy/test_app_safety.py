@@ -2,7 +2,9 @@
 
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,15 @@ from PIL import Image
 
 from vptsp import DataError, Embedder, RetrievalIndex, VPTSPModel, folder_source
 from vptsp.data_scripts.preprocessing import build_image_processor
-from vptsp.deploy.search_page import SearchPage, launch, open_page, write_space
+from vptsp.deploy.page_content import SearchPage
+from vptsp.deploy.page_layout import build_page, card, launch
+from vptsp.deploy.search_page import open_page
+from vptsp.deploy.space import write_space
 from vptsp.eval.markdown import code_span, plain_text
+from vptsp.search.vector_index import Hit
 
 
+FILTERS = (3, "", "", "tuned")  # of the page's API: results, text, one per, view
 NASTY = [
     "a`b.png", "`", "``", "![x](http://a.b/c.png)", "`![x](http://a.b/c.png)`", "<img src=x onerror=alert(1)>",
     "[x](javascript:alert(1))", "x\n\n# y", "x\r\n\r\n<script>", "*x* _y_ ~~z~~", "http://a.b", "www.a.b", "a@b.c",
@@ -101,11 +108,11 @@ def api(place, tmp_path_factory):
 def test_uploads_are_searched(api, place):
     status, (path,) = api.upload((place / "images" / "a" / "001.png").read_bytes())
     assert status == 200
-    done, answer = api.call("search_file", {"path": path}, 3, "", -1)
+    done, answer = api.call("search_file", {"path": path}, *FILTERS)
     assert done and "3 nearest to your image" in answer and "1.000" in answer
-    assert api.call("search_file", None, 3, "", -1)[0]
-    done, answer = api.call("search", None, 3, "", -1)
-    assert done and "click one of these" in answer
+    assert api.call("search_file", None, *FILTERS)[0]
+    done, answer = api.call("search", -1, *FILTERS)
+    assert done and "click one to search with it" in answer
 
 
 @pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}])
@@ -125,11 +132,11 @@ def test_no_other_file_is_opened(api, place, meta, tmp_path):
         "\0",
         "",
     ):
-        done, answer = api.call("search_file", {"path": str(path), **meta}, 3, "", -1)
+        done, answer = api.call("search_file", {"path": str(path), **meta}, *FILTERS)
         assert not done
         assert "nearest" not in answer
         assert secret.name not in answer
-    done, answer = api.call("search_file", {"url": f"file://{secret}"}, 3, "", -1)
+    done, answer = api.call("search_file", {"url": f"file://{secret}"}, *FILTERS)
     assert not done
 
 
@@ -147,9 +154,61 @@ def test_no_file_is_served_by_its_path(api, place, tmp_path):
 def test_the_query_is_no_argument_of_the_api(api, place):
     """It is the session's, and set by a search alone."""
     secret = ["image", str(place / "images" / "a" / "001.png")]
-    for data in ([secret, 3, "", -1], [3, "", -1]):
+    for data in ([secret, -1, *FILTERS], (-1, *FILTERS)):
         _, answer = api.call("search", *data, session="another")
         assert "nearest" not in answer
+
+
+@pytest.mark.parametrize("name", ["b/absent.png", "../../etc/passwd", "", None, 3, ["a/001.png"], {"a": 1}])
+def test_an_item_that_is_not_there_is_an_error(api, name, capfd):
+    done, answer = api.call("search_item", name, *FILTERS)
+    assert not done
+    assert "There is no item" in answer
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_items_are_searched_by_their_id(api):
+    done, answer = api.call("search_item", "a/001.png", *FILTERS)
+    assert done and "3 nearest to `a/001.png`" in answer
+    done, answer = api.call("go_back", *FILTERS)
+    assert done
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [(0, "", "", "tuned"), (1000, "", "", "tuned"), (None, "", "", "tuned"), ("x", "", "", "tuned"),
+     (3, "", "sku", "tuned"), (3, "", "", "other"), (3, "", "", "side by side")],
+)  # fmt: skip
+def test_filters_that_there_are_not_are_refused(api, filters):
+    done, answer = api.call("search_item", "a/001.png", *filters)
+    assert not done or "can't be searched" in answer
+    assert "nearest" not in answer
+
+
+def test_images_of_items_and_no_others_have_addresses(api, place):
+    root = api.address.removesuffix("gradio_api/")
+
+    def get(kind, name):
+        try:
+            with urllib.request.urlopen(f"{root}item/{kind}?{urllib.parse.urlencode({'id': name})}") as answer:
+                return answer.status, answer.headers, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.headers, error.read()
+
+    status, headers, content = get("original", "a/001.png")
+    assert (status, headers["Content-Type"]) == (200, "image/png")
+    assert content == (place / "images" / "a" / "001.png").read_bytes()
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert get("thumbnail", "a/001.png")[0] == 200
+    Image.new("RGB", (8, 8)).save(place / "images" / "a" / "not_indexed.png")
+    others = ["a/not_indexed.png", "../index/index.json", str(place / "images" / "a" / "001.png"), "", "a", "\0",
+              "./a/001.png", "a/../a/001.png", "/etc/passwd"]  # fmt: skip
+    for name in others:
+        for kind in ("original", "thumbnail"):
+            status, _, content = get(kind, name)
+            assert status == 404
+            assert str(place) not in content.decode()
+    assert get("original?x=", "a/001.png")[0] in (404, 422)
 
 
 def test_uploads_are_limited(api):
@@ -161,12 +220,20 @@ def test_uploads_are_limited(api):
 def test_images_are_limited(api, tmp_path):
     path = tmp_path / "wide.png"
     Image.new("RGB", (200, 51)).save(path)
-    done, answer = api.call("search_file", {"path": api.upload(path.read_bytes())[1][0]}, 3, "", -1)
+    done, answer = api.call("search_file", {"path": api.upload(path.read_bytes())[1][0]}, *FILTERS)
     assert done
     assert "has 0.0102 megapixels, expected at most 0.01" in answer
-    done, answer = api.call("search_file", {"path": api.upload(b"no image")[1][0]}, 3, "", -1)
+    done, answer = api.call("search_file", {"path": api.upload(b"no image")[1][0]}, *FILTERS)
     assert done
     assert "can't read this image" in answer
+
+
+def test_no_other_file_is_opened_after_an_error(api, tmp_path):
+    secret = write_image(tmp_path / "secret.png")
+    for content in (b"no image", secret.read_bytes()):
+        assert api.call("search_file", {"path": api.upload(content)[1][0]}, *FILTERS)[0]
+        done, answer = api.call("search_file", {"path": str(secret)}, *FILTERS)
+        assert not done and "This file was not uploaded here." in answer
 
 
 def test_limits_of_the_page(place, tmp_path, monkeypatch):
@@ -174,12 +241,12 @@ def test_limits_of_the_page(place, tmp_path, monkeypatch):
     path = tmp_path / "bomb.png"
     Image.new("1", (2000, 501)).save(path)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    status, pictures, _ = page.search(("image", str(path)), 3, "", -1)
-    assert status == "**This query can't be searched:** bomb.png has 1.002 megapixels, expected at most 1"
-    assert pictures == []
+    found = page.search(("image", str(path)), 3, "", -1)
+    assert found.status == "**This query can't be searched:** bomb.png has 1.002 megapixels, expected at most 1"
+    assert found.panels == {}
     monkeypatch.undo()
     for k in (0, 101, 10**9):
-        assert "number of results must be in 1..100" in page.search(("id", "a/001.png"), k, "", -1)[0]
+        assert "number of results must be in 1..100" in page.search(("id", "a/001.png"), k, "", -1).status
     for options, name in (
         ({"max_megapixels": 0}, "max_megapixels"),
         ({"max_megapixels": float("nan")}, "max_megapixels"),
@@ -226,20 +293,50 @@ def test_names_on_the_page(place):
     page = page_of(place, NASTY)
     for name in NASTY:
         for status in (
-            page.search(("id", name), 3, "", -1)[0],
-            page.search(("id", name), 3, "there is no such text", -1)[0],
+            page.search(("id", name), 3, "", -1).status,
+            page.search(("id", name), 3, "there is no such text", -1).status,
         ):
             blocks, inline = rendered(status)
             assert blocks == ["paragraph_open", "inline", "paragraph_close"]
             assert [token.type for token in inline] == ["text", "code_inline", "text"]
-    for status in (page.search(("id", f"{name}?"), 3, "", -1)[0] for name in NASTY):
+    for status in (page.search(("id", f"{name}?"), 3, "", -1).status for name in NASTY):
         assert "can't be searched" in status
         assert {token.type for token in rendered(status)[1]} <= {"text", "text_special", "strong_open", "strong_close"}
 
 
+@pytest.mark.parametrize("name", NASTY)
+def test_names_on_cards(name):
+    """What an HTML parser makes of a card: the texts, and no element or attribute that isn't the card's own."""
+    columns = {"class_name": name, f"sku{name}": name, "title": "", "price": "9.99"}
+    parser = Elements()
+    parser.feed(card(Hit(name, 0.5, columns)))
+    tags = [tag for tag, _ in parser.found]
+    assert tags == ["figure", "button", "img", "figcaption", "span", "b", "span", "span", "span", "a"]
+    allowed = {"class", "type", "data-id", "title", "src", "loading", "alt", "href", "target", "rel"}
+    assert all({key for key, _ in attributes} <= allowed for _, attributes in parser.found)
+    (link,) = (dict(attributes)["href"] for tag, attributes in parser.found if tag == "a")
+    assert urllib.parse.parse_qs(urllib.parse.urlsplit(link).query, keep_blank_values=True)["id"] == [name]
+    assert link.startswith("item/original?id=")
+    assert dict(parser.found[1][1])["data-id"] == name
+    shown = "".join(parser.texts)
+    assert f"· {name}" in shown and f"sku{name}: {name}" in shown and "price: 9.99" in shown
+    assert "title:" not in shown
+
+
+class Elements(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found, self.texts = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, attrs))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
 def test_formulas_are_looked_for_nowhere(place):
     gradio = pytest.importorskip("gradio")
-    from vptsp.deploy.search_page import build_page
 
     blocks = build_page(open_page(place / "index"))
     shown = [block for block in blocks.blocks.values() if isinstance(block, gradio.Markdown)]
@@ -249,7 +346,6 @@ def test_formulas_are_looked_for_nowhere(place):
 
 def test_the_models_name_on_the_page(place):
     gradio = pytest.importorskip("gradio")
-    from vptsp.deploy.search_page import build_page
 
     page = open_page(place / "index")
     page.index.info.model = {**page.index.model, "name": "runs/![x](http:\\a.b)"}

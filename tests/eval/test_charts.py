@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import re
 
 import numpy as np
 import pytest
@@ -65,7 +66,8 @@ def test_map_picture_names_classes(tmp_path):
     svg = path.read_text("utf-8")
     for text in ("_вид $0 \\$", "вид 1", "costs $5", "17 other classes", "t-SNE dimension 1", "All of $it"):
         assert text in svg
-    assert "вид 3" not in svg and "on and on and on" not in svg
+    assert "вид 3" not in svg and "…" not in svg
+    assert names[-1] in " ".join(re.findall("<!-- (.*?) -->", svg))  # in lines
     path = save_embedding_map(tmp_path / "map.png", np.random.rand(60, 2), labels, names, [0], dpi=100, method="pca")
     assert Image.open(path).size == (680, 460)
     with pytest.raises(ValueError, match=r"points must have shape \(60, 2\) for 60 labels, got \(59, 2\)"):
@@ -101,10 +103,35 @@ def test_curves_show_what_the_log_holds(tmp_path, monkeypatch):
     assert rate.lines[0].get_ydata().tolist() == [1, 0.5, 0.0]
     assert rate.get_title(loc="left") == "Learning rate × 1,000"
     lines = {line.get_label(): line.get_xydata().tolist() for line in scores.lines}
-    assert lines["R@1"] == [[1.0, 50.0], [2.0, 61.0]]  # the last evaluation stands for the last epoch's
-    assert lines["MAP@R"] == [[1.0, 20.0], [2.0, 26.0]]
+    # from the frozen backbone on; the last evaluation stands for the last epoch's
+    assert lines["R@1"] == [[0.0, 40.0], [1.0, 50.0], [2.0, 61.0]]
+    assert lines["MAP@R"] == [[0.0, 10.0], [1.0, 20.0], [2.0, 26.0]]
     levels = [line.get_ydata()[0] for line in scores.lines if list(line.get_xdata()) == [0, 1]]
     assert levels == [40.0, 10.0]
+
+
+def test_a_run_too_short_for_a_logged_loss_has_its_curves(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curves, "save_figure", lambda figure, path: drawn.append(figure))
+    short = [LOG[0], {"step": 3, "epoch": 0.6, "train_loss": 3.5}, {**LOG[-1], "step": 3, "epoch": 0.6}]
+    save_training_curves("curves.png", short)
+    loss, scores, rate = drawn[0].axes
+    assert loss.lines[0].get_xydata().tolist() == [[0.0, 3.5], [0.6, 3.5]]
+    assert loss.get_title(loc="left") == "Training loss, mean of the run"
+    lines = {line.get_label(): line.get_xydata().tolist() for line in scores.lines}
+    assert lines["R@1"] == [[0.0, 40.0], [0.6, 61.0]]
+    assert [text.get_text() for text in rate.texts] == ["not logged"]
+
+
+def test_a_map_is_as_tall_as_its_legend(tmp_path):
+    names = [f"{number} " + "long words in a name " * 6 for number in range(14)]
+    options = {"points": np.random.rand(28, 2), "labels": np.arange(28) % 14, "class_names": names}
+    path = save_embedding_map(tmp_path / "map.png", **options, classes=list(range(14)), dpi=100)
+    pixels = np.asarray(Image.open(path).convert("L"))
+    assert pixels.shape[0] > 800
+    assert (pixels[-8:, 520:] == 255).all()  # the legend doesn't run out of the picture
+    svg = save_embedding_map(tmp_path / "map.svg", **options, classes=list(range(14))).read_text("utf-8")
+    assert " ".join(re.findall("<!-- (.*?) -->", svg)).count("long words in a name") == 14 * 6
 
 
 def test_curves_without_evaluations_and_without_training(tmp_path):

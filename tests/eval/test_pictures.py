@@ -1,5 +1,6 @@
 """Pictures of neighbours: what is drawn, read back from the file, and which queries are chosen."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,13 +43,13 @@ def where(path, colour):
     return columns, rows
 
 
-def test_frames_tell_right_from_wrong_and_stand_in_order(tmp_path):
+def test_frames_tell_correct_from_wrong_and_stand_in_order(tmp_path):
     path = draw(tmp_path / "grid.png", hits=((True, False), (False, True)))
     assert path == tmp_path / "grid.png"
     width, height = Image.open(path).size
     query, _ = where(path, BLUE)
     assert query.max() < width / 3
-    green = set(zip(*(part.tolist() for part in where(path, pictures.RIGHT_COLOUR)), strict=True))
+    green = set(zip(*(part.tolist() for part in where(path, pictures.CORRECT_COLOUR)), strict=True))
     red = set(zip(*(part.tolist() for part in where(path, pictures.WRONG_COLOUR)), strict=True))
 
     def quarter(points, right, lower):
@@ -62,9 +63,9 @@ def test_frames_tell_right_from_wrong_and_stand_in_order(tmp_path):
         assert sum(inside) == len(points)
 
 
-def test_signs_tell_right_from_wrong_without_colour(tmp_path):
+def test_signs_tell_correct_from_wrong_without_colour(tmp_path):
     written = draw(tmp_path / "grid.svg").read_text(encoding="utf-8")
-    assert pictures.RIGHT_SIGN in written
+    assert pictures.CORRECT_SIGN in written
     assert pictures.WRONG_SIGN in written
     both = draw(tmp_path / "right.svg", hits=((True, True),)).read_text(encoding="utf-8")
     assert pictures.WRONG_SIGN not in both
@@ -82,22 +83,41 @@ def test_names_similarities_and_title_are_written(tmp_path):
         assert text in svg
 
 
-def test_long_names_end_in_an_ellipsis_and_short_ones_don_t(tmp_path):
+def test_names_and_titles_are_broken_and_not_cut(tmp_path):
     long = "Garant-Ecological-Standard-Milk-with-a-long-name"
-    svg = draw(tmp_path / "grid.svg", neighbour_names=[[long, "Leek"]], title=50 * "title ").read_text("utf-8")
-    assert long not in svg
-    assert "Garant-Ecolog" in svg
-    assert svg.count("…") == 2  # name and title
-    assert "Leek…" not in svg
+    word = "Donaudampfschifffahrtsgesellschaft" * 2
+    path = tmp_path / "grid.svg"
+    svg = draw(path, neighbour_names=[[long, word]], query_names=[long], title=50 * "title ").read_text("utf-8")
+    texts = re.findall("<!-- (.*?) -->", svg)
+    assert "…" not in svg
+    joined = "".join(texts)
+    assert joined.count(long) == 2 and word in joined
+    assert " ".join(texts).count("title") == 50
+    assert len(texts) > 10
 
 
-@pytest.mark.parametrize("limit", range(2, 12))
-def test_shortened_text_fits(limit):
-    text = "Brown - Cap"
-    short = pictures._shorten(text, lambda line: len(line) > limit)
-    assert len(short) <= limit
-    assert short == text if limit >= len(text) else short.endswith("…") and text.startswith(short[:-1])
-    assert not short.endswith((" …", "-…"))
+def test_a_row_is_as_tall_as_its_longest_name(tmp_path):
+    short, tall = (Image.open(draw(tmp_path / f"{n}.png", query_names=["word " * n], dpi=100)).height for n in (1, 20))
+    lines = len(wrapped("word " * 20)) - 1
+    assert tall - short == pytest.approx(100 * lines * pictures._LINE, abs=1)
+
+
+def wrapped(text, room=pictures._CELL + pictures._GAP / 2, size=7.5):
+    return pictures.wrap(text, room, pictures.new_figure(1, 1, dpi=100), pictures.font(size, "bold"))
+
+
+@pytest.mark.parametrize("limit", range(1, 12))
+@pytest.mark.parametrize("text", ["Brown - Cap", "Donaudampfschiff", "a/b_c.d", "", " x", "a  b"])
+def test_lines_fit_and_nothing_is_left_out(text, limit):
+    lines = pictures._wrap(text.strip(), lambda line: len(line) > limit)
+    assert all(len(line) <= limit for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert all(line == line.strip() for line in lines)
+
+
+def test_lines_break_at_words():
+    assert pictures._wrap("one two three", lambda line: len(line) > 7) == ["one two", "three"]
+    assert pictures._wrap("Garant-Standard-Milk", lambda line: len(line) > 9) == ["Garant-", "Standard-", "Milk"]
 
 
 def test_small_images_keep_sharp_pixels(tmp_path):

@@ -1,5 +1,11 @@
 """Model cards: what they say with much and with little known, and what they never say."""
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -9,6 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer, VPTSPTrainingArguments
+from vptsp.data_scripts.preprocessing import build_image_processor
 from vptsp.training.checkpoints import delete_checkpoints
 from vptsp.training.model_card import retriever_card, without_tokens
 
@@ -65,7 +72,7 @@ def test_all_that_a_run_knows(model, tmp_path):
     assert "Data: `ann/photos` (train classes 5,864, test images 24)." in card.text
     assert "--hub_token HIDDEN --push_to_hub true" in card.text
     assert "abc" not in card.text
-    assert 'name, revision = "ann/birds", "<commit>"' in card.text
+    assert 'name, revision = "ann/birds", "main"' in card.text
     assert "](pictures/neighbours.png)" in card.text
     assert "arxiv.org/abs/2402.02340" in card.text
 
@@ -80,6 +87,107 @@ def test_all_that_a_run_knows(model, tmp_path):
     }
     assert again.data.eval_results[0].dataset_revision == "v2"
     assert again.data.model_name == "birds"
+
+
+def test_intervals_stand_beside_the_scores(model):
+    low_high = {"final_recall_at_1_low": 0.41, "final_recall_at_1_high": 0.59}
+    rows = table(retriever_card(model, "ann/birds", {**RESULTS, **low_high}))
+    assert rows["R@1"][:3] == ["25.00", "50.00", "41.00 to 59.00"]
+    assert rows["R@10"][:3] == ["", "87.50", ""]
+    assert rows["metric"] == ["backbone alone", "tuned", "95 % interval", "what it is"]
+    assert "interval" not in retriever_card(model, "ann/birds", RESULTS).text.lower()
+
+
+def test_a_card_is_named_after_its_folder(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments_of = {"runs/photos": "photos", ".": tmp_path.name}
+    for folder, name in arguments_of.items():
+        VPTSPTrainer(model, arguments(folder, eval_strategy="no", save_strategy="no")).save_model()
+        card = ModelCard.load(Path(folder) / "README.md")
+        assert card.text.lstrip().startswith(f"# {name}\n")
+        assert card.data.model_name == name
+        assert f'name = "{folder}"  # the folder' in card.text
+        assert "owner/name" not in card.text and str(tmp_path) not in card.text
+
+
+def test_a_card_names_backbone_and_image_size(model, tmp_path):
+    processor = build_image_processor(16, 18)
+    text = retriever_card(model, folder=tmp_path / "photos", processor=processor).text
+    config = model.config.backbone_config
+    what = f"(vit, {config.num_hidden_layers} layers of width {config.hidden_size})"
+    assert f"Backbone: `{Path(model.config.backbone).name}` {what}, not in this repository and not on the Hub." in text
+    side = config.image_size
+    assert f"Image size: {side} x {side} pixels, the middle of the image once its short side has 18." in text
+    assert f"Image size: {side} x {side} pixels." in retriever_card(model).text
+    model.config.backbone, model.config.backbone_revision = "ann/vit", "c0ffee"
+    assert f"(https://huggingface.co/ann/vit), revision `c0ffee` {what}." in retriever_card(model).text
+    model.config.backbone = None
+    assert f"Backbone: {what}, saved along in this repository." in retriever_card(model).text
+
+
+@pytest.mark.parametrize("saved_along", [False, True])
+def test_the_snippets_of_a_folder_run_as_they_stand(model, tmp_path, saved_along):
+    """In a process of their own, without this package, where the run was started; also once the backbone has moved."""
+    model.config.save_backbone = saved_along
+    backbone = shutil.copytree(model.config.backbone, tmp_path / "vit-tiny")
+    model.config.backbone = str(backbone)
+    trainer = VPTSPTrainer(
+        model,
+        arguments(tmp_path / "runs" / "photos", eval_strategy="no"),
+        processing_class=build_image_processor(16, 18),
+    )
+    here = Path.cwd()
+    try:
+        os.chdir(tmp_path)
+        trainer.save_model()
+    finally:
+        os.chdir(here)
+    card = (tmp_path / "runs" / "photos" / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == (2 if saved_along else 3)
+    check = (
+        "assert embeddings.shape == (2, 10) and len(embedding) == 10 and 'vptsp' not in __import__('sys').modules\n"
+    )
+    run_python("".join(blocks[:2]) + check, tmp_path)
+    if saved_along:
+        return
+    backbone.rename(tmp_path / "moved")
+    moved = (blocks[0] + blocks[2].replace("path/to/vit-tiny", "moved")).replace(
+        "model = AutoModel.from_pretrained(name, trust_remote_code=True)\n", ""
+    )
+    first, last = moved.split("# yours", 1)
+    last, load = last.split("model = AutoModel", 1)
+    run_python(f"{first}model = AutoModel{load}# yours{last}assert embeddings.shape == (2, 10)\n", tmp_path)
+
+
+def run_python(code, folder):
+    (folder / "snippet.py").write_text(code)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-P", "snippet.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_auto_model_loads_a_checkpoint_as_its_retriever(model, tmp_path):
+    """With the code beside it, without this package."""
+    trainer = VPTSPTrainer(
+        model, arguments(tmp_path, eval_strategy="no"), processing_class=build_image_processor(16, 18)
+    )
+    trainer.state.global_step = 1
+    trainer.save_weights(tmp_path / "checkpoint-1")
+    pixels = torch.rand(2, 3, *[model.config.backbone_config.image_size] * 2)
+    torch.save({"pixels": pixels, "expected": model.retriever.eval()(pixels).embeddings}, tmp_path / "expected.pt")
+    code = """
+        import sys, torch
+        from transformers import AutoImageProcessor, AutoModel
+        AutoImageProcessor.from_pretrained("checkpoint-1")
+        model = AutoModel.from_pretrained("checkpoint-1", trust_remote_code=True)
+        assert type(model).__name__ == "VPTSPModel" and "vptsp" not in sys.modules
+        saved = torch.load("expected.pt")
+        torch.testing.assert_close(model(saved["pixels"]).embeddings, saved["expected"])
+    """
+    run_python(textwrap.dedent(code), tmp_path)
 
 
 def test_best_checkpoint_is_only_mentioned_where_one_was_chosen(model, tmp_path):

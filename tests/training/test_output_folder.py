@@ -358,9 +358,9 @@ def test_a_save_that_fails_changes_nothing(old):
 
 def test_pictures_are_those_that_are_drawn(monkeypatch):
     drawn = []
-    for name in ("neighbours", "failures", "confusion", "map", "attention", "curves", "proxies"):
+    for name in ("neighbours", "failures", "confusion", "map", "attention", "curves", "proxies", "before_after"):
         monkeypatch.setattr(run_pictures, f"draw_{name}", lambda path, *args, **kwargs: drawn.append(path) or path)
-    run_pictures.draw_run("pictures", None, None, None, [], [])
+    run_pictures.draw_run("pictures", SimpleNamespace(subject="birds"), None, None, [], [], frozen=object())
     assert {Path(path).as_posix() for path in drawn} == set(PICTURES)
 
 

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from vptsp import VPTSPModel
-from vptsp.training.run_pictures import EvaluatedImages, draw_neighbours, draw_run
+from vptsp.eval.evaluated_images import EvaluatedImages, draw_neighbours
+from vptsp.training.run_pictures import draw_run
 
 
 def make_retriever(backbone_folder):

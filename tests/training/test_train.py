@@ -73,7 +73,7 @@ def refused(argv, capsys):
 
 
 def test_run_from_configuration_to_reloaded_retriever(arguments, tmp_path, images, capsys, backbone_folder):
-    train.main([*arguments, "--picture_queries", "2", "--logging_steps", "2"])
+    train.main([*arguments, "--picture_queries", "2", "--picture_proxies", "true", "--logging_steps", "2"])
     printed = capsys.readouterr().out
     output = tmp_path / "run"
     results = json.loads((output / "all_results.json").read_text())
@@ -92,7 +92,7 @@ def test_run_from_configuration_to_reloaded_retriever(arguments, tmp_path, image
     assert results["steps"] == 2 * 3
     assert {"train_images": 15, "test_images": 15, "train_classes": 3}.items() <= results["dataset"].items()
     assert printed.count("frozen backbone") == 2
-    names = ("attention", "confusion", "curves", "failures", "map", "neighbours", "proxies")
+    names = ("attention", "before_after", "confusion", "curves", "failures", "map", "neighbours", "proxies")
     drawn = {path.stem for path in (output / "pictures").iterdir()}
     assert set(names) >= drawn >= set(names) - {"failures", "confusion"}  # of these there may be none
     assert results["final_map_at_r_low"] <= results["final_map_at_r"] <= results["final_map_at_r_high"]
@@ -307,14 +307,36 @@ def test_pushing_a_retriever_on_a_local_backbone_is_refused(arguments, capsys, b
     assert f"push_to_hub: the backbone is the local folder {backbone_folder}, which others don't have" in error
 
 
-def test_the_curves_begin_with_the_frozen_backbone(monkeypatch, tmp_path):
+def test_what_is_drawn_of_a_run(monkeypatch, tmp_path):
+    """Curves begin with the frozen scores, its embeddings are the `before`, and proxies are drawn on request alone."""
+    drawn = []
+    monkeypatch.setattr(run, "draw_run", lambda *args, **options: drawn.append((args, options)) or ([], {}))
+    monkeypatch.setattr(run, "EvaluatedImages", lambda dataset, evaluated: (dataset, evaluated))
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(output_dir=tmp_path, seed=3), eval_dataset="data", last_evaluated="after",
+        processing_class=None, state=SimpleNamespace(log_history=[{"step": 4}]),
+        model=SimpleNamespace(retriever=SimpleNamespace(eval=lambda: "retriever")),
+    )  # fmt: skip
+    results = {"frozen_recall_at_1": 0.1, "final_recall_at_1": 0.2, "seed": 0}
+    for proxies in (False, True):
+        run.draw_pictures(
+            tmp_path, trainer, results, "before", RunArguments(picture_queries=2, picture_proxies=proxies)
+        )
+    (arguments, options), (others, _) = drawn
+    assert arguments[1] == ("data", "after") and options["frozen"] == ("data", "before")
+    assert arguments[4] == [{"step": 0, "epoch": 0.0, "frozen_recall_at_1": 0.1}, {"step": 4}]
+    assert (arguments[5], others[5]) == (None, [])
+
+
+def test_the_pictures_get_the_frozen_evaluation(monkeypatch, tmp_path):
     given = []
-    monkeypatch.setattr(run, "draw_pictures", lambda folder, trainer, frozen, count: given.append(frozen) or set())
+    monkeypatch.setattr(run, "draw_pictures", lambda folder, trainer, *others: given.append(others) or set())
     done = {name: lambda *args, **kwargs: True for name in ("save_retriever", "delete_replaced", "create_model_card")}
     trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), is_world_process_zero=lambda: True, **done)
     results = {"frozen_recall_at_1": 0.1, "final_recall_at_1": 0.2, "seed": 0}
-    save_results(results, trainer, RunArguments(picture_queries=2))
-    assert given == [{"frozen_recall_at_1": 0.1}]
+    evaluated, options = {"query": None}, RunArguments(picture_queries=2)
+    save_results(results, trainer, options, evaluated)
+    assert given == [(results, evaluated, options)]
     assert results["picture"] is None
 
 
@@ -365,5 +387,5 @@ def test_results_that_are_no_numbers_are_null(tmp_path):
     trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), is_world_process_zero=lambda: True)
     trainer.save_retriever = lambda results: write_json(tmp_path / "all_results.json", results)
     trainer.delete_replaced = lambda: None
-    save_results({"final_nmi": float("nan")}, trainer, RunArguments(picture_queries=0))
+    save_results({"final_nmi": float("nan")}, trainer, RunArguments(picture_queries=0), None)
     assert (tmp_path / "all_results.json").read_text() == '{\n  "final_nmi": null\n}\n'
