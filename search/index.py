@@ -432,7 +432,7 @@ class RetrievalIndex(VectorIndex):
 
     def list_items(self, count, start=0, containing=None, one_per=None):
         """See [`VectorIndex.list_items`]; in the order in which they were added."""
-        keys = self._keys_that_pass(None, containing) if containing else self._table_keys
+        keys = self._keys_that_pass([], containing) if containing else self._table_keys
         if one_per is not None:
             if one_per not in self.columns:
                 raise ValueError(f"there is no column {one_per!r}; the columns are {self.columns}")

@@ -279,7 +279,7 @@ embed = pipeline("image-feature-extraction", model=name{pinned}, trust_remote_co
 embedding = embed(images[0])[0]  # {width} floats
 ```
 
-With [sentence-transformers](https://sbert.net) (tried with 6.2), and so with all that takes its models, again the same:
+With [sentence-transformers](https://sbert.net) (tried with 6.2), and all that takes its models, the same again:
 
 ```python
 from sentence_transformers import SentenceTransformer

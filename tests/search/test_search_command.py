@@ -95,7 +95,11 @@ def test_files_folders_and_lists_are_queries(catalogue, photos, tmp_path, capsys
         assert hit["path"] == query
         assert hit["similarity"] == pytest.approx(1, abs=1e-5)
     status, _, err = run(capsys, "search", "--index", catalogue, "--image", tmp_path / "catalogue")
-    assert (status, err.strip()) == (2, f"error: {tmp_path / 'catalogue'}: there are no images in this folder")
+    assert (status, err.strip()) == (
+        2,
+        f"error: {tmp_path / 'catalogue'} is an index of embeddings (it holds index.json), whose pictures would be "
+        "taken for data: give the images' own folder",
+    )
 
 
 def test_json_holds_all_columns_and_absolute_paths(catalogue, photos, capsys):
