@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ..data_scripts.data_errors import DataError, ImageError
 from ..data_scripts.data_fingerprint import content_digest
+from ..eval.embedding_loop import embed_batches
 from .columns import arrow_column, own_columns
 from .store import (
     EMBEDDING_DTYPES,
@@ -147,22 +148,26 @@ def _embed_shards(embedder, source, info, shards, write, num_workers, skip_corru
         num_workers=num_workers,
         pin_memory=embedder.device.type == "cuda",
     )
-    parts, num_rows = [], sum(len(rows) for _, rows in batches)
-    with tqdm(total=num_rows, desc="Embedding", unit="image", disable=not progress, leave=False) as bar:
-        for i, (readable, pixel_values, contents) in enumerate(loader):
-            shard, rows = batches[i]
-            embeddings = embedder.embed_pixels(pixel_values) if readable else None
-            parts.append((rows, readable, embeddings, contents))
-            bar.update(len(rows))
-            if i + 1 == len(batches) or batches[i + 1][0] != shard:
-                write(shard, parts)
-                parts = []
+    none = torch.empty(0, info.embedding_dim)
+    sizes = [len(rows) for _, rows in batches]
+    embedded = embed_batches(
+        zip(sizes, loader, strict=True),
+        lambda batch: embedder.embed_pixels(batch[1]) if batch[0] else none,
+        total=sum(sizes),
+        hidden=not progress,
+    )
+    parts = []
+    for i, ((readable, _, contents), embeddings) in enumerate(embedded):
+        shard, rows = batches[i]
+        parts.append((rows, readable, embeddings, contents))
+        if i + 1 == len(batches) or batches[i + 1][0] != shard:
+            write(shard, parts)
+            parts = []
 
 
 def _write_parts(folder, info, source, columns, shard, parts):
     rows = [row for _, readable, _, _ in parts for row in readable]
     skipped = [source.ids[row] for asked, readable, _, _ in parts for row in asked if row not in readable]
-    found = [embeddings for _, _, embeddings, _ in parts if embeddings is not None]
     write_shard(
         folder,
         info,
@@ -170,7 +175,7 @@ def _write_parts(folder, info, source, columns, shard, parts):
         ids=[source.ids[row] for row in rows],
         labels=source.labels[rows],
         class_names=[source.class_name(row) for row in rows],
-        embeddings=torch.cat(found) if found else torch.empty(0, info.embedding_dim),
+        embeddings=torch.cat([embeddings for _, _, embeddings, _ in parts]),
         skipped=skipped,
         contents=[content for *_, contents in parts for content in contents],
         columns={name: values.take(pa.array(rows, pa.int64())) for name, values in columns.items()},

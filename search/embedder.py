@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from ..data_scripts.data_errors import ImageError
@@ -29,6 +28,7 @@ from ..data_scripts.images import check_pixels, open_image, upright_rgb
 from ..data_scripts.normalisation import Normalisation
 from ..data_scripts.preprocessing import build_image_processor, load_image_processor
 from ..data_scripts.transforms import central_crop, is_elongated
+from ..eval.embedding_loop import embed_batches
 from ..loading_vptsp import name_today
 from ..modeling_vptsp import VPTSPModel, refuse_other_adapters
 from .model_names import check_model_name
@@ -303,19 +303,20 @@ class Embedder:
                     raise
                 return error
 
-        parts, batch = [torch.empty(0, self.embedding_dim)], []
-        bar = tqdm(total=len(images), desc="Embedding", unit="image", disable=not progress, leave=False)
-        with bar, _ahead(read, images, num_workers, 2 * batch_size) as pixels:
-            for row, found in enumerate(pixels):
+        def batches(pixels):
+            batch, begin = [], 0
+            for row, found in enumerate(pixels, 1):
                 if isinstance(found, ImageError):
-                    failed[row] = found
+                    failed[row - 1] = found
                 else:
                     batch.append(found)
-                if batch and (len(batch) == batch_size or row + 1 == len(images)):
-                    parts.append(self.embed_pixels(torch.stack(batch)))
-                    batch = []
-                bar.update()
-        return torch.cat(parts)
+                if batch and (len(batch) == batch_size or row == len(images)):
+                    yield row - begin, torch.stack(batch)
+                    batch, begin = [], row
+
+        with _ahead(read, images, num_workers, 2 * batch_size) as pixels:
+            embedded = embed_batches(batches(pixels), self.embed_pixels, total=len(images), hidden=not progress)
+            return torch.cat([torch.empty(0, self.embedding_dim), *(embeddings for _, embeddings in embedded)])
 
     def description(self):
         """Who made embeddings, for the files that hold them: dict of name, kind, fingerprint and dtype."""

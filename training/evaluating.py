@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers.trainer_utils import EvalPrediction, IntervalStrategy, SaveStrategy, speed_metrics
 from transformers.utils import logging
 
 from ..data_scripts.image_datasets import images_of
 from ..data_scripts.overlap import has_names, pixel_digests, same_dataset_images
 from ..data_scripts.preprocessing import normalisation_for
+from ..eval.embedding_loop import embed_batches
 from ..eval.metric_registry import registered_metrics
 from ..eval.metrics import count_in_gallery, retrieval_metrics, select_pairs
 from ..eval.summary import embedding_metrics
@@ -151,12 +151,17 @@ class EvaluatingTrainer(SharingTrainer):
         loader = iter(DataLoader(dataset, batch_sampler=_OneTime(batches), **options))
         self.model.to(self.args.device).eval()
         columns = []
-        hidden = True if self.args.disable_tqdm or rank > 0 else None  # None: where the output is no terminal
-        for batch in tqdm(loader, description, disable=hidden, leave=False):
-            inputs = self.on_device(batch)
-            embeddings, labels = self._embed_batch(inputs["pixel_values"]).float().cpu(), inputs["labels"].cpu()
-            readable = inputs.get("readable", torch.ones(len(labels), dtype=torch.bool)).cpu()
-            columns.append((embeddings, labels, readable, *([batch["pixel_digests"]] if with_digests else [])))
+        embedded = embed_batches(
+            ((len(batch["labels"]), batch) for batch in loader),
+            lambda batch: self._embed_batch(self.on_device(batch)["pixel_values"]),
+            total=_share(dataset, world_size),
+            description=description,
+            hidden=True if self.args.disable_tqdm or rank > 0 else None,
+        )
+        for batch, embeddings in embedded:
+            readable = batch.get("readable", torch.ones(len(embeddings), dtype=torch.bool))
+            digests = [batch["pixel_digests"]] if with_digests else []
+            columns.append((embeddings, batch["labels"], readable, *digests))
         if world_size > 1:
             parts = gather_object([columns])  # a list of batches per rank
             columns = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
@@ -327,6 +332,14 @@ class _OneTime:
 
     def __iter__(self):
         return self.batches
+
+
+def _share(dataset, world_size):
+    """Images of the main process in a data set, about; None for a stream that doesn't know."""
+    try:
+        return math.ceil(len(dataset) / world_size)
+    except TypeError:
+        return None
 
 
 def _readable(embeddings, labels, readable):
