@@ -98,7 +98,7 @@ def test_the_same_set_twice_is_one_set():
         retrieval_metrics(*sets, **RANKS)
 
     got, alone = find_failures(*sets, excluded=excluded), find_failures(embeddings, labels)
-    assert all(getattr(got, name).equal(getattr(alone, name)) for name in ("query", "rank", "right"))
+    assert all(getattr(got, name).equal(getattr(alone, name)) for name in ("query", "rank", "correct"))
     assert count_relevant(labels, labels, excluded).equal(count_relevant(labels))
     for got, alone in zip(
         nearest_neighbours(embeddings, 29, embeddings, excluded=excluded),

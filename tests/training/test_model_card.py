@@ -144,15 +144,16 @@ def test_the_snippets_of_a_folder_run_as_they_stand(model, tmp_path, saved_along
         os.chdir(here)
     card = (tmp_path / "runs" / "photos" / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert len(blocks) == (2 if saved_along else 3)
+    assert len(blocks) == (3 if saved_along else 4)
     check = (
         "assert embeddings.shape == (2, 10) and len(embedding) == 10 and 'vptsp' not in __import__('sys').modules\n"
+        "assert abs(embeddings.numpy() - encoded).max() < 1e-6\n"
     )
-    run_python("".join(blocks[:2]) + check, tmp_path)
+    run_python("".join(blocks[:3]) + check, tmp_path)
     if saved_along:
         return
     backbone.rename(tmp_path / "moved")
-    moved = (blocks[0] + blocks[2].replace("path/to/vit-tiny", "moved")).replace(
+    moved = (blocks[0] + blocks[3].replace("path/to/vit-tiny", "moved")).replace(
         "model = AutoModel.from_pretrained(name, trust_remote_code=True)\n", ""
     )
     first, last = moved.split("# yours", 1)

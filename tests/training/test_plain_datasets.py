@@ -89,7 +89,7 @@ def test_what_can_not_be_taken_is_said(backbone_folder, tmp_path):
             make_trainer(backbone_folder, tmp_path, table, None)
     three = plain(["a", "b", "c", "a"])
     with pytest.raises(ValueError, match=r"labels of train_dataset must be in 0\.\.1"):
-        make_trainer(backbone_folder, tmp_path, three, plain(["x", "y"]))
+        make_trainer(backbone_folder, tmp_path, three, plain(["x", "x"]))
 
 
 def test_the_record_of_splits_is_of_this_run_and_stays_here(backbone_folder, tmp_path):

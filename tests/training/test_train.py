@@ -98,7 +98,14 @@ def test_run_from_configuration_to_reloaded_retriever(arguments, tmp_path, image
     assert results["final_map_at_r_low"] <= results["final_map_at_r"] <= results["final_map_at_r_high"]
     assert {"final_nmi", "final_map_at_1000", "final_spectral_decay"} <= set(results)
     assert "frozen_nmi" not in results
-    assert " to " in printed.splitlines()[-3]
+    lines = printed.splitlines()
+    last = max(i for i, line in enumerate(lines) if line.startswith("frozen backbone"))
+    frozen, tuned, low, high = lines[last : last + 4]
+    shown = lambda name: f"{100 * results[name]:.1f}"  # noqa: E731
+    assert frozen.split()[2] == shown("frozen_recall_at_1") and frozen.split()[-1] == shown("frozen_map_at_r")
+    assert tuned.split()[2] == shown("final_recall_at_1") and tuned.split()[-1] == shown("final_map_at_r")
+    assert low.startswith("  95 % from") and low.split()[-1] == shown("final_map_at_r_low")
+    assert high.split()[-1] == shown("final_map_at_r_high")
 
     reloaded = AutoModel.from_pretrained(output, trust_remote_code=True)
     processor = AutoImageProcessor.from_pretrained(output)
@@ -314,6 +321,7 @@ def test_what_is_drawn_of_a_run(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "EvaluatedImages", lambda dataset, evaluated: (dataset, evaluated))
     trainer = SimpleNamespace(
         args=SimpleNamespace(output_dir=tmp_path, seed=3), eval_dataset="data", last_evaluated="after",
+        split_record=None,
         processing_class=None, state=SimpleNamespace(log_history=[{"step": 4}]),
         model=SimpleNamespace(retriever=SimpleNamespace(eval=lambda: "retriever")),
     )  # fmt: skip
