@@ -6,10 +6,21 @@ from dataclasses import fields
 from types import NoneType, UnionType
 from typing import ClassVar, Literal, Union, get_args, get_origin
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+import transformers
 
-from .backbones_vptsp import family_of
+
+# Before anything of transformers is used: what is missing in older versions has many names, none of which says why.
+LOWEST_TRANSFORMERS = "5.18"
+if [int(part) for part in transformers.__version__.split(".")[:2]] < [int(p) for p in LOWEST_TRANSFORMERS.split(".")]:
+    raise ImportError(
+        f"a VPTSP retriever needs transformers {LOWEST_TRANSFORMERS} or newer, but {transformers.__version__} is "
+        "installed"
+    )
+
+from huggingface_hub.errors import StrictDataclassError  # noqa: E402
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # noqa: E402
+
+from .backbones_vptsp import family_of  # noqa: E402
 
 
 # Version of what `save_pretrained` writes. A configuration without one is of version 1.

@@ -4,10 +4,13 @@ import json
 import re
 
 import pytest
+import transformers
 from conftest import tiny_vit_config
+from project_files import ROOT
 from transformers import AutoConfig, ViTConfig
 
 from vptsp import VPTSPConfig
+from vptsp.configuration_vptsp import LOWEST_TRANSFORMERS
 
 
 def test_prompt_lengths_follow_number_depth_and_step():
@@ -168,3 +171,22 @@ def test_backbones_that_can_not_be_built(value, message):
     with pytest.raises(ValueError, match=message) as caught:
         VPTSPConfig(backbone_config=value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("5.17.3", False), ("4.57.0", False), ("5.18.0.dev0", True), ("6.0", True)]
+)
+def test_an_older_transformers_is_named_first(monkeypatch, version, fits):
+    """In one sentence, before anything that it lacks is missed; `setup.cfg` claims the same version."""
+    source = (ROOT / "configuration_vptsp.py").read_text(encoding="utf-8")
+    beginning = source.partition("from huggingface_hub")[0]
+    monkeypatch.setattr(transformers, "__version__", version)
+    if fits:
+        exec(beginning, {})
+        return
+    with pytest.raises(ImportError, match=rf"needs transformers 5\.18 or newer, but {version} is installed"):
+        exec(beginning, {})
+
+
+def test_the_lowest_version_is_the_one_claimed():
+    assert f"transformers>={LOWEST_TRANSFORMERS}" in (ROOT / "setup.cfg").read_text(encoding="utf-8").replace(" ", "")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..configuration_vptsp import VPTSPConfig
+from ..configuration_vptsp import LOWEST_TRANSFORMERS, VPTSPConfig
 from ..eval.metric_definitions import MetricDefinition, definition_of
 from .backbone_licence import backbone_licence
 from .tuned_counts import tuned_counts
@@ -253,7 +253,7 @@ def _usage(model, repo_id, folder) -> str:
     note = _LOCAL_BACKBONE.format(backbone=Path(config.backbone).name) if missing else ""
     return f"""## Use
 
-Needs `torch`, `transformers` and `pillow`. {what_runs}.
+Needs `torch`, `transformers` {LOWEST_TRANSFORMERS} or newer and `pillow`. {what_runs}.
 
 ```python
 import torch
