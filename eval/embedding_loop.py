@@ -14,7 +14,7 @@ def embed_batches(batches, embed, total=None, description="Embedding", hidden=Fa
         embed: Function of a batch; gives its embeddings `(b, E)`, on any device.
         total: Images in all; None where nobody knows.
         description: For the bar.
-        hidden: No bar; None: none where the output is no terminal.
+        hidden: No bar.
 
     Yields:
         Each batch, and its embeddings in float32 on the CPU.

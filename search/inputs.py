@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -130,7 +131,7 @@ def store_options(options):
         "shard_size": options.shard_size,
         "embedding_dtype": options.embedding_dtype,
         "skip_corrupt": options.skip_corrupt,
-        "progress": not options.quiet,
+        "progress": not options.quiet and sys.stderr.isatty(),
         "lock_timeout": options.lock_timeout,
     }
 

@@ -156,7 +156,7 @@ class EvaluatingTrainer(SharingTrainer):
             lambda batch: self._embed_batch(self.on_device(batch)["pixel_values"]),
             total=_share(dataset, world_size),
             description=description,
-            hidden=True if self.args.disable_tqdm or rank > 0 else None,
+            hidden=self.args.disable_tqdm or rank > 0,
         )
         for batch, embeddings in embedded:
             readable = batch.get("readable", torch.ones(len(embeddings), dtype=torch.bool))

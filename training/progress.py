@@ -65,7 +65,7 @@ class ScoreTable:
 
 
 class RunProgress(TrainerCallback):
-    """Prints losses and evaluations as lines of a table, and shows a bar of the steps where there is a terminal.
+    """Prints losses and evaluations as lines of a table, and shows a bar of the steps.
 
     It takes the place of the Trainer's own callbacks for that. The loss is logged at every evaluation, and
     [`LEAST_LOGS`] times in a run at least, whatever `logging_steps` says.
@@ -91,10 +91,13 @@ class RunProgress(TrainerCallback):
         self._begun = time.perf_counter()
         if state.global_step:
             tqdm.write(f"going on from step {state.global_step:,} of {state.max_steps:,}")
-        # None: no bar where the output is no terminal
-        hidden = True if args.disable_tqdm else None
         self._bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="Training", unit="step", disable=hidden, leave=False
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="Training",
+            unit="step",
+            disable=args.disable_tqdm,
+            leave=False,
         )
 
     def on_step_begin(self, args, state, control, **kwargs):

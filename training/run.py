@@ -241,6 +241,7 @@ def run(model_fields, training_args, data_args, run_args, command):
         InUseError: another run uses `output_dir`.
     """
     logging.disable_progress_bar()  # of loading and writing a few files
+    training_args.disable_tqdm |= not sys.stderr.isatty()  # in a log, bars are noise
     with _hub_token(training_args.hub_token):
         images = image_datasets(data_args)
         notes = fit_to_data(training_args, images, run_args.final_metrics)
