@@ -66,7 +66,7 @@ def refuse_same_sets(query_embeddings, query_labels, gallery_embeddings, gallery
     Raises:
         ValueError: they are; the message says what to do instead.
     """
-    queries, gallery = query_embeddings.detach(), gallery_embeddings.detach()
+    queries, gallery = as_tensor(query_embeddings).detach(), as_tensor(gallery_embeddings).detach()
     if queries.shape != gallery.shape or not torch.equal(query_labels, gallery_labels.to(query_labels)):
         return
     if (queries != queries[:1]).any() and torch.equal(queries, gallery.to(queries)):

@@ -50,3 +50,16 @@ def test_what_is_no_mistake_goes_on():
     assert retrieval_metrics(one, LABELS, one.clone(), LABELS)["recall_at_1"] == pytest.approx(3 / 12)
     other = EMBEDDINGS.flip(0)  # a set in another order may be another set
     assert retrieval_metrics(EMBEDDINGS, LABELS, other, LABELS.flip(0))["recall_at_1"] == 1
+
+
+@pytest.mark.parametrize("of_queries", [False, True])
+@pytest.mark.parametrize("of_gallery", [False, True])
+def test_arrays_of_numpy_are_as_good_as_tensors(of_queries, of_gallery):
+    queries, gallery = (torch.nn.functional.normalize(torch.randn(n, 4), dim=1) for n in (6, 9))
+    labels, others = torch.arange(6) % 3, torch.arange(9) % 3
+    expected = retrieval_metrics(queries, labels, gallery, others)
+    given = [part.numpy() if of_queries else part for part in (queries, labels)]
+    given += [part.numpy() if of_gallery else part for part in (gallery, others)]
+    assert retrieval_metrics(*given) == expected
+    with pytest.raises(ValueError, match="the same 6 rows"):
+        retrieval_metrics(queries.numpy(), labels, queries.numpy() if of_gallery else queries, labels)
