@@ -157,7 +157,8 @@ def named_columns(
     others = further_columns(features, (image, label), where)
     if (image, label) != (config.image_column or "image", config.label_column or "label"):
         along = f"; along go {', '.join(others)}" if others else ""
-        logger.warning("%s: image_column is %r, label_column %r%s", where, image, label, along)
+        named = "" if label is None else " (class_name in stores and indexes)"
+        logger.warning("%s: image_column is %r, label_column %r%s%s", where, image, label, named, along)
     # before anything else: a stream decodes images to rename their column, and would write them anew
     split = split.cast_column(image, datasets.Image(decode=False)).select_columns(
         [image, *([] if label is None else [label]), *others]

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers.image_utils import PILImageResampling
+from transformers.utils.logging import disable_progress_bar
 
 from .._version import __version__
 from ..backbones_vptsp import PromptKeyValue, project_prompts
@@ -262,6 +263,7 @@ def main(argv=None):
     """Entry point; exit status 2 and one line on stderr where the export can't be done."""
     args = _parse_arguments(argv)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision, which is not needed
+    disable_progress_bar()  # loading weights takes a second
     try:
         if args.format == "onnx":
             _require_onnx()

@@ -37,8 +37,12 @@ def open_page(
         DataError: an index, model or folder is not there, or nobody says which it is.
         IndexMismatchError: the model is not the one that made the embeddings.
     """
+    from transformers.utils import logging
+
     from vptsp.search.embedder import Embedder
     from vptsp.search.open_index import open_index
+
+    logging.disable_progress_bar()  # loading weights takes a second
 
     opened = open_index(index)
     name = model or (opened.model or {}).get("name")

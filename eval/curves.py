@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 from .metric_definitions import definition_of
 from .pictures import COLOURS, GREY, font, new_figure, plain_axes, save_figure
@@ -34,8 +33,9 @@ def series_of(log_history, name):
 def save_training_curves(path, log_history, title=None, dpi=150):
     """Draw loss, Recall@1 and MAP@R, and learning rate over the epochs.
 
-    Scores are those of evaluations during training (`eval_...`) and of the last one (`final_...`). They start, where
-    the log has it, at the frozen backbone's (`frozen_...`), which goes on as a dashed line. Of a run too short for a
+    Scores are those of evaluations during training (`eval_...`), and where there were none, of the last one
+    (`final_...`), which may be of an earlier step's weights. They start, where the log has it, at the frozen
+    backbone's (`frozen_...`), which goes on as a dashed line. Of a run too short for a
     loss to be logged, the mean over all of it is drawn (`train_loss`).
 
     Args:
@@ -87,10 +87,11 @@ def save_training_curves(path, log_history, title=None, dpi=150):
 
 
 def _draw_scores(axes, log_history):
-    evaluations = [_as_eval(entry) for entry in log_history]
     handles = []
     for colour, marker, (name, label) in zip((COLOURS[0], COLOURS[3]), "os", SHOWN_SCORES.items(), strict=True):
-        at, scores = series_of(evaluations, f"eval_{name}")
+        at, scores = series_of(log_history, f"eval_{name}")
+        if not scores:
+            at, scores = series_of(log_history, f"final_{name}")
         frozen = series_of(log_history, f"frozen_{name}")[1][-1:]
         at, percent = [0.0] * len(frozen) + at, [100 * score for score in frozen + scores]
         handles += axes.plot(at, percent, color=colour, linewidth=1.4, marker=marker, markersize=3, label=label)
@@ -98,11 +99,6 @@ def _draw_scores(axes, log_history):
             axes.axhline(100 * score, color=colour, linewidth=1, linestyle=_DASHES)
     handles += axes.plot([], [], color=GREY, linewidth=1, linestyle=_DASHES, label="frozen backbone")
     axes.legend(handles=handles, prop=font(7), frameon=False, loc="best")
-
-
-def _as_eval(entry):
-    """The entry of the last evaluation under the names of the others."""
-    return {re.sub("^final_", "eval_", name): value for name, value in entry.items()}
 
 
 __all__ = ["save_training_curves", "series_of"]

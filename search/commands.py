@@ -84,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         parts[name].add_argument("--split", help="split; default: test, or query against gallery where there are")
         parts[name].add_argument("--recall_at", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K")
         parts[name].add_argument("--resample", default="classes", choices=("classes", "queries"))
-        parts[name].add_argument("--seed", type=int, default=0, help="of the resampling and of k-means")
+        parts[name].add_argument(
+            "--seed", type=int, default=42, help="of the resampling and of k-means (default 42, as in training)"
+        )
     evaluate.add_argument("--map_at", type=int, nargs="*", default=[1000], metavar="K", help="of mAP@K (default 1000)")
     evaluate.add_argument("--confidence", type=float, help="such as 0.95: adds bootstrap intervals")
     compare.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default 0.95)")
@@ -176,6 +178,11 @@ def _add_data_options(parser):
 def _add_model_options(parser):
     group = parser.add_argument_group("how the model runs")
     group.add_argument("--backbone", help="a retriever's backbone: folder or Hub name, where it isn't where it says")
+    group.add_argument(
+        "--image_size",
+        type=int,
+        help="side in pixels of what a bare backbone sees (default: its own; in a comparison, the retriever's)",
+    )
     group.add_argument("--resize_size", type=int, help="short side in pixels before the crop, of a bare backbone")
     group.add_argument("--batch_size", type=int, default=64)
     group.add_argument("--device", help="such as cuda:1; default: the accelerator, or the CPU")

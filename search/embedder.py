@@ -212,7 +212,7 @@ class Embedder:
         return model_fingerprint(self.model, self.preprocess.processor, self.backbone_only)
 
     @classmethod
-    def from_pretrained(cls, name, *, revision=None, backbone=None, resize_size=None, **options):
+    def from_pretrained(cls, name, *, revision=None, backbone=None, image_size=None, resize_size=None, **options):
         """A retriever of this project, or a bare backbone (the zero-shot line), whichever `name` holds.
 
         A retriever's images go through the image processor saved beside it. A backbone's are cut as `train.py` cuts
@@ -225,23 +225,25 @@ class Embedder:
             revision: Commit, tag or branch on the Hub.
             backbone: Where a retriever's backbone is, folder or Hub name, if it isn't where the retriever says; its
                 weights must be the same.
+            image_size: Side in pixels of what the model sees, of a backbone only; None for the checkpoint's.
             resize_size: Short side in pixels, of a backbone only; None for 256 / 224 of its image size.
             **options: `device`, `dtype`, `batch_size` and `max_image_pixels`, as for [`Embedder`].
 
         Raises:
             DataError: the name is that of a folder, which is not there.
             OSError: a file is not to be had.
-            ValueError: neither a retriever nor a supported backbone, `resize_size` with a retriever, or `backbone`
-                with a bare backbone.
+            ValueError: neither a retriever nor a supported backbone; `image_size` or `resize_size` with a retriever;
+                or `backbone` with a bare backbone.
         """
         name = check_model_name(name)
         if backbone is not None:
             backbone = check_model_name(backbone, "backbone")
         if is_retriever(name, revision):
-            if resize_size is not None:
-                raise ValueError(
-                    f"resize_size is for bare backbones: the retriever {name} has its own image processor"
-                )
+            for option, value in (("image_size", image_size), ("resize_size", resize_size)):
+                if value is not None:
+                    raise ValueError(
+                        f"{option} is for bare backbones: the retriever {name} has its own image processor"
+                    )
             processor = load_image_processor(name, revision)
             if processor is None:
                 raise OSError(f"the retriever {name} has no image processor (preprocessor_config.json)")
@@ -250,7 +252,9 @@ class Embedder:
         if backbone is not None:
             raise ValueError(f"backbone is for retrievers: {name} is a backbone itself")
         # No prompts, and a head of width 1 that nothing uses
-        model = VPTSPModel.from_backbone(name, revision=revision, prompt_depth=0, embedding_dim=1)
+        model = VPTSPModel.from_backbone(
+            name, revision=revision, image_size=image_size, prompt_depth=0, embedding_dim=1
+        )
         size = model.config.backbone_config.image_size
         commit = model.config.backbone_revision
         processor = build_image_processor(size, resize_size or round(size * 256 / 224), name, commit)

@@ -24,6 +24,7 @@ from ..files.digests import file_record
 from ..files.locks import LOCK_FILE, locked
 from ..files.marks import INDEX_FILE
 from .index_factory import inverted_lists
+from .model_names import near_folders
 from .records import check_files, load_record, save_record
 
 
@@ -149,6 +150,8 @@ def read_index(folder, mmap, verify):
         DataError: there is no index, a file of it is damaged, or they don't belong together.
     """
     folder = Path(folder)
+    if not folder.exists():
+        raise DataError(f"index: there is no folder {folder}{near_folders(folder)}")
     while True:
         info = load_record(IndexInfo, folder / INDEX_FILE, "index")
         try:

@@ -11,6 +11,7 @@ import torch
 
 from ..data_scripts.data_arguments import DataArguments, check_data_arguments
 from ..data_scripts.data_errors import DataError
+from ..data_scripts.preprocessing import geometry_of, load_image_processor
 from ..data_scripts.split_record import SPLITS_NAME
 from .embed import cached_store
 from .embedder import Embedder, is_retriever
@@ -25,20 +26,40 @@ def load_embedder(name, options):
     from transformers.utils import logging  # slow to load, and stores need no model
 
     name = check_model_name(name)
-    resize_size, backbone = options.resize_size, options.backbone
+    backbone, sizes = options.backbone, {"image_size": options.image_size, "resize_size": options.resize_size}
     if options.command == "compare":  # what is meant for the other one
-        resize_size, backbone = (None, backbone) if is_retriever(name, options.revision) else (resize_size, None)
+        if is_retriever(name, options.revision):
+            sizes = dict.fromkeys(sizes)
+        else:
+            backbone, sizes = None, _size_to_compare(options, sizes)
     with _no_progress_bars(logging):
-        return Embedder.from_pretrained(
+        embedder = Embedder.from_pretrained(
             name,
             revision=options.revision,
             backbone=backbone,
-            resize_size=resize_size,
+            **sizes,
             batch_size=options.batch_size,
             device=options.device,
             dtype=getattr(torch, options.dtype),
             max_image_pixels=options.max_image_pixels,
         )
+    if options.command == "compare":
+        print(f"{name}: images of {embedder.preprocess.image_size} pixels", file=sys.stderr)
+    return embedder
+
+
+def _size_to_compare(options, sizes):
+    """The sizes of a bare backbone: those that were given, else the retriever's that it is compared with."""
+    other = next((name for name in (options.first, options.second) if _is_saved_retriever(name, options)), None)
+    if other is None or sizes["image_size"] is not None:
+        return sizes
+    processor = load_image_processor(other, options.revision)
+    image_size, resize_size = geometry_of(processor, None)
+    return {"image_size": image_size, "resize_size": sizes["resize_size"] or resize_size}
+
+
+def _is_saved_retriever(name, options):
+    return not (Path(name) / STORE_FILE).is_file() and is_retriever(check_model_name(name), options.revision)
 
 
 @contextlib.contextmanager
@@ -150,7 +171,7 @@ def model_of(index, options):
 
 def refuse_model_options(options, instead):
     """A DataError if an option says something of a model where none is loaded; `instead` is what it goes with."""
-    for name in ("model", "backbone", "revision", "resize_size"):
+    for name in ("model", "backbone", "revision", "image_size", "resize_size"):
         if getattr(options, name) is not None:
             raise DataError(f"--{name} goes with {instead}")
 
@@ -159,7 +180,7 @@ def check_compared(options):
     """A DataError if an option of `compare` is for neither of its two models."""
     names = [name for name in (options.first, options.second) if not (Path(name) / STORE_FILE).is_file()]
     kinds = {is_retriever(check_model_name(name), options.revision) for name in names}
-    for option, for_retrievers in (("backbone", True), ("resize_size", False)):
+    for option, for_retrievers in (("backbone", True), ("image_size", False), ("resize_size", False)):
         if getattr(options, option) is not None and for_retrievers not in kinds:
             what = "a retriever" if for_retrievers else "a bare backbone"
             raise DataError(f"--{option} is for {what}, and neither {options.first} nor {options.second} is one")

@@ -28,10 +28,15 @@ def check_model_name(name, option="model"):
     on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.is_dir()
     if on_hub or "://" in name:
         return name
-    near = near_names(path.name, _folders_beside(path))
-    hint = f"; did you mean {' or '.join(repr(str(path.parent / found)) for found in near)}?" if near else ""
-    also = "" if "/" in name or near else " (on the Hub, models are called OWNER/NAME)"
+    hint = near_folders(path)
+    also = "" if "/" in name or hint else " (on the Hub, models are called OWNER/NAME)"
     raise DataError(f"{option}: there is no folder {name}{hint}{also}")
+
+
+def near_folders(path):
+    """The end of an error on a folder that is not there: folders of nearly that name beside it, if there are any."""
+    near = near_names(path.name, _folders_beside(path))
+    return f"; did you mean {' or '.join(repr(str(path.parent / found)) for found in near)}?" if near else ""
 
 
 def _folders_beside(path):
@@ -41,4 +46,4 @@ def _folders_beside(path):
         return []
 
 
-__all__ = ["check_model_name"]
+__all__ = ["check_model_name", "near_folders"]

@@ -47,7 +47,7 @@ proxies and loss
   --loss_alpha X                    scale of proxy losses [32.0]
   --loss_delta X                    margin of proxy losses [0.1]
 training
-  --num_train_epochs N              times that every class is seen [3.0]
+  --num_train_epochs N              passes over the training images [3.0]
   --per_device_train_batch_size N   images in a batch [64]
   --images_per_class K              images of each class in it [2]
   --learning_rate X                 [0.0005]

@@ -79,6 +79,11 @@ def read_config(path) -> dict:
     file = preset if preset.is_file() and not Path(path).is_file() else Path(path)
     try:
         values = read_yaml(file)
+    except FileNotFoundError as error:
+        folder = preset.parents[str(path).count("/")]
+        presets = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+        hint = nearest(str(path), presets, most=1) or f"; the presets are {', '.join(presets)}"
+        raise ConfigError(f"there is no configuration {path}, neither a file nor a preset{hint}") from error
     except OSError as error:
         raise ConfigError(f"the configuration {path} can't be read: {error.strerror}") from error
     except YamlError as error:

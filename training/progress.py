@@ -76,6 +76,7 @@ class RunProgress(TrainerCallback):
         self._bar = None
         self._loss = None  # logged, and not yet on a line: an evaluation of the same step may follow
         self._begun = None
+        self._log_every = 1
 
     @classmethod
     def of(cls, trainer, table):
@@ -85,7 +86,7 @@ class RunProgress(TrainerCallback):
         trainer.add_callback(cls(table))
 
     def on_train_begin(self, args, state, control, **kwargs):
-        state.logging_steps = min(state.logging_steps, max(math.ceil(state.max_steps / LEAST_LOGS), 1))
+        self._log_every = max(math.ceil(state.max_steps / LEAST_LOGS), 1)
         if not state.is_world_process_zero:
             return
         self._begun = time.perf_counter()
@@ -104,7 +105,8 @@ class RunProgress(TrainerCallback):
         self._show_loss(state)
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_log |= control.should_evaluate and args.logging_strategy != "no"
+        due = control.should_evaluate or state.global_step % self._log_every == 0
+        control.should_log |= due and args.logging_strategy != "no"
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n if not self._bar.disable else 0)
         return control

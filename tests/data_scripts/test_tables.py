@@ -85,7 +85,10 @@ def test_every_kind_holds_the_same(shop, load, name, streaming, caplog):
     assert [row["code"] or "" for row in train] == CODES[:3]  # with their zeros
     assert [row["stock"] for row in train] == STOCK[:3]
     assert set(train[0]) == {"image", "label", "price", "code", "stock"}
-    assert "image_column is 'file', label_column 'product'; along go price, code, stock" in caplog.text
+    assert (
+        "image_column is 'file', label_column 'product' (class_name in stores and indexes); "
+        "along go price, code, stock" in caplog.text
+    )
     assert [record.message for record in caplog.records].count(caplog.records[0].message) == 1
 
 

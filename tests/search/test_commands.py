@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_vit_config
 from data_fixtures import write_classes
 from safetensors.torch import load_file, save_file
+from transformers import ViTModel
 
 from vptsp import (
     EmbeddingStore,
@@ -77,7 +79,7 @@ def test_evaluate_a_store(store, tmp_path, capsys):
     assert run("evaluate", store=store, output=tmp_path, recall_at=[1, 3], confidence=0.9) == 0
     report = json.loads((tmp_path / "metrics.json").read_text())
     opened = EmbeddingStore.open(store)
-    expected = embedding_metrics(opened.embeddings, opened.labels, recall_at=(1, 3), confidence=0.9)
+    expected = embedding_metrics(opened.embeddings, opened.labels, recall_at=(1, 3), confidence=0.9, seed=42)
     assert report["metrics"] == pytest.approx(expected)
     assert report["model"]["kind"] == "retriever"
     assert report["data"]["queries"]["images"] == 16
@@ -132,6 +134,17 @@ def test_queries_against_a_gallery(retriever, tmp_path):
     assert run("evaluate", output=tmp_path / "b", recall_at=[2], map_at=[], **stores, no_clustering=True,
                no_geometry=True) == 0  # fmt: skip
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["metrics"] == report["metrics"]
+
+
+def test_a_backbone_is_compared_at_the_size_of_the_retriever(retriever, photos, tmp_path, capsys):
+    """Unless another is asked for; either way the sizes are said."""
+    backbone = tmp_path / "backbone"
+    ViTModel(tiny_vit_config(image_size=32)).save_pretrained(backbone)
+    how = {"images": photos, "embeddings_cache": tmp_path / "cache", "output": tmp_path / "out"}
+    for option, size in (({}, 16), ({"image_size": 24}, 24)):
+        assert run("compare", retriever, backbone, **how, **option) == 0
+        err = capsys.readouterr().err
+        assert f"{retriever}: images of 16 pixels" in err and f"{backbone}: images of {size} pixels" in err
 
 
 def test_compare_a_store_with_a_backbone(store, photos, backbone_folder, tmp_path, capsys):
