@@ -405,7 +405,7 @@ def _as_rows(columns: dict[str, list], config, name: str, place: Callable[[int],
         elif typed:
             kept[column] = typed_column(values)
         else:
-            kept[column] = _alike(values, column, name)
+            kept[column] = _alike(values, column, name, place)
         _check_unicode(kept[column] or (), lambda row, column=column: f"{place(row)}: the column {column!r}")
     return datasets.Dataset.from_dict({name: values for name, values in kept.items() if values is not None})
 
@@ -431,7 +431,7 @@ def _text(value: Any, column: str, place: str) -> str | None:
     return None if value is None else str(value).strip()
 
 
-def _alike(values: Sequence[Any], column: str, name: str) -> list | None:
+def _alike(values: Sequence[Any], column: str, name: str, place: Callable[[int], str]) -> list | None:
     """Values of one type: numbers, or text where some are no numbers; None for a column of others, which is said."""
     try:
         plain = [plain_value(value) for value in values]
@@ -439,6 +439,9 @@ def _alike(values: Sequence[Any], column: str, name: str) -> list | None:
         logger.warning("%s: the column %r holds neither text nor numbers, left out", name, column)
         return None
     kinds = {type(value) for value in plain if value is not None}
+    for row, value in enumerate(plain):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise DataError(f"{place(row)}: the column {column!r} holds {value}, more than 64 bits: write it as text")
     if kinds <= {int} or kinds <= {float} or kinds <= {str}:
         return plain
     to = float if kinds <= {int, float} else str

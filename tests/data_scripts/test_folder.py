@@ -397,16 +397,21 @@ def test_files_of_both_sides_are_said(tmp_path, load, caplog):
     (root / "c9").mkdir()
     for number, image in enumerate(sorted((root / "c0").iterdir())):
         (root / f"c9/{number}{image.suffix}").symlink_to(image)
-    load(root, train_classes="c0", test_classes="c1,c9")
+    load(root, train_classes=["c0"], test_classes=["c1", "c9"])
     (warning,) = [record.message for record in caplog.records if "files that train too" in record.message]
     first = sorted((root / "c0").iterdir())[0]
     assert warning.startswith(f"{root}: 7 test images are files that train too, by links: '{root}/c9/0")
     assert f"is {first}'" in warning
     assert warning.endswith("and 2 more")
     caplog.clear()
-    load(root, train_classes="c0,c9", test_classes="c1")
-    load(root, class_split="seen", train_classes=None, test_share=0)
+    load(root, train_classes=["c0", "c9"], test_classes=["c1"])
+    load(root, test_share=0)
     assert "files that train too" not in caplog.text
+    root = write_classes(tmp_path / "known", {"a": 1})
+    (root / "a/link.png").symlink_to(root / "a/000.png")
+    write_classes(root, {"a": 1, "b": 4})
+    load(root, class_split="seen")  # the gallery are the training images, which is meant; a query that is one is not
+    assert f"{root}: 1 test images are files that train too" in caplog.text
 
 
 def test_files_of_both_splits_are_said(tmp_path, load, caplog):
