@@ -346,13 +346,13 @@ def places_of_labels(shop, labels):
 
 
 @pytest.mark.parametrize(
-    "label", [-1, -20, "-1", "nan", "NaN", "null", "NULL", "None", "<NA>", "a\nb", "a\rb", "a\u2028b"], ids=ascii
+    "label", [-1, -20, "-1", "nan", "NaN", "null", "NULL", "None", "<NA>", "a\nb", "a\u2028b"], ids=ascii
 )
 def test_what_names_no_class_is_refused_everywhere(shop, load, label):
     labels = [7, label, 8, 9] if isinstance(label, int) else ["7", label, "8", "9"]
     for place, where in places_of_labels(shop, labels):
-        if where.startswith(("t.csv", "t.tsv")) and str(label)[1] in "\r\n":  # the row ends on the next line
-            where, label = where.replace(":3", ":4"), "a\nb"
+        if where.startswith(("t.csv", "t.tsv")) and label == "a\nb":  # the row ends on the next line
+            where = where.replace(":3", ":4")
         is_number = isinstance(label, int) and where.endswith("row 1") and "DataFrame" not in where
         why = "with a line break in it" if len(str(label).splitlines()) > 1 else "which means no class in many tools"
         what = f"{label}; expected an integer >= 0" if is_number else f"{str(label)!r}, {why}"
@@ -407,7 +407,7 @@ def test_json_that_can_not_be_taken_as_it_stands(shop, load):
             load(place)
 
 
-@pytest.mark.parametrize("path", ["x" * 5000, "~nobody/x.png", "a\0.jpg", "a/1.jpg/x"], ids=ascii)
+@pytest.mark.parametrize("path", ["x" * 5000, "~no such user/x.png", "a\0.jpg", "a/1.jpg/x"], ids=ascii)
 def test_paths_that_can_not_be_are_said_with_their_line(shop, load, path):
     for name in ("t.csv", "t.jsonl", "t.parquet"):
         place = WRITERS[name](shop / name, rows(file=[NAMES[0], path, *NAMES[2:]]))
