@@ -407,7 +407,9 @@ def test_json_that_can_not_be_taken_as_it_stands(shop, load):
             load(place)
 
 
-@pytest.mark.parametrize("path", ["x" * 5000, "~no such user/x.png", "a\0.jpg", "a/1.jpg/x"], ids=ascii)
+@pytest.mark.parametrize(
+    "path", ["x" * 5000, "~no such user/x.png", "a\0.jpg", "a/1.jpg/x"], ids=["long", "user", "nul", "file"]
+)
 def test_paths_that_can_not_be_are_said_with_their_line(shop, load, path):
     for name in ("t.csv", "t.jsonl", "t.parquet"):
         place = WRITERS[name](shop / name, rows(file=[NAMES[0], path, *NAMES[2:]]))
