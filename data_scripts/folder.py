@@ -10,6 +10,7 @@ A class may have a single image. In training it fills its places in a batch by r
 that nothing can answer, which the metrics leave out and count. Class names sort by code point: `10` comes before `2`.
 """
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from .builder import ClassSplitConfig, ImageDatasetBuilder
 from .class_folders import detect_layout, existing_folder, scan_class_folders, scan_split_folders
 from .data_errors import DataError, some
 from .dataset_options import LayoutOptions
+from .image_files import say_shared_files
 from .listing import SplitListing, make_listing
 from .table_files import refuse_table
 
@@ -49,6 +51,13 @@ class ImageFolders(ImageDatasetBuilder):
 
     @classmethod
     def _list(cls, config: ImageFoldersConfig) -> SplitListing:
+        listing = cls._list_layout(config)
+        sides = {name: rows.files for name, rows in listing.splits.items() if name != "gallery" or not config.seen}
+        say_shared_files(str(config.data_dir), sides.pop("train"), itertools.chain(*sides.values()))
+        return listing
+
+    @classmethod
+    def _list_layout(cls, config: ImageFoldersConfig) -> SplitListing:
         refuse_table(config.data_dir)
         root = existing_folder(config.data_dir)
         layout = detect_layout(root, config.layout)

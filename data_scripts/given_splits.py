@@ -18,7 +18,7 @@ from .class_folders import LAYOUT_SPLITS, LAYOUTS
 from .class_split import asked_images
 from .data_errors import DataError, some
 from .dataset_options import ColumnOptions
-from .labels import check_labels
+from .labels import check_class_name, check_labels
 from .listing import GROUP_SPLITS
 from .table_columns import IMAGE_NAMES, LABEL_NAMES, choose_column, free_name
 
@@ -273,9 +273,8 @@ def _labels(split, where: str) -> list:
         labels = [row["label"] for row in split.select_columns(["label"])]
     feature = split.features["label"]
     if isinstance(feature, datasets.Value) and "string" in feature.dtype:
-        missing = next((row for row, label in enumerate(labels) if label is None or not label.strip()), None)
-        if missing is not None:
-            raise DataError(f"{where}: row {missing} has the label {labels[missing]!r}; expected the name of a class")
+        for row, label in enumerate(labels):
+            check_class_name(label, f"{where}: row {row}")
         return labels
     num_classes = len(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     return check_labels(labels, num_classes, where).tolist()

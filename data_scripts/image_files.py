@@ -27,6 +27,7 @@ __all__ = [
     "list_images",
     "refuse_own_folder",
     "relative_parts",
+    "say_shared_files",
 ]
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,29 @@ def has_images(folder: str | Path) -> bool:
         if any(map(is_image_name, names)):
             return True
     return False
+
+
+def say_shared_files(where: str | Path, train: Iterable[str], test: Iterable[str]) -> None:
+    """Warn of test images that are training images, by links to files under other names.
+
+    Args:
+        where: Folder or table, for the warning.
+        train, test: Absolute paths of the images of each side.
+    """
+    folders: dict[str, str] = {}
+
+    def real(path: str) -> str:  # only links are resolved: that of every file would take as long as listing them
+        folder, name = os.path.split(path)
+        if Path(path).is_symlink():
+            return os.path.realpath(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        return f"{folders[folder]}/{name}"
+
+    trained = {real(path): path for path in train}
+    shared = [f"{path} is {trained[file]}" for path in test if (file := real(path)) in trained]
+    if shared:
+        logger.warning("%s: %d test images are files that train too, by links: %s", where, len(shared), some(shared))
 
 
 def _walk_images(

@@ -3,6 +3,7 @@
 Nothing here imports torch or `datasets`.
 """
 
+import re
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,36 @@ import numpy as np
 from .data_errors import DataError
 
 
-__all__ = ["check_label", "check_labels"]
+__all__ = ["NO_CLASS", "check_class_name", "check_label", "check_labels"]
+
+NO_CLASS = ("nan", "NaN", "null", "NULL", "None", "<NA>")
+"""What tools write in place of nothing: no names of classes."""
+_NEGATIVE = re.compile(r"-\d+")
+
+
+def check_class_name(name: str | None, where: str, may_lack: bool = False) -> None:
+    """Check the name of a class, where labels are text.
+
+    Args:
+        name: What stands in place of it.
+        where: What to call the row in errors.
+        may_lack: Let rows without a class pass.
+
+    Raises:
+        DataError: it is empty, a negative integer or one of `NO_CLASS`, or has a line break.
+    """
+    if name is None or not name.strip():
+        if may_lack:
+            return
+        raise DataError(f"{where} has the label {name!r}; expected the name of a class")
+    text = name.strip()
+    if text in NO_CLASS or _NEGATIVE.fullmatch(text):
+        instead = "leave it empty" if may_lack else "leave the row out"
+        raise DataError(
+            f"{where} has the label {name!r}, which means no class in many tools: {instead} or name the class"
+        )
+    if len(text.splitlines()) > 1:
+        raise DataError(f"{where} has the label {name!r}, with a line break in it (a quotation mark too many?)")
 
 
 def check_label(label: Any, num_classes: int | None, where: str) -> int:

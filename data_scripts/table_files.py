@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files.json_files import without_duplicates
 from .class_folders import existing_folder, visible_folders
 from .data_errors import DataError, some
 
@@ -26,6 +27,7 @@ __all__ = [
     "missing_text",
     "read_text_table",
     "refuse_table",
+    "shortened",
     "table_kind",
 ]
 
@@ -193,8 +195,8 @@ def _read_json_lines(text: str, path: Path) -> tuple[dict[str, list[Any]], list[
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json.loads(line, object_pairs_hook=without_duplicates)
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: expected a JSON object per line, got {line.strip()[:60]}")
@@ -204,8 +206,13 @@ def _read_json_lines(text: str, path: Path) -> tuple[dict[str, list[Any]], list[
     return {name: [row.get(name) for row in rows] for name in names}, lines
 
 
+def shortened(text: str) -> str:
+    """A text for a message, quoted."""
+    return repr(text if len(text) <= 200 else f"{text[:100]}...{text[-50:]}")
+
+
 def missing_text(names: Sequence[str], places: Sequence[str], total: int, where: str) -> str:
     """What is said of images that a table names and that are not there."""
-    shown = ", ".join(f"{name!r} ({place})" for name, place in zip(names[:5], places, strict=False))
+    shown = ", ".join(f"{shortened(name)} ({place})" for name, place in zip(names[:5], places, strict=False))
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return f"{len(names):,} of the {total:,} images that {where} names are not there: {shown}{more}"

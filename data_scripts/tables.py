@@ -6,11 +6,12 @@ row is in which split, and others, which go along as columns of the data set. Wh
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from .data_errors import DataError, some
 from .dataset_options import TableOptions
 from .given_splits import ColumnsConfig, LazySplits, image_column_of, named_columns, split_given
 from .hub import load_saved
-from .image_files import LeftOut, list_images
+from .image_files import LeftOut, list_images, say_shared_files
+from .labels import check_class_name, check_label
 from .table_columns import IMAGE_NAMES, LABEL_NAMES, SPLIT_NAMES, choose_column, plain_value, typed_column
-from .table_files import metadata_files, missing_text, read_text_table, table_kind
+from .table_files import metadata_files, missing_text, read_text_table, shortened, table_kind
 
 
 __all__ = ["TableImages", "TableImagesConfig", "read_tables"]
@@ -67,7 +69,10 @@ class TableImages:
         where, splits = read_tables(data_dir, config, cache_dir)
         if streaming:
             splits = LazySplits(splits, lambda name, split: split.to_iterable_dataset())
-        return split_given(splits, config, where)
+        result = split_given(splits, config, where)
+        sides = {name: _paths(split) for name, split in result.items() if name != "gallery" or not config.seen}
+        say_shared_files(where, sides.pop("train"), itertools.chain(*sides.values()))
+        return result
 
 
 def read_tables(
@@ -171,11 +176,11 @@ class _Table:
         roles = self._roles(split) if split is not None else folders.get("split")
         if split is not None:
             rows = rows.remove_columns(split)
-        if label is None and "label" in folders:
+        if label is not None:
+            self._check_labels(rows, label, labelled)
+        elif "label" in folders:
             rows = rows.add_column("label", folders["label"])
             label = "label"
-        if label is not None and labelled:
-            self._check_labels(rows, label)
         rows = self._with_images(rows, image, paths, config)
         rows = named_columns(rows, config, self.name, image, label, labelled)
         if roles is None:
@@ -223,12 +228,17 @@ class _Table:
         found = {} if None in classes else {"label": classes}
         return found | ({"split": [path.split("/")[0].lower() for path in paths]} if splits else {})
 
-    def _check_labels(self, rows: datasets.Dataset, label: str) -> None:
-        if not _is_text(rows.features[label]):  # numbers are looked at where all labels are
-            return
-        for row, value in enumerate(_values(rows, label)):
-            if value is None or not value.strip():
-                raise DataError(f"{self.where(row)}: the label ({label!r}) is empty; expected the name of a class")
+    def _check_labels(self, rows: datasets.Dataset, label: str, labelled: bool) -> None:
+        feature = rows.features[label]
+        if _is_text(feature):
+            for row, value in enumerate(_values(rows, label)):
+                if labelled and (value is None or not value.strip()):
+                    raise DataError(f"{self.where(row)}: the label ({label!r}) is empty; expected the name of a class")
+                check_class_name(value, f"{self.where(row)}: the column {label!r}", may_lack=not labelled)
+        elif isinstance(feature, datasets.Value) and "int" in feature.dtype:  # those with names: where all labels are
+            for row, value in enumerate(_values(rows, label)):
+                if value is not None:
+                    check_label(value, None, f"{self.where(row)}: the column {label!r}")
 
     def _with_images(self, rows, image: str, paths: list | None, config: TableImagesConfig) -> datasets.Dataset:
         """The rows with files or contents in the column `image`, as `datasets.Image` has them."""
@@ -238,7 +248,7 @@ class _Table:
             self._check_stored(rows, image)
             return rows
         if paths is not None:
-            root = self.root if config.image_root is None else Path(config.image_root).expanduser().absolute()
+            root = self.root if config.image_root is None else Path(os.path.expanduser(config.image_root)).absolute()  # noqa: PTH111
             stored: Any = [{"path": path, "bytes": None} for path in self._files(paths, root)]
         elif isinstance(feature, datasets.Value) and "binary" in feature.dtype:
             stored = self._contents(rows, image)
@@ -263,7 +273,7 @@ class _Table:
                 continue
             if not path:
                 raise DataError(f"{self.where(row)}: there is no image in the column {image!r}")
-            if not Path(path).is_file():
+            if not os.path.isfile(path):  # noqa: PTH113 (that of Path raises where a name is too long)
                 missing.append((path, self.where(row)))
         if missing:
             raise DataError(missing_text(*zip(*missing, strict=True), len(rows), self.name))
@@ -288,16 +298,20 @@ class _Table:
         for row, path in enumerate(paths):
             if path is None or not path.strip():
                 raise DataError(f"{self.where(row)}: the image has no path")
+            if len(path.splitlines()) > 1:
+                raise DataError(
+                    f"{self.where(row)}: the path {shortened(path)} has a line break (a quotation mark too many?)"
+                )
             if "://" in path:
                 raise DataError(
                     f"{self.where(row)}: {path!r} is an address; expected a file (download the images first)"
                 )
-            file = Path(os.path.normpath(root / Path(path).expanduser()))
-            if not file.is_file() and "\\" in path:
-                file = Path(os.path.normpath(root / path.replace("\\", "/")))
-            if not file.is_file():
+            # functions of os.path, as those of Path raise where there is no such user, or a name is too long
+            name = os.path.normpath(root / os.path.expanduser(path))  # noqa: PTH111
+            if not os.path.isfile(name) and "\\" in path:  # noqa: PTH113
+                name = os.path.normpath(root / path.replace("\\", "/"))
+            if not os.path.isfile(name):  # noqa: PTH113
                 missing.append(row)
-            name = str(file)
             if name in seen:
                 raise DataError(f"{self.where(row)}: the image {path!r} was named before, at {self.where(seen[name])}")
             seen[name] = row
@@ -306,6 +320,19 @@ class _Table:
             names, places = [paths[row] for row in missing], [self.where(row) for row in missing]
             raise DataError(f"{missing_text(names, places, len(paths), self.name)}; paths are relative to {root}")
         return found
+
+
+def _paths(split: datasets.Dataset | datasets.IterableDataset) -> Iterator[str]:
+    """Paths of the images that are files; nothing is read where the first one is none."""
+    if isinstance(split, datasets.Dataset):
+        column = split.with_format("arrow", columns=["image"])[:].column("image")
+        for chunk in column.chunks:
+            stored = chunk.field("bytes").is_valid().to_pylist()
+            paths = chunk.field("path").to_pylist()
+            yield from (path for path, inside in zip(paths, stored, strict=True) if path and not inside)
+        return
+    images = (row["image"] for row in split.select_columns(["image"]))
+    yield from (image["path"] for image in itertools.takewhile(lambda image: image["bytes"] is None, images))
 
 
 def _values(rows: datasets.Dataset, column: str) -> list:
@@ -351,6 +378,9 @@ def _read_arrow(path: Path, cache_dir: str | None) -> datasets.Dataset:
 def _of_frame(frame: Any, config: TableImagesConfig) -> _Table:
     if not len(frame):
         raise DataError("the DataFrame has no rows")
+    names = list(map(str, frame.columns))
+    if twice := sorted({column for column in names if names.count(column) > 1}):
+        raise DataError(f"the DataFrame: each column must have a name of its own, got {some(twice)} several times")
     columns = {str(name): frame[name].tolist() for name in frame.columns}
     root, name = Path.cwd(), "DataFrame"
     rows = _as_rows(columns, config, name, lambda row: f"{name}, row {row}")
@@ -366,6 +396,7 @@ def _as_rows(columns: dict[str, list], config, name: str, place: Callable[[int],
         choose_column("split_column", config.split_column, names, SPLIT_NAMES, name),
     ]
     kept: dict[str, list] = {}
+    _check_unicode(names, lambda row: f"{name}: the name of a column")
     for column, values in columns.items():
         if column == chosen[0] and any(isinstance(value, (bytes, Path)) for value in values):
             kept[column] = [str(value) if isinstance(value, Path) else value for value in values]
@@ -374,8 +405,19 @@ def _as_rows(columns: dict[str, list], config, name: str, place: Callable[[int],
         elif typed:
             kept[column] = typed_column(values)
         else:
-            kept[column] = _alike(values, column, name)
+            kept[column] = _alike(values, column, name, place)
+        _check_unicode(kept[column] or (), lambda row, column=column: f"{place(row)}: the column {column!r}")
     return datasets.Dataset.from_dict({name: values for name, values in kept.items() if values is not None})
+
+
+def _check_unicode(values: Iterable[Any], place: Callable[[int], str]) -> None:
+    """Refuse half of a surrogate pair, which JSON may hold and no table can."""
+    for row, value in enumerate(values):
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise DataError(f"{place(row)} holds {shortened(value)}, which is not valid Unicode") from None
 
 
 def _text(value: Any, column: str, place: str) -> str | None:
@@ -389,7 +431,7 @@ def _text(value: Any, column: str, place: str) -> str | None:
     return None if value is None else str(value).strip()
 
 
-def _alike(values: Sequence[Any], column: str, name: str) -> list | None:
+def _alike(values: Sequence[Any], column: str, name: str, place: Callable[[int], str]) -> list | None:
     """Values of one type: numbers, or text where some are no numbers; None for a column of others, which is said."""
     try:
         plain = [plain_value(value) for value in values]
@@ -397,6 +439,9 @@ def _alike(values: Sequence[Any], column: str, name: str) -> list | None:
         logger.warning("%s: the column %r holds neither text nor numbers, left out", name, column)
         return None
     kinds = {type(value) for value in plain if value is not None}
+    for row, value in enumerate(plain):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise DataError(f"{place(row)}: the column {column!r} holds {value}, more than 64 bits: write it as text")
     if kinds <= {int} or kinds <= {float} or kinds <= {str}:
         return plain
     to = float if kinds <= {int, float} else str

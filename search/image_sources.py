@@ -157,7 +157,7 @@ def list_source(path):
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the list of images {path} can't be read: {error}") from error
     files = [os.path.normpath(path.parent / line) for line in lines if line and not line.startswith("#")]
-    missing = [file for file in files if not Path(file).is_file()]
+    missing = [file for file in files if not os.path.isfile(file)]  # noqa: PTH113 (that of Path raises where a name is too long)
     if missing:
         raise DataError(f"{path} names {len(missing)} files that are not there: {some(missing)}")
     root = common_root(files, path.parent)
@@ -270,7 +270,7 @@ def table_source(place, cache_dir=None, **options):
     parts = {}
     for name, split in splits.items():
         description = f"{name} of {where}"
-        labels, class_names = _labels_of(split)
+        labels, class_names = _labels_of(split, description)
         table = split.cast_column("image", datasets.Image(decode=False))
         found = image_names(table, None if hasattr(place, "columns") else place)
         root = None if found.root is None else str(found.root)
@@ -279,7 +279,7 @@ def table_source(place, cache_dir=None, **options):
     return joined_source(parts, f"images of {where}")
 
 
-def _labels_of(split):
+def _labels_of(split, description):
     """Labels of a table, masked where there are none, and the names of its classes in their order."""
     if "label" not in split.column_names:
         return np.ma.masked_all(len(split), dtype=np.int64), []
@@ -289,7 +289,9 @@ def _labels_of(split):
         known = range(len(feature.names))
         bad = next((row for row, value in enumerate(values) if value is not None and value not in known), None)
         if bad is not None:
-            raise DataError(f"row {bad} has the label {values[bad]}; expected 0..{len(feature.names) - 1}")
+            raise DataError(
+                f"{description}: row {bad} has the label {values[bad]}; expected 0..{len(feature.names) - 1}"
+            )
         numbers, class_names = values, list(feature.names)
     else:
         classes = sorted({value for value in values if value not in (None, "")})

@@ -12,6 +12,7 @@ from transformers import HfArgumentParser, PreTrainedConfig
 
 from ..configuration_vptsp import VPTSPConfig
 from ..data_scripts.data_arguments import DataArguments, check_data_arguments, check_output_apart, data_hints
+from ..files.json_files import without_duplicates
 from ..loading_vptsp import find_backbone, resized_config
 from ..losses.loss_registry import check_loss
 from .argument_values import TRAINING_BOUNDS, TRAINING_CHOICES, training_hints
@@ -111,7 +112,7 @@ def parse_arguments(argv, prog="train.py"):
         if isinstance(model_fields[name], str):
             try:
                 model_fields[name] = json.loads(
-                    model_fields[name], object_pairs_hook=_without_duplicates, parse_constant=_no_number
+                    model_fields[name], object_pairs_hook=without_duplicates, parse_constant=_no_number
                 )
             except ValueError as error:
                 holds = "JSON with a model_type" if name == "backbone_config" else "a JSON mapping"
@@ -122,14 +123,6 @@ def parse_arguments(argv, prog="train.py"):
 def _no_number(text):
     """JSON has no NaN and no infinities, but Python reads them."""
     raise ValueError(f"{text} is no number")
-
-
-def _without_duplicates(pairs):
-    """A JSON object, unless a key is there twice, of which the last would win."""
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]!r} is there twice")
-    return dict(pairs)
 
 
 def check_run(model_fields, training_args, data_args, run_args):

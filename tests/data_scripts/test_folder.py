@@ -390,3 +390,36 @@ def test_symbolic_links(tmp_path, load):
     (root / "a/broken.png").symlink_to("nowhere.png")
     with pytest.raises(DataError, match=r"a/broken.png is a broken link to nowhere.png"):
         load(root)
+
+
+def test_files_of_both_sides_are_said(tmp_path, load, caplog):
+    root = write_classes(tmp_path / "root", {"c0": 7, "c1": 2})
+    (root / "c9").mkdir()
+    for number, image in enumerate(sorted((root / "c0").iterdir())):
+        (root / f"c9/{number}{image.suffix}").symlink_to(image)
+    load(root, train_classes=["c0"], test_classes=["c1", "c9"])
+    (warning,) = [record.message for record in caplog.records if "files that train too" in record.message]
+    first = sorted((root / "c0").iterdir())[0]
+    assert warning.startswith(f"{root}: 7 test images are files that train too, by links: '{root}/c9/0")
+    assert f"is {first}'" in warning
+    assert warning.endswith("and 2 more")
+    caplog.clear()
+    load(root, train_classes=["c0", "c9"], test_classes=["c1"])
+    load(root, test_share=0)
+    assert "files that train too" not in caplog.text
+    root = write_classes(tmp_path / "known", {"a": 1})
+    (root / "a/link.png").symlink_to(root / "a/000.png")
+    write_classes(root, {"a": 1, "b": 4})
+    load(root, class_split="seen")  # the gallery are the training images, which is meant; a query that is one is not
+    assert f"{root}: 1 test images are files that train too" in caplog.text
+
+
+def test_files_of_both_splits_are_said(tmp_path, load, caplog):
+    root = write_files(tmp_path / "root", {})
+    write_classes(root / "train", {"a": 2})
+    write_classes(root / "test", {"b": 2})
+    (root / "test/b/link.jpg").symlink_to(sorted((root / "train/a").iterdir())[0])
+    load(root)
+    assert (
+        f"1 test images are files that train too, by links: '{root}/test/b/link.jpg is {root}/train/a/" in caplog.text
+    )

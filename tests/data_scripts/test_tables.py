@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import datasets
 import pandas as pd
@@ -13,6 +14,7 @@ from data_fixtures import jpeg_bytes, rows_of, write_files
 
 from vptsp import DataArguments, DataError, ImageDataset, check_data_arguments, load_splits
 from vptsp.data_scripts.command_check import main as check
+from vptsp.search.image_sources import list_source, table_source
 
 
 NAMES = ["a/1.jpg", "a/2.jpg", "b/3.jpg", "c/4.jpg"]
@@ -330,3 +332,132 @@ def test_check_takes_a_table(shop, tmp_path, capsys):
     words = ["table", "--data_dir", str(place), "--decode", "--picture", str(tmp_path / "t.png")]
     assert check(words) == 0
     assert "All 4 images can be read." in capsys.readouterr().out
+
+
+def places_of_labels(shop, labels):
+    """The same labels in a table of every kind, and how each calls its second row."""
+    columns = {"file": NAMES, "product": labels}
+    table = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    frame = pd.DataFrame({**columns, "file": [str(shop / name) for name in NAMES]})
+    places = {"t.csv": "t.csv:3", "t.tsv": "t.tsv:3", "t.jsonl": "t.jsonl:3", "t.parquet": "t.parquet, row 1"}
+    datasets.Dataset.from_list(table).save_to_disk(shop / "disk")
+    return [
+        *((WRITERS[name](shop / name, table), where) for name, where in places.items()),
+        (frame, "DataFrame, row 1"),
+        (shop / "disk", "disk, split train, row 1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "label", [-1, -20, "-1", "nan", "NaN", "null", "NULL", "None", "<NA>", "a\nb", "a\u2028b"], ids=ascii
+)
+def test_what_names_no_class_is_refused_everywhere(shop, load, label):
+    labels = [7, label, 8, 9] if isinstance(label, int) else ["7", label, "8", "9"]
+    for place, where in places_of_labels(shop, labels):
+        if where.startswith(("t.csv", "t.tsv")) and label == "a\nb":  # the row ends on the next line
+            where = where.replace(":3", ":4")
+        is_number = isinstance(label, int) and where.endswith("row 1") and "DataFrame" not in where
+        why = "with a line break in it" if len(str(label).splitlines()) > 1 else "which means no class in many tools"
+        what = f"{label}; expected an integer >= 0" if is_number else f"{str(label)!r}, {why}"
+        for read in (load, table_source):
+            with pytest.raises(DataError, match=rf"{where}: .*'product' has the label {re.escape(what)}"):
+                read(place)
+    for name in ("none", "Nan", "-1a", "x-1", "-", "NULL 2"):
+        place = write_csv(shop / "u.csv", rows(product=[name, name, "b", "c"]))
+        assert name in load(place, test_share=0)["train"].features["label"].names
+
+
+def test_texts_of_a_repository_are_checked_too(tmp_path, load):
+    for label in ("-1", "nan"):
+        part = datasets.Dataset.from_dict({"image": [jpeg_bytes(0), jpeg_bytes(1)], "label": ["a", label]})
+        (tmp_path / label).mkdir()
+        part.cast_column("image", datasets.Image()).to_parquet(tmp_path / label / "train.parquet")
+        with pytest.raises(
+            DataError, match=f"row 1 has the label '{label}', which means no class .*leave the row out"
+        ):
+            load(tmp_path / label, "hub", layout="classes", train_split="train")
+
+
+def test_a_stray_pair_of_quotes_swallows_no_row(shop, load):
+    place = shop / "t.csv"
+    place.write_text('file,label\na/1.jpg,"a\na/2.jpg,b"\nb/3.jpg,c\n')
+    with pytest.raises(
+        DataError, match=r"t.csv:3: the column 'label' has the label 'a\\na/2.jpg,b', with a line break"
+    ):
+        load(place)
+    place.write_text('label,file\na,"a/1.jpg\nb,a/2.jpg"\nc,b/3.jpg\n')
+    with pytest.raises(DataError, match=r"t.csv:3: the path 'a/1.jpg\\nb,a/2.jpg' has a line break"):
+        load(place)
+
+
+def test_json_that_can_not_be_taken_as_it_stands(shop, load):
+    place = shop / "t.jsonl"
+    for line, message in (
+        ('{"file": "a/2.jpg", "label": "x", "label": "y"}', r"t.jsonl:2: not JSON \('label' is there twice\)"),
+        ('{"file": "a/2.jpg", "label": "x", "n": {"k": 1, "k": 2}}', r"t.jsonl:2: not JSON \('k' is there twice\)"),
+        ('{"file": "a/2.jpg", "label": "\\ud800"}', r"t.jsonl:2: the column 'label' holds '\\ud800', which is not"),
+        ('{"file": "\\udc00.jpg", "label": "x"}', r"t.jsonl:2: the column 'file' holds '\\udc00.jpg', which is not"),
+        ('{"file": "a/2.jpg", "label": "x", "t": "\\ud800"}', r"t.jsonl:2: the column 't' holds '\\ud800'"),
+        ('{"file": "a/2.jpg", "label": "x", "\\ud800": 1}', r"the name of a column holds '\\ud800', which is not"),
+        ('{"file": "a/2.jpg", "label": "x", "n": ' + "[" * 200_000, r"t.jsonl:2: not JSON"),
+        (
+            '{"file": "a/2.jpg", "label": "x", "n": 1' + "0" * 30 + "}",
+            r"t.jsonl:2: the column 'n' holds 10+, more than",
+        ),
+    ):
+        place.write_text('{"file": "a/1.jpg", "label": "x"}\n' + line + "\n")
+        with pytest.raises(DataError, match=message):
+            load(place)
+
+
+@pytest.mark.parametrize(
+    "path", ["x" * 5000, "~no such user/x.png", "a\0.jpg", "a/1.jpg/x"], ids=["long", "user", "nul", "file"]
+)
+def test_paths_that_can_not_be_are_said_with_their_line(shop, load, path):
+    for name in ("t.csv", "t.jsonl", "t.parquet"):
+        place = WRITERS[name](shop / name, rows(file=[NAMES[0], path, *NAMES[2:]]))
+        where = "t.parquet, row 1" if name == "t.parquet" else rf"{name}:3"
+        with pytest.raises(DataError, match=rf"1 of the 4 images .* are not there: .*{where}\)") as caught:
+            load(place)
+        assert len(str(caught.value)) < 1000
+    stored = pa.array([{"bytes": None, "path": path}], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pyarrow.parquet.write_table(pa.table({"image": stored, "label": ["a"]}), shop / "u.parquet")
+    with pytest.raises(DataError, match=r"1 of the 1 images .* are not there: .*row 0\)"):
+        load(shop / "u.parquet")
+    (shop / "list.txt").write_text(f"a/1.jpg\n{path}\n")
+    with pytest.raises(DataError, match=r"list.txt names 1 files that are not there"):
+        list_source(shop / "list.txt")
+
+
+def test_columns_of_one_name(shop, load):
+    frame = pd.DataFrame([["a/1.jpg", "x", "y"]], columns=["file", "label", "label"])
+    with pytest.raises(DataError, match="each column must have a name of its own, got 'label' several times"):
+        load(frame, image_root=str(shop))
+    with pytest.raises(DataError, match="each column must have a name of its own, got '1' several times"):
+        load(pd.DataFrame([["a/1.jpg", "x", 1, 2]], columns=["file", "label", 1, "1"]), image_root=str(shop))
+    table = pa.Table.from_arrays([pa.array(["a/1.jpg"]), pa.array(["x"]), pa.array(["y"])], ["file", "label", "label"])
+    pyarrow.feather.write_feather(table, str(shop / "t.arrow"), compression="uncompressed")
+    pyarrow.parquet.write_table(table, shop / "t.parquet")
+    for name in ("t.arrow", "t.parquet"):
+        with pytest.raises(DataError, match=name):
+            load(shop / name)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_both_sides_are_said(shop, load, caplog, streaming):
+    (shop / "d").mkdir()
+    (shop / "d/9.jpg").symlink_to(shop / "a/1.jpg")
+    (shop / "e").symlink_to(shop / "b")
+    files = ["a/1.jpg", "a/2.jpg", "b/3.jpg", "d/9.jpg", "e/3.jpg", "c/4.jpg"]
+    table = [{"file": file, "label": file[0]} for file in files]
+    warning = f"2 test images are files that train too, by links: '{shop}/d/9.jpg is {shop}/a/1.jpg', '{shop}/e/3.jpg"
+    sides = {"train_classes": ["a", "b"], "test_classes": ["c", "d", "e"]}
+    load(write_csv(shop / "t.csv", table), **sides, streaming=streaming)
+    assert warning in caplog.text
+    caplog.clear()
+    table = [row | {"split": "train" if row["label"] in "ab" else "test"} for row in table]
+    load(write_csv(shop / "u.csv", table), streaming=streaming)
+    assert warning in caplog.text
+    caplog.clear()
+    load(shop / "t.csv", train_classes=["a", "d"], test_classes=["b", "c", "e"], streaming=streaming)  # one side each
+    assert "files that train too" not in caplog.text
