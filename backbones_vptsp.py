@@ -544,19 +544,24 @@ def can_take_apart(family, layer) -> bool:
     return all(runs_as_written(module) for module in family.taken_apart(layer))
 
 
-def check_hooks(family, backbone):
+def check_hooks(family, backbone, adapters=()):
     """Raise where a hook would never run.
 
     Raises:
-        ValueError: there is a forward hook on the backbone as a whole, or on what holds its layers.
+        ValueError: there is a forward hook on the backbone as a whole, or on what holds its layers or the adapters.
     """
+    instead = "the backbone's parts are called one by one. Register them on its embeddings, its layers or their parts"
     for module in family.never_called(backbone):
-        # those of accelerate only move tensors between devices, and lie on the parts as well
-        if not runs_as_written(module) and not hasattr(module, "_hf_hook"):
-            raise ValueError(
-                f"hooks on {type(module).__name__} never run: the backbone's parts are called one by one. Register "
-                "them on its embeddings, its layers or their parts"
-            )
+        refuse_hooks(module, instead)
+    if isinstance(adapters, nn.Module):
+        refuse_hooks(adapters, "the adapters in it are called one by one. Register them on these")
+
+
+def refuse_hooks(module, why):
+    """Raise a `ValueError` if there are hooks on a module that is never called as a whole."""
+    # those of accelerate only move tensors between devices, and lie on the parts as well
+    if not runs_as_written(module) and not hasattr(module, "_hf_hook"):
+        raise ValueError(f"hooks on {type(module).__name__} never run: {why}")
 
 
 def append_prompts(tokens, prompts, prompt_rows=None) -> ImageTokens:
@@ -601,7 +606,7 @@ def prompted_forward(
     Raises:
         ValueError: hooks on the backbone, or on an adapted layer, could not be run.
     """
-    check_hooks(family, backbone)
+    check_hooks(family, backbone, adapters)
     layers = family.layers(backbone)
     first_adapted = len(layers) - len(adapters)
     hidden = tokens.hidden
@@ -754,5 +759,6 @@ __all__ = [
     "project_prompts",
     "project_tokens",
     "prompted_forward",
+    "refuse_hooks",
     "runs_as_written",
 ]

@@ -6,6 +6,7 @@ from dataclasses import fields
 from types import NoneType, UnionType
 from typing import ClassVar, Literal, Union, get_args, get_origin
 
+import torch
 import transformers
 
 
@@ -19,9 +20,13 @@ if [int(part) for part in transformers.__version__.split(".")[:2]] < [int(p) for
 
 from huggingface_hub.errors import StrictDataclassError  # noqa: E402
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # noqa: E402
+from transformers.activations import ACT2FN  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 from .backbones_vptsp import family_of  # noqa: E402
 
+
+logger = logging.get_logger(__name__)
 
 # Version of what `save_pretrained` writes. A configuration without one is of version 1.
 FORMAT_VERSION = 1
@@ -171,6 +176,8 @@ class VPTSPConfig(PreTrainedConfig):
         if from_file:  # first, since a newer format may hold what is unknown here
             self._refuse_newer_format()
         _refuse_unknown(type(self), kwargs, "VPTSPConfig", "; was it saved by a newer vptsp?" if from_file else "")
+        for name, value in (("dtype", self.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
+            check_dtype(name, value)
         if isinstance(self.backbone_config, dict):
             self.backbone_config = _backbone_config_from_dict(self.backbone_config, from_file)
         check_field("backbone_config", self.backbone_config, PreTrainedConfig | None)
@@ -332,6 +339,19 @@ def check_field(name, value, kind, bounds=None, layers=None):
         raise ValueError(f"{name} must be {'None or ' if optional else ''}{expected}, got {value!r}")
 
 
+def check_dtype(name, value, *words):
+    """Raise a `ValueError` unless a value is None, a dtype of PyTorch, its name, or one of `words`.
+
+    Args:
+        name: Of the field.
+        value: What it holds.
+        *words: What else it may be, such as `auto`.
+    """
+    known = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if value is not None and value not in words and not isinstance(known, torch.dtype):
+        raise ValueError(f"{name} must be None or a dtype of PyTorch such as float32, got {value!r}")
+
+
 def _expectation(value, kind):
     """What a type asks for, in words, and whether a value is that."""
     if kind is bool:
@@ -377,11 +397,15 @@ _OF_TRANSFORMERS = {
 
 def _refuse_unknown(cls, given, what, why=""):
     """Raise a `ValueError` if keywords are no fields of a configuration's class; `PreTrainedConfig` keeps them all."""
-    known = {item.name for item in fields(cls)}
-    unknown = [name for name in given if name not in known | _OF_TRANSFORMERS and not name.startswith("_")]
-    if unknown:
+    if unknown := _unknown(cls, given):
+        known = [item.name for item in fields(cls)]
         near = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(unknown[0], known, n=1))
         raise ValueError(f"{what} has no field {', '.join(map(repr, unknown))}{why or near}")
+
+
+def _unknown(cls, given):
+    known = {item.name for item in fields(cls)} | _OF_TRANSFORMERS
+    return [name for name in given if name not in known and not name.startswith("_")]
 
 
 def _backbone_config_from_dict(values: dict, from_file: bool) -> PreTrainedConfig:
@@ -392,6 +416,13 @@ def _backbone_config_from_dict(values: dict, from_file: bool) -> PreTrainedConfi
     cls = CONFIG_MAPPING[model_type]
     if not from_file and "transformers_version" not in values:
         _refuse_unknown(cls, values, f"backbone_config ({cls.__name__})")
+    elif unknown := _unknown(cls, values):
+        logger.warning_once(
+            f"backbone_config ({cls.__name__}) of a saved model holds what is no field of it and changes nothing: "
+            f"{', '.join(map(repr, unknown))}"
+        )
+    for name in ("dtype", "torch_dtype"):
+        check_dtype(f"backbone_config.{name}", values.get(name))
     try:
         return cls(**{key: value for key, value in values.items() if key != "model_type"})
     except (StrictDataclassError, TypeError) as error:
@@ -409,6 +440,9 @@ def _check_backbone(config):
             f"backbone_config.hidden_size must be divisible by num_attention_heads, got {config.hidden_size} and "
             f"{config.num_attention_heads}"
         )
+    activation = getattr(config, "hidden_act", None)
+    if isinstance(activation, str) and activation not in ACT2FN:
+        raise ValueError(f"backbone_config.hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {activation!r}")
     patch = max(_numbers(config.patch_size))
     for number in _numbers(family_of(config).image_size):
         check_field("backbone_config.image_size", number, int, (patch, math.inf))

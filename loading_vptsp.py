@@ -469,17 +469,26 @@ def write_digest(path):
     Args:
         path: The file; it is replaced in one step.
     """
-    weights = load_file(path)
-    metadata = {"format": "pt", WEIGHTS_DIGEST: _weights_digest(weights)}
     temporary = Path(f"{path}.tmp")
-    save_file(weights, temporary, metadata=metadata)
-    with temporary.open("rb+") as file:  # safetensors shuffles metadata: the same weights shall be the same bytes
+    save_with_digest(load_file(path), temporary)
+    temporary.replace(path)
+
+
+def save_with_digest(weights, path):
+    """Write tensors to a safetensors file, with their digest in its metadata.
+
+    Args:
+        weights: Name -> tensor.
+        path: The file.
+    """
+    metadata = {"format": "pt", WEIGHTS_DIGEST: _weights_digest(weights)}
+    save_file(weights, path, metadata=metadata)
+    with Path(path).open("rb+") as file:  # safetensors shuffles metadata: the same weights shall be the same bytes
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         ordered = json.dumps({**header, "__metadata__": metadata}, separators=(",", ":"), ensure_ascii=False).encode()
         file.seek(8)
         file.write(ordered.ljust(length))
-    temporary.replace(path)
 
 
 def _weights_digest(weights) -> str:
@@ -995,6 +1004,7 @@ __all__ = [
     "relative_to",
     "resized_config",
     "resized_weights",
+    "save_with_digest",
     "timm_backbone_config",
     "timm_backbone_weights",
     "timm_preprocessing",

@@ -38,7 +38,7 @@ from .backbones_vptsp import (
     project_tokens,
     prompted_forward,
 )
-from .configuration_vptsp import VPTSPConfig
+from .configuration_vptsp import VPTSPConfig, check_dtype
 from .loading_vptsp import (
     HUB_ARGUMENTS,
     backbone_fingerprint,
@@ -408,6 +408,12 @@ def _safetensors_file(name, revision, **hub_kwargs):
     return file
 
 
+# Arguments of `PreTrainedModel.from_pretrained` that are refused.
+_NOT_FOR_LOADING = (
+    *("variant", "ignore_mismatched_sizes", "key_mapping"),
+    *("from_tf", "from_flax", "gguf_file", "state_dict"),
+)
+
 # Arguments of `PreTrainedModel.save_pretrained` that mean something here, or are refused by a word of their own.
 _SAVING_ARGUMENTS = {"is_main_process", "max_shard_size", "push_to_hub", "save_original_format", "token", "variant"}
 
@@ -594,6 +600,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             ValueError: an argument is no field of `VPTSPConfig`, or the backbone is not supported or not for images
                 of this size.
         """
+        check_dtype("dtype", dtype)
+        dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         known = {field.name for field in fields(VPTSPConfig)}
         if unknown := set(kwargs) - known:
@@ -835,7 +843,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path: Hub name or local folder of a saved model.
             config: Configuration to use instead of the saved one.
             backbone: Hub name or folder of the backbone's weights, where they are not where the configuration says.
-            **kwargs: As for `PreTrainedModel.from_pretrained`, but for `variant` and `ignore_mismatched_sizes`.
+            **kwargs: As for `PreTrainedModel.from_pretrained`, but for what would choose other files or change what is
+                in them (`variant`, `ignore_mismatched_sizes`, `key_mapping`, `use_safetensors=False` and the like).
 
         Raises:
             OSError: a file is not to be had, or the weights are not in safetensors.
@@ -845,9 +854,13 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
-        for name in ("variant", "ignore_mismatched_sizes"):
+        for name in _NOT_FOR_LOADING:
             if kwargs.pop(name, None):
                 raise ValueError(f"{name} is not for {cls.__name__}: there is one {SAFE_WEIGHTS_NAME}, read as it is")
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError(f"use_safetensors must be true, got False: retrievers are read from {SAFE_WEIGHTS_NAME}")
+        for name in ("dtype", "torch_dtype"):
+            check_dtype(name, kwargs.get(name), "auto")
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         revision = kwargs.pop("revision", None) or "main"
         return_info = kwargs.pop("output_loading_info", False)
@@ -865,6 +878,11 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         for key in [key for key in kwargs if key in known and key != "dtype"]:
             setattr(config, key, kwargs.pop(key))
         config.validate_fields()
+        if config.backbone_config is None:
+            raise ValueError(
+                f"backbone_config in {CONFIG_NAME} of {str(pretrained_model_name_or_path)!r} must be a mapping with a "
+                "model_type, got None"
+            )
         saved = read_weights(_safetensors_file(pretrained_model_name_or_path, revision, **hub_kwargs))
         from_retriever = not any(name.startswith("vptsp.") for name in saved)
         saved = cls._named_as_here(saved, from_retriever)
@@ -1018,13 +1036,12 @@ class VPTSPModel(VPTSPPreTrainedModel):
         first_layer = self.project_first_layer(tokens) if "tokens" in keep else None
         prompts = self.prompts() if prompt_key_values is None else prompt_key_values
         pooled = self.encode(tokens, prompts, first_layer=first_layer)
-        features = self.head(pooled, normalize=False) if "features" in keep else None
-        embeddings = self.head(pooled) if features is None else F.normalize(features, dim=-1)
-        embeddings = self.embedding_dropout(embeddings)
+        features = self.head(pooled, normalize=False)  # in any case, so that hooks on the head always see the same
+        embeddings = self.embedding_dropout(F.normalize(features, dim=-1))
         output = VPTSPModelOutput(
             embeddings=embeddings,
             pooler_output=embeddings,
-            features=features,
+            features=features if "features" in keep else None,
             tokens=tokens if "tokens" in keep else None,
             first_layer=first_layer,
         )

@@ -115,6 +115,7 @@ def _load_processor(name, revision, hub_kwargs, needed):
         missing = [key for key in needed if said.get(key) is None and getattr(processor, _USED_BY[key], True)]
         if missing and not (missing == ["size"] and said.get("max_num_patches")):  # NaFlex: as many for any shape
             raise ValueError(f"its file does not say {', '.join(missing)}")
+        _check_sizes(processor)
         return processor
     except ImportError as error:
         return _without_torchvision(name, revision, hub_kwargs, error)
@@ -133,7 +134,22 @@ def _without_torchvision(name, revision, hub_kwargs, error):
         raise ValueError(f"the image processor of {str(name)!r} can't be used: {error}") from error
     if missing := [field for field in _NEEDED_OF_THEM if field not in values]:
         raise ValueError(f"the image processor of {str(name)!r}, a {kind}, lacks {', '.join(missing)}") from error
-    return ViTImageProcessorPil.from_dict(values)
+    processor = ViTImageProcessorPil.from_dict(values)
+    try:
+        _check_sizes(processor)
+    except ValueError as bad:
+        raise ValueError(f"the image processor of {str(name)!r} can't be used: {bad}") from bad
+    return processor
+
+
+def _check_sizes(processor):
+    """Raise a `ValueError` for sizes that no image has, where they are used."""
+    for field, used_by in (("size", "do_resize"), ("crop_size", "do_center_crop")):
+        size = getattr(processor, field, None) or {}
+        sides = {name: size.get(name) for name in ("shortest_edge", "longest_edge", "height", "width")}
+        for name, side in sides.items():
+            if side is not None and getattr(processor, used_by, True) and not (isinstance(side, int) and side >= 1):
+                raise ValueError(f"{field}.{name} must be an integer >= 1, got {side!r}")
 
 
 def _is_absent(name, file, revision, hub_kwargs) -> bool:

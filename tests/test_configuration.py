@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 import transformers
 from conftest import tiny_vit_config
 from project_files import ROOT
@@ -164,6 +165,11 @@ def test_keywords_of_loading_are_fields(tmp_path):
         ({"model_type": "vit", "hidden_size": "a"}, "backbone_config: .*'hidden_size' expected int, got str"),
         ({"model_type": "vit", "hidden_size": 0}, "backbone_config.hidden_size must be an integer >= 1, got 0"),
         ({"model_type": "vit", "hidden_size": 10}, "hidden_size must be divisible by num_attention_heads, got 10"),
+        ({"model_type": "vit", "hidden_act": "gelux"}, "backbone_config.hidden_act must be one of .* got 'gelux'"),
+        (
+            {"model_type": "vit", "dtype": "nonsense"},
+            "backbone_config.dtype must be None or a dtype .* got 'nonsense'",
+        ),
         ({"model_type": "vit", "image_size": 8}, "backbone_config.image_size must be an integer >= 16, got 8"),
     ],
 )
@@ -190,3 +196,23 @@ def test_an_older_transformers_is_named_first(monkeypatch, version, fits):
 
 def test_the_lowest_version_is_the_one_claimed():
     assert f"transformers>={LOWEST_TRANSFORMERS}" in (ROOT / "setup.cfg").read_text(encoding="utf-8").replace(" ", "")
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["nonsense", "nn", 3, "auto"])
+def test_dtypes_are_of_pytorch(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be None or a dtype of PyTorch such as float32, got {value!r}"):
+        VPTSPConfig(**{name: value})
+    assert VPTSPConfig(**{name: "float16"}).dtype == torch.float16
+
+
+def test_what_a_saved_backbone_config_has_beside_fields_is_said_once(tmp_path, caplog):
+    VPTSPConfig(backbone_config=tiny_vit_config(patch_sizes=3)).save_pretrained(tmp_path)
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            assert VPTSPConfig.from_pretrained(tmp_path).backbone_config.patch_sizes == 3
+    said = (
+        "backbone_config (ViTConfig) of a saved model holds what is no field of it and changes nothing: 'patch_sizes'"
+    )
+    assert caplog.text.count(said) == 1

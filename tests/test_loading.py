@@ -126,9 +126,14 @@ def test_another_shape_is_named(retriever, tmp_path, name, loader):
 
 def test_arguments_that_would_be_ignored_are_refused(retriever, tmp_path):
     retriever.save_pretrained(tmp_path)
-    for option in ({"ignore_mismatched_sizes": True}, {"variant": "fp16"}):
+    refused = {"ignore_mismatched_sizes": True, "variant": "fp16", "from_tf": True, "from_flax": True}
+    refused |= {"key_mapping": {"a": "b"}, "gguf_file": "a.gguf", "state_dict": {"a": torch.zeros(1)}}
+    for option in ({name: value} for name, value in refused.items()):
         with pytest.raises(ValueError, match=f"{next(iter(option))} is not for VPTSPModel"):
             VPTSPModel.from_pretrained(tmp_path, **option)
+    with pytest.raises(ValueError, match="use_safetensors must be true, got False"):
+        VPTSPModel.from_pretrained(tmp_path, use_safetensors=False)
+    VPTSPModel.from_pretrained(tmp_path, use_safetensors=True, from_tf=False, key_mapping=None)
     with pytest.raises(ValueError, match="leave max_shard_size out"):
         retriever.save_pretrained(tmp_path, max_shard_size="1MB")
 
@@ -371,3 +376,44 @@ def test_the_same_weights_are_the_same_bytes(retriever, tmp_path):
         retriever.save_pretrained(tmp_path / str(number))
         written.add((tmp_path / str(number) / "model.safetensors").read_bytes())
     assert len(written) == 1
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_saved_configuration_without_a_backbone_is_named(retriever, tmp_path, loader):
+    retriever.save_pretrained(tmp_path)
+    change_config(tmp_path, backbone_config=None)
+    with pytest.raises(ValueError, match=r"backbone_config in config\.json of .* must be a mapping .* got None"):
+        LOADERS[loader](tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_dtype_that_does_not_exist_is_named(retriever, tmp_path, backbone_folder, name):
+    retriever.save_pretrained(tmp_path)
+    for load in (VPTSPModel.from_pretrained, by_auto_model):
+        with pytest.raises(
+            ValueError, match="dtype must be None or a dtype of PyTorch such as float32, got 'nonsense'"
+        ):
+            load(tmp_path, **{name: "nonsense"})
+        assert load(tmp_path, **{name: "float64"}).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"dtype must be None or a dtype of PyTorch .* got 'nonsense'"):
+        VPTSPModel.from_backbone(backbone_folder, dtype="nonsense")
+    assert VPTSPModel.from_backbone(backbone_folder, dtype="float64").dtype == torch.float64
+    change_config(tmp_path, **{name: "nonsense"})
+    with pytest.raises(ValueError, match=f"{name} must be None or a dtype of PyTorch .* got 'nonsense'"):
+        VPTSPModel.from_pretrained(tmp_path)
+
+
+def test_a_changed_byte_of_class_prompts_is_noticed(backbone_folder, tmp_path):
+    model = VPTSPForMetricLearning.from_backbone(backbone_folder, num_classes=4, class_prompt_store="offloaded")
+    model.save_pretrained(tmp_path)
+    loaded = VPTSPForMetricLearning.from_pretrained(tmp_path)
+    assert torch.equal(loaded.class_prompts.tokens, model.class_prompts.tokens)
+    flipped(tmp_path / "class_prompts.safetensors", -1)
+    for load in (VPTSPForMetricLearning.from_pretrained, model.load_saved):
+        with pytest.raises(ValueError, match=r"class_prompts\.safetensors is damaged: the SHA-256 of its tensors"):
+            load(tmp_path)
+    cut(tmp_path / "class_prompts.safetensors")
+    with pytest.raises(ValueError, match=r"class_prompts\.safetensors is damaged"):
+        VPTSPForMetricLearning.from_pretrained(tmp_path)
+    save_file({"tokens": model.class_prompts.tokens}, tmp_path / "class_prompts.safetensors")  # an earlier version's
+    VPTSPForMetricLearning.from_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import hashlib
 import re
@@ -16,8 +17,9 @@ _DEPTH = 6
 
 
 def describe(value, depth=_DEPTH):
-    """What tells an object from others of its kind: its class, its settings, and of functions made on the spot, their
-    code and what they close over.
+    """What tells an object from others of its kind: its class, its settings (wherever they are kept: in the object,
+    its slots, its class, or the defaults of what is called), and of functions made on the spot, their code and what
+    they close over.
 
     Named functions and classes are told by their names, not by their code: that changes with versions.
 
@@ -46,22 +48,55 @@ def describe(value, depth=_DEPTH):
     if isinstance(value, functools.partial):
         return {"function": deeper(value.func), "arguments": deeper(value.args), "keywords": deeper(value.keywords)}
     if isinstance(value, types.MethodType):
-        return {"method": value.__name__, "of": deeper(value.__self__)}
+        return {"method": value.__name__, "of": deeper(value.__self__), **_keyword_defaults(value.__func__, deeper)}
     if isinstance(value, types.FunctionType):
         return _function(value, deeper)
-    settings = {name: deeper(item) for name, item in getattr(value, "__dict__", {}).items() if name[:2] != "__"}
+    settings = {name: deeper(item) for name, item in _settings(value).items()}
     if not settings:
         return {"class": _name(type(value)), "shown": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))}
     return {"class": _name(type(value)), "settings": settings}
 
 
+def _settings(value):
+    """Values of an object by name: its own, those in slots, and what its class holds beside methods and properties."""
+    own = {name: item for name, item in getattr(value, "__dict__", {}).items() if name[:2] != "__"}
+    if isinstance(value, (enum.Enum, types.ModuleType)):  # the class of an enumeration holds all of its members
+        return own
+    found = {}
+    for cls in reversed(type(value).__mro__):
+        for name, item in vars(cls).items():
+            if isinstance(item, types.MemberDescriptorType) and "__slots__" in vars(cls) and hasattr(value, name):
+                found[name] = getattr(value, name)
+            elif name == "__call__" or name[:2] != "__":
+                found[name] = item
+    return {name: item for name, item in found.items() if not _says_nothing(name, item)} | own
+
+
+def _says_nothing(name, item):
+    """Whether what a class holds is no setting: a method, a property, a cache. The defaults of its call are settings,
+    and so is a function made on the spot."""
+    function = getattr(item, "__func__", item)
+    if isinstance(function, types.FunctionType):
+        has_defaults = function.__defaults__ is not None or function.__kwdefaults__ is not None
+        return function.__name__ != "<lambda>" and not (name == "__call__" and has_defaults)
+    return name in ("__call__", "_abc_impl") or hasattr(type(item), "__get__")
+
+
 def _function(function, deeper):
     parts = {"function": _name(function), "defaults": deeper(function.__defaults__)}
+    parts |= _keyword_defaults(function, deeper)
+    if vars(function):
+        parts["attributes"] = deeper(vars(function))
     if "<" in function.__qualname__:  # a lambda, or one made inside of another
         cells = function.__closure__ or ()
         parts["code"] = _code_digest(function.__code__)
         parts["closure"] = [deeper(cell.cell_contents) for cell in cells]
     return parts
+
+
+def _keyword_defaults(function, deeper):
+    values = getattr(function, "__kwdefaults__", None)
+    return {} if values is None else {"keyword_defaults": deeper(values)}
 
 
 def _code_digest(code):

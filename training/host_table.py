@@ -14,11 +14,10 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ..files.atomic import atomic_path
+from ..loading_vptsp import read_weights, save_with_digest
 from .row_prefetch import RowPrefetch
 
 
@@ -177,12 +176,12 @@ class HostTable(nn.Module):
     # ---- Saved files
 
     def save(self, path):
-        """Write the table to a safetensors file."""
+        """Write the table to a safetensors file, with its digest, which `load` compares."""
         _save({"tokens": self.tokens}, path)
 
     def load(self, path):
-        """Read the table of a file that `save` wrote; ValueError for other contents, another shape or dtype."""
-        self._load({"tokens": self.tokens}, path)
+        """Read the table of a file that `save` wrote; ValueError for damage, other contents, shape or dtype."""
+        self._load({"tokens": self.tokens}, read_weights(path), path)
 
     def save_states(self, path):
         """Write the optimiser states to a safetensors file."""
@@ -192,31 +191,29 @@ class HostTable(nn.Module):
         """Read, in place of the states there are, those that `save_states` wrote.
 
         Raises:
-            ValueError: they are of no optimiser that has a rule for rows, or of another shape or dtype.
+            ValueError: they are of no optimiser that has a rule for rows, of another shape or dtype, or damaged.
         """
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
+        saved = read_weights(path)
+        names = set(saved)
         if names not in STATE_NAMES:
             known = " or ".join(", ".join(sorted(known)) or "nothing" for known in STATE_NAMES)
             raise ValueError(f"{path} must hold {known}, got {', '.join(sorted(names))}")
         states = self.new_states(names)
-        self._load(states, path)
+        self._load(states, saved, path)
         self.states = states
 
-    def _load(self, tensors, path):
+    def _load(self, tensors, saved, path):
         self.discard_prefetched()
-        with safe_open(path, framework="pt") as file:
-            if set(file.keys()) != set(tensors):
-                expected, found = (", ".join(sorted(names)) for names in (tensors, file.keys()))
-                raise ValueError(f"{path} must hold {expected}, got {found}")
-            for name, tensor in tensors.items():
-                expected, found = tuple(tensor.shape), tuple(file.get_slice(name).get_shape())
-                if found != expected:
-                    raise ValueError(f"{name} in {path} must have shape {expected}, got {found}")
-                saved = file.get_tensor(name)
-                if saved.dtype != tensor.dtype:
-                    raise ValueError(f"{name} in {path} must be {tensor.dtype}, got {saved.dtype}")
-                tensor.copy_(saved)
+        if set(saved) != set(tensors):
+            expected, found = (", ".join(sorted(names)) for names in (tensors, saved))
+            raise ValueError(f"{path} must hold {expected}, got {found}")
+        for name, tensor in tensors.items():
+            expected, found = tuple(tensor.shape), tuple(saved[name].shape)
+            if found != expected:
+                raise ValueError(f"{name} in {path} must have shape {expected}, got {found}")
+            if saved[name].dtype != tensor.dtype:
+                raise ValueError(f"{name} in {path} must be {tensor.dtype}, got {saved[name].dtype}")
+            tensor.copy_(saved[name])
 
 
 def empty_pinned(shape):
@@ -231,7 +228,7 @@ def _processes_here():
 
 def _save(tensors, path):
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_with_digest(tensors, temporary)
 
 
 __all__ = ["HostTable", "empty_pinned"]

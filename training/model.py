@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput
 
+from ..backbones_vptsp import check_hooks, refuse_hooks
 from ..configuration_vptsp import VPTSPConfig
 from ..files.atomic import atomic_path
 from ..losses.loss_registry import build_criterion, check_loss
@@ -109,7 +111,9 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
 
         Raises:
             RuntimeError: see `SemanticProxies.expect_commit`.
+            ValueError: see `refuse_unheard_hooks`.
         """
+        self.refuse_unheard_hooks()
         output = super().__call__(*args, **kwargs)
         if self.training and self.config.proxy_update != "none" and output.loss is not None:
             self.proxies.expect_commit(output.loss)
@@ -152,7 +156,8 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
         if semantic_pass:
             prompts = self.class_prompts(groups.classes)
             pooled = self.vptsp.encode(embedded.tokens, prompts, groups.rows, embedded.first_layer)
-            vectors = (self.vptsp.head if self.config.proxy_head == "shared" else self.proxy_head)(pooled)
+            head = self.vptsp.head if self.config.proxy_head == "shared" else self.proxy_head
+            vectors = F.normalize(head(pooled, normalize=False), dim=-1)  # hooks see what they see of images
         # The state and the loss live on small differences: no half precision here, whatever the pass ran in.
         with torch.autocast(embeddings.device.type, enabled=False):
             if vectors is not None:
@@ -224,6 +229,12 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
         """
         if output.proxy_rows is not None:
             self.proxies.commit(output.proxy_classes, output.proxy_rows.detach())
+
+    def refuse_unheard_hooks(self):
+        """Raise a `ValueError` if there are hooks on a part that is never called as a whole."""
+        check_hooks(self.vptsp.family, self.vptsp.backbone, self.vptsp.adapters)
+        if hasattr(self, "proxies"):
+            refuse_hooks(self.proxies, "the proxies are read and updated in parts. Register them on vptsp or its head")
 
     @property
     def offloaded_class_prompts(self) -> OffloadedClassPrompts | None:

@@ -167,6 +167,10 @@ def given_scheduler(scheduler) -> dict | None:
     return {"class": type(scheduler).__name__, "settings": describe(settings), "factors": describe(factors)}
 
 
+# Parts of a record that are descriptions of objects.
+_MADE_OF = ("data_collator", "lr_scheduler.factors", "transform_made_of")
+
+
 def run_differences(saved, now) -> list[str]:
     """Where two runs differ in what changes the result, one line each. Only what both know of is compared.
 
@@ -189,6 +193,9 @@ def _differences(saved, now, place=""):
         lines = [line for key in saved if key in now for line in _differences(saved[key], now[key], prefix + key)]
         if place.startswith(("train_data", "eval_data")):  # of another kind: a stream, or queries with a gallery
             lines += [f"{prefix}{key}: only in the checkpoint" for key in saved if key not in now]
+        elif any(name in place for name in _MADE_OF):  # what an object has not is a difference too
+            lines += [f"{prefix}{key}: only in the checkpoint" for key in saved if key not in now]
+            lines += [f"{prefix}{key}: only now" for key in now if key not in saved]
         return lines
     if isinstance(saved, list) and isinstance(now, list):
         before, after = set(map(repr, saved)), set(map(repr, now))

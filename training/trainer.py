@@ -147,6 +147,7 @@ class VPTSPTrainer(EvaluatingTrainer):
 
     def train(self, *args, **kwargs):
         """As `Trainer.train`; with mixed precision, frozen weights are in the half precision meanwhile."""
+        self.model.refuse_unheard_hooks()
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         if self.model.config.save_backbone:  # checkpoints hold the backbone, in full precision
             dtype = None

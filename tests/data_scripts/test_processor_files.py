@@ -74,3 +74,27 @@ def test_arguments_of_saving_that_do_not_exist(backbone_folder, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="num_promptz"):
         VPTSPModel.from_pretrained(tmp_path, num_promptz=3)
+
+
+@pytest.mark.parametrize("side", [-16, 0])
+@pytest.mark.parametrize(
+    "field, size",
+    [("size", "shortest_edge"), ("size", "height"), ("crop_size", "height"), ("crop_size", "width")],
+)
+@pytest.mark.parametrize("kind", ["ViTImageProcessor", "DINOv3ViTImageProcessorFast"])
+def test_sizes_that_no_image_has_are_refused(tmp_path, kind, field, size, side):
+    square = {"height": 16, "width": 16}
+    values = {"image_processor_type": kind, "image_mean": MEAN, "image_std": STD, "resample": 2, "size": square}
+    values |= {
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "do_center_crop": True,
+        "crop_size": square,
+    }
+    write_processor(tmp_path, values)
+    load_image_processor(tmp_path)
+    write_processor(tmp_path, values | {field: {size: side} if size == "shortest_edge" else {**square, size: side}})
+    for load in (load_image_processor, lambda folder: build_image_processor(backbone=folder)):
+        with pytest.raises(ValueError, match=rf"{tmp_path}.* {field}\.{size} must be an integer >= 1, got {side}"):
+            load(tmp_path)

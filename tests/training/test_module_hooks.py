@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from noise_runs import make_trainer
 
 from vptsp import VPTSPForMetricLearning
 
@@ -71,3 +72,42 @@ def test_only_what_is_known_can_be_kept(backbone_folder):
         retriever(torch.randn(1, 3, 16, 16), keep=["token"])
     output = retriever(torch.randn(1, 3, 16, 16), return_dict=False)
     assert [tuple(part.shape) for part in output] == [(1, 8), (1, 8)]
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+@pytest.mark.parametrize(
+    "place, words",
+    [
+        ("proxies", "SemanticProxies never run: the proxies are read and updated in parts"),
+        ("vptsp.adapters", "ModuleList never run: the adapters in it are called one by one"),
+        ("vptsp.backbone", "ViTModel never run"),
+    ],
+)
+def test_hooks_that_could_never_run_are_refused(backbone_folder, tmp_path, place, words, kind):
+    model = make_model(backbone_folder, adapter_layers=1, adapter_dim=4)
+    getattr(model.get_submodule(place), kind)(lambda *_: None)
+    with pytest.raises(ValueError, match=f"hooks on {words}"):
+        model(torch.randn(4, 3, 16, 16), LABELS)
+    with pytest.raises(ValueError, match=f"hooks on {words}"):  # before anything is written
+        make_trainer(model, tmp_path / "run").train()
+    assert not [*(tmp_path / "run").iterdir()]
+
+
+def test_hooks_on_the_adapters_of_a_retriever_are_refused(backbone_folder):
+    retriever = make_model(backbone_folder, adapter_layers=1, adapter_dim=4).eval().retriever
+    retriever.adapters.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="hooks on ModuleList never run: the adapters"):
+        retriever(torch.randn(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("fields", LOSSES.values(), ids=LOSSES)
+def test_hooks_on_the_head_see_the_same_in_training_and_evaluation(backbone_folder, fields):
+    model, pixel_values, seen = make_model(backbone_folder, **fields), torch.randn(4, 3, 16, 16), []
+    model.vptsp.head.register_forward_hook(lambda _, inputs, output: seen.append(output.detach()))
+    model(pixel_values, LABELS)
+    trained = seen[0]
+    model.eval()
+    seen.clear()
+    model.retriever(pixel_values)
+    torch.testing.assert_close(seen[0], trained)
+    assert not torch.allclose(trained.norm(dim=-1), torch.ones(4))

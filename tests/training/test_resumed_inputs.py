@@ -1,5 +1,6 @@
 """Whatever a trainer is given that changes what is trained: another one is refused when a run goes on."""
 
+import enum
 import functools
 
 import pytest
@@ -37,6 +38,51 @@ def lambda_of(brightness):
     return lambda examples: collate(examples, brightness)
 
 
+def collate_by_keyword(brightness):
+    def collate_images(examples, *, by=brightness):
+        return collate(examples, by)
+
+    return collate_images
+
+
+class OfSlots:
+    __slots__ = ("__brightness", "unset")
+
+    def __init__(self, brightness):
+        self.__brightness = brightness
+
+    def __call__(self, examples):
+        return collate(examples, self.__brightness)
+
+
+def of_class(brightness):
+    """An object whose setting is its class's, as if the source had been changed between two runs."""
+
+    class OfClass:
+        by = brightness
+
+        def __call__(self, examples):
+            return collate(examples, self.by)
+
+    return OfClass()
+
+
+def of_call(brightness):
+    class OfCall:
+        def __call__(self, examples, by=brightness):
+            return collate(examples, by)
+
+    return OfCall()
+
+
+def of_attribute(brightness):
+    def collate_images(examples):
+        return collate(examples, collate_images.by)
+
+    collate_images.by = brightness
+    return collate_images
+
+
 COLLATORS = {
     "another function": (lambda: collate, lambda: other_collate),
     "the package's own": (lambda: None, lambda: collate),
@@ -50,6 +96,12 @@ COLLATORS = {
         lambda: lambda examples: collate(examples, 0.5),
     ),
     "another closure": (lambda: lambda_of(0.25), lambda: lambda_of(0.5)),
+    "another keyword": (lambda: collate_by_keyword(0.25), lambda: collate_by_keyword(0.5)),
+    "another slot": (lambda: OfSlots(0.25), lambda: OfSlots(0.5)),
+    "another class attribute": (lambda: of_class(0.25), lambda: of_class(0.5)),
+    "another default of the call": (lambda: of_call(0.25), lambda: of_call(0.5)),
+    "another attribute": (lambda: of_attribute(0.25), lambda: of_attribute(0.5)),
+    "an argument more": (lambda: functools.partial(collate), lambda: functools.partial(collate, brightness=0.5)),
     "another method": (lambda: Collator(0.25).__call__, lambda: Collator(0.5).__call__),
 }
 
@@ -102,6 +154,29 @@ class Falling:
         return self.by**done
 
 
+def falling_by_keyword(by):
+    def factor(done, *, by=by):
+        return by**done
+
+    return factor
+
+
+class Slots:
+    __slots__ = ("by",)
+
+
+class FallingSlots(Slots):
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, done):
+        return self.by**done
+
+
+def falling_by_class(by):
+    return type("FallingByClass", (), {"by": by, "__call__": lambda self, done: self.by**done})()
+
+
 OPTIMIZERS = {
     "class of the schedule": (pair(step), pair(lambda o: ExponentialLR(o, 0.5)), "lr_scheduler.class"),
     "setting of the schedule": (pair(step), pair(lambda o: step(o, 0.25)), "lr_scheduler.settings.gamma"),
@@ -111,6 +186,14 @@ OPTIMIZERS = {
         pair(lambda o: LambdaLR(o, Falling(0.25))),
         "lr_scheduler.factors",
     ),
+    **{
+        f"{make.__name__} of the schedule": (
+            pair(lambda o, make=make: LambdaLR(o, make(0.5))),
+            pair(lambda o, make=make: LambdaLR(o, make(0.25))),
+            "lr_scheduler.factors",
+        )
+        for make in (falling_by_keyword, FallingSlots, falling_by_class)
+    },
     "no schedule": (pair(step), pair(None), "lr_scheduler"),
     "a schedule": (pair(None), pair(step), "lr_scheduler"),
     "rate of a group": (pair(None), pair(None, (0.25, 0.125)), "optimizer.groups"),
@@ -191,3 +274,22 @@ def test_descriptions_are_short_and_without_addresses():
     text = repr(describe([node, object(), print, Node, torch.float32, functools.partial(print, end="")]))
     assert "0x" not in text and len(text) < 5000
     assert describe(torch.arange(3)) != describe(torch.arange(3) + 1)
+
+
+def test_descriptions_of_enumerations_and_methods_say_no_more_than_settings():
+    class Mode(enum.Enum):
+        A = 1
+        B = 2
+
+    class Holder:
+        cache = functools.lru_cache
+        by = staticmethod(lambda image: image + 1)
+
+        @property
+        def shown(self):
+            raise AssertionError("nobody asks")
+
+        def method(self, image=3): ...
+
+    assert "_member_map_" not in describe(Mode.A)["settings"]
+    assert "by" in describe(Holder())["settings"] and not {"method", "shown"} & set(describe(Holder())["settings"])
