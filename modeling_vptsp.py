@@ -327,6 +327,25 @@ def refuse_merged_lora(model):
         )
 
 
+def refuse_other_scaling(model):
+    """Raise if PEFT has scaled a model's own LoRA or switched it off: loaded, it would count as configured again.
+
+    Raises:
+        ValueError: it has.
+    """
+    config = model.config
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    for name, layer in layers.items():
+        scale = layer.scaling[ADAPTER_NAME]
+        is_off = layer.disable_adapters or ADAPTER_NAME not in layer.active_adapters
+        if is_off or not math.isclose(scale, config.lora_alpha / config.lora_rank):
+            found = "switched off" if is_off else f"scaled by {scale:g}"
+            raise ValueError(
+                f"LoRA of {name} must count as configured, lora_alpha / lora_rank = {config.lora_alpha:g} / "
+                f"{config.lora_rank}, got it {found} by PEFT, which is not saved: undo that first"
+            )
+
+
 def names_with_lora(weights, config):
     """A pretrained backbone's tensors under the names that they have beside LoRA: peft wraps what it is put beside.
 
@@ -456,13 +475,36 @@ def _weight_digest(tensor):
     return hashlib.sha256(values.flatten().view(torch.uint8).numpy()).hexdigest()
 
 
-def _is_rounded(tensor, original, name):
-    """Whether a frozen tensor is the backbone's in its dtype, or what PEFT left of it: unmerged, up to rounding."""
-    original = original.to(tensor.dtype)
-    if torch.equal(tensor.cpu(), original):
-        return True
-    near = 4 * torch.finfo(tensor.dtype).eps * original.abs().max()
-    return ".base_layer." in name and torch.allclose(tensor.cpu(), original, rtol=0, atol=near.item())
+def _is_in_memory(tensor):
+    return type(tensor) is torch.Tensor and not tensor.is_meta
+
+
+@torch.no_grad()
+def _is_of_backbone(tensor, original, lora=None):
+    """Whether a frozen tensor is the backbone's in its dtype; or, up to rounding, what PEFT makes of it when it merges
+    LoRA into it, or leaves of it when it takes that out again.
+
+    Args:
+        tensor: As the model has it.
+        original: As the backbone has it.
+        lora: PEFT's layer whose weight it is, None where it isn't one.
+    """
+    tensor, original = tensor.cpu(), original.to(tensor.dtype).cpu()
+    if lora is None or not lora.merged:
+        if torch.equal(tensor, original):
+            return True
+        if lora is None:
+            return False
+    down, up = (part[ADAPTER_NAME].weight.detach().cpu().double().abs() for part in (lora.lora_A, lora.lora_B))
+    expected = original.double()
+    size = torch.maximum(expected.abs().max(), lora.scaling[ADAPTER_NAME] * (up @ down).max())
+    if lora.merged:
+        expected = expected + lora.get_delta_weight(ADAPTER_NAME).cpu().double()
+        for norm in getattr(lora, "lora_magnitude_vector", {}).values():
+            factors = norm.weight.cpu().double() / expected.norm(dim=1)
+            expected, size = expected * factors[:, None], size * factors[:, None].abs()
+    near = 4 * torch.finfo(tensor.dtype).eps * size
+    return bool(((tensor.double() - expected).abs() <= near).all())
 
 
 def _listed(names, at_most=8):
@@ -620,22 +662,46 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         backbone.load_state_dict(names_with_lora(weights, config) | new, strict=True)
         start_dora(backbone)
         model.note_frozen_weights()
-        return model.to(dtype or torch.float32)
+        model.to(dtype or torch.float32)
+        if dtype not in (None, torch.float32):  # rounded too, so that nobody has to open the backbone to compare
+            model.note_frozen_weights()
+        return model
 
-    def note_frozen_weights(self):
+    def note_frozen_weights(self, names=None):
         """Take the frozen weights as they are now for those that belong to the backbone; `refuse_changed_backbone`
-        compares. Whoever rounds them on purpose, for as long as a run takes, says so by this."""
-        retriever = self.retriever
-        for name, tensor in self._used_frozen_weights():
-            retriever.frozen_digests.setdefault(name, set()).add(_weight_digest(tensor))
+        compares. Whoever rounds them on purpose, for as long as a run takes, says so by this.
+
+        Args:
+            names: Only those of these names, see `unchanged_names`; None for all.
+        """
+        for name, tensor in self._used_frozen_weights().items():
+            if names is None or name in names:
+                digests = self.retriever.frozen_digests.setdefault(name, set())
+                digests.update([_weight_digest(tensor)] if _is_in_memory(tensor) else [])
+
+    def unchanged_names(self) -> set[str]:
+        """Names in the backbone's `state_dict()` of frozen weights that are as they were noted."""
+        known = self.retriever.frozen_digests
+        return {
+            name
+            for name, tensor in self._used_frozen_weights().items()
+            if name in known and (not _is_in_memory(tensor) or _weight_digest(tensor) in known[name])
+        }
+
+    def _is_used_frozen(self, name) -> bool:
+        return self.retriever.family.is_used(name, self.config.pooling) and not self._is_tuned_in_backbone(name)
 
     def _used_frozen_weights(self):
-        """Names and tensors of what is frozen and used of the backbone, those aside that are not in memory."""
-        retriever = self.retriever
-        for name, tensor in retriever.backbone.state_dict().items():
-            is_frozen = retriever.family.is_used(name, self.config.pooling) and not self._is_tuned_in_backbone(name)
-            if is_frozen and type(tensor) is torch.Tensor and not tensor.is_meta:
-                yield name, tensor
+        """Name -> tensor of what is frozen and used of the backbone."""
+        weights = self.retriever.backbone.state_dict()
+        return {name: tensor for name, tensor in weights.items() if self._is_used_frozen(name)}
+
+    def _has_fingerprint(self) -> bool:
+        """Whether the backbone's weights are, to the last bit, those of `config.backbone_fingerprint`."""
+        weights = self.retriever.backbone.state_dict()
+        weights = {name: tensor for name, tensor in weights.items() if not is_lora(name)}
+        expected = self.config.backbone_fingerprint
+        return all(map(_is_in_memory, weights.values())) and backbone_fingerprint(weights) == expected
 
     def refuse_changed_backbone(self):
         """Raise if frozen weights are no longer those of the backbone, which alone is named where they aren't saved.
@@ -643,19 +709,26 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         Tools that write into weights (PEFT's `merge_and_unload`, or `modules_to_save` with `unload`) do that.
 
         Raises:
-            OSError: weights have been rounded, and the backbone to compare them with is not to be had.
-            ValueError: they are others; the message names some.
+            OSError: weights have been rounded or merged, and the backbone to compare them with is not to be had.
+            ValueError: they are others, or some are new or lost, and the message names some; or nobody knows.
         """
-        known = self.retriever.frozen_digests
-        changed = {n: t for n, t in self._used_frozen_weights() if n in known and _weight_digest(t) not in known[n]}
-        # LoRA of ours that PEFT has merged is saved beside the backbone's own weights all the same
-        modules = self.retriever.backbone.named_modules()
-        merged = tuple(f"{name}.base_layer." for name, module in modules if getattr(module, "merged", False) is True)
-        changed = {name: tensor for name, tensor in changed.items() if not name.startswith(merged)}
+        frozen = self._used_frozen_weights()
+        known = {name for name in self.retriever.frozen_digests if self._is_used_frozen(name)}
+        if frozen and not known:
+            raise ValueError(
+                f"frozen weights of the model are not known to be those of the backbone {self.config.backbone!r}: "
+                "either they were never loaded, as from_backbone and from_pretrained do, or the backbone was saved "
+                "along and may have been changed; save them too, with save_backbone=True"
+            )
+        layers = dict(self.retriever.backbone.named_modules())
+        loras = {f"{name}.base_layer.weight": layer for name, layer in layers.items() if hasattr(layer, "lora_A")}
+        merged = {name for name, layer in loras.items() if layer.merged}  # of what they were, and are to be again
+        lost_or_new = frozen.keys() ^ known
+        changed = lost_or_new or frozen.keys() - (self.unchanged_names() - merged)
         halves = (torch.float16, torch.bfloat16)
-        if any(tensor.dtype in halves or ".base_layer." in name for name, tensor in changed.items()):
+        if not lost_or_new and any(frozen[n].dtype in halves or n in loras for n in changed):
             own = names_with_lora(load_backbone(copy.deepcopy(self.config)), self.config)
-            changed = {name: tensor for name, tensor in changed.items() if not _is_rounded(tensor, own[name], name)}
+            changed = {name for name in changed if not _is_of_backbone(frozen[name], own[name], loras.get(name))}
         if changed:
             raise ValueError(
                 f"frozen weights of the model are not those of the backbone {self.config.backbone!r} any more "
@@ -695,8 +768,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the folder holds another model; `push_to_hub` was asked for, use the method of that name;
                 `max_shard_size` or `variant`, since it is all one file; `save_backbone=False`, but all of the backbone
-                is tuned; PEFT has changed the model, or merged LoRA into weights that are to be saved; or frozen
-                weights were changed, which would not be saved.
+                is tuned; PEFT has changed the model, scaled LoRA, or merged it into weights that are to be saved; or
+                frozen weights were changed, or may have been, which would not be saved.
             TypeError: a keyword is none that is read.
         """
         if kwargs.get("push_to_hub"):
@@ -707,17 +780,17 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         if unknown := set(kwargs) - _SAVING_ARGUMENTS:  # which transformers passes over
             raise TypeError(f"save_pretrained takes no {_listed(unknown)}")
         refuse_other_adapters(self)
+        refuse_other_scaling(self)
         _refuse_other_model(Path(save_directory))
         if save_backbone is False and self.config.tune_backbone:
             raise ValueError("save_backbone must be true with tune_backbone, got False: all of the backbone is tuned")
-        if save_backbone is not None:
-            self.config.save_backbone = save_backbone
-        if self.config.backbone is None:
-            self.config.save_backbone = True
-        if self.config.save_backbone:
+        save_backbone = self.config.save_backbone if save_backbone is None else save_backbone
+        save_backbone = save_backbone or self.config.backbone is None
+        if save_backbone:
             refuse_merged_lora(self)
         else:
             self.refuse_changed_backbone()
+        self.config.save_backbone = save_backbone
         state_dict = self.state_dict() if state_dict is None else state_dict
         if not self.config.save_backbone:
             tuned = self.tuned_names()
@@ -807,6 +880,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             save_backbone: As for `save_pretrained`.
         """
         refuse_other_adapters(self)
+        refuse_other_scaling(self)
         backbone = self.config.backbone
         saved_along = self.config.save_backbone if save_backbone is None else save_backbone
         if backbone is not None and not saved_along:
@@ -905,7 +979,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         )
         model._refuse_incomplete(saved, info, from_retriever, pretrained_model_name_or_path)
         model.freeze_backbone()
-        model.note_frozen_weights()
+        if not config.save_backbone or model._has_fingerprint():  # saved along, they may be others than the backbone's
+            model.note_frozen_weights()
         if not from_retriever:
             model.load_beside(
                 lambda name: cached_file(pretrained_model_name_or_path, name, revision=revision, **hub_kwargs)

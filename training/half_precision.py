@@ -25,12 +25,14 @@ def frozen_weights_in(dtype, model):
         layers = (module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
         weights = [layer.weight for layer in layers if not layer.weight.requires_grad]
         weights = [weight for weight in weights if weight.dtype == torch.float32]
+    # of what somebody has changed before, the rounded weights aren't the backbone's either
+    unchanged = model.unchanged_names() if weights and hasattr(model, "unchanged_names") else set()
     originals = [weight.data.cpu() for weight in weights]
     try:
         for weight in weights:
             weight.data = weight.data.to(dtype)
-        if weights and hasattr(model, "note_frozen_weights"):  # checkpoints are saved meanwhile
-            model.note_frozen_weights()
+        if unchanged:  # checkpoints are saved meanwhile
+            model.note_frozen_weights(unchanged)
         yield
     finally:
         for weight, original in zip(weights, originals, strict=True):
