@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import shutil
 from collections.abc import Iterable
 from dataclasses import fields
 
@@ -11,8 +13,49 @@ from .data_arguments import DataArguments
 from .dataset_registry import DATASETS
 
 
+# Options that `--help` leaves to `--help-all`: of data sets of one kind, of their splits, and what is seldom changed.
+FURTHER = frozenset(
+    (
+        *("data_cache_dir", "train_classes", "test_classes", "test_share", "class_split", "split_seed"),
+        *("digit_size", "verify_counts", "layout", "image_column", "split_column", "image_root"),
+        *("train_split", "test_split", "dataset_repo", "dataset_config", "dataset_revision"),
+        *("embeddings_cache", "shard_size", "embedding_dtype", "lock_timeout", "resize_size", "dtype"),
+        *("max_image_pixels", "revision", "resample", "target_recall", "memory_gb", "mmap", "no_verify"),
+        *("gpu", "no_clustering", "no_geometry", "max_classes", "max_upload_mb", "share"),
+    )
+)
+
+
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, with exit status 2."""
+    """A parser whose errors are one line, with exit status 2, and whose `--help` is a screen; `--help-all` has all."""
+
+    def __init__(self, *args, formatter_class=None, **kwargs):
+        super().__init__(*args, formatter_class=_wide(formatter_class), add_help=False, **kwargs)
+        self.add_argument("-h", "--help", action=_Help, help="this text")
+        self.add_argument("--help-all", action=_Help, help="all options")
+
+    def format_help(self):
+        """All options, with a line of usage that doesn't repeat them."""
+        usage, self.usage = self.usage, self.usage or self._short_usage()
+        try:
+            return super().format_help()
+        finally:
+            self.usage = usage
+
+    def _short_usage(self):
+        words = [action.metavar or action.dest for action in self._actions if not action.option_strings]
+        return " ".join([self.prog, *words, "[--OPTION VALUE ...]"])
+
+    def format_short_help(self):
+        """As `format_help`, without the options that are `FURTHER`."""
+        hidden = {action: action.help for action in self._actions if action.dest in FURTHER}
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            return self.format_help()
+        finally:
+            for action, text in hidden.items():
+                action.help = text
 
     def parse_known_args(self, args=None, namespace=None):
         """As `parse_args`: a word that no option takes is an error of the command that it was given to."""
@@ -25,7 +68,22 @@ class CommandParser(argparse.ArgumentParser):
         return found, left
 
     def error(self, message: str):
-        self.exit(2, f"error: {message} (--help lists the options)\n")
+        self.exit(2, f"error: {message} (--help-all lists the options)\n")
+
+
+class _Help(argparse.Action):
+    def __init__(self, option_strings, dest, default=None, help=None):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_help() if option_string == "--help-all" else parser.format_short_help(), end="")
+        parser.exit()
+
+
+def _wide(formatter_class):
+    """A formatter in whose lines the names of options and their texts have room beside each other."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    return functools.partial(formatter_class or argparse.HelpFormatter, max_help_position=34, width=width)
 
 
 def add_data_options(parser, names: Iterable[str]):
@@ -41,9 +99,8 @@ def add_data_options(parser, names: Iterable[str]):
         kind = {"int": int, "float": float, "bool": truth}.get(getattr(item.type, "__name__", str(item.type)), str)
         extra = {"nargs": "+"} if "list" in str(item.type) else {}
         text = f"data set: {', '.join(DATASETS)}" if name == "dataset_name" else item.metadata["help"]
-        parser.add_argument(
-            f"--{name}", type=kind, default=argparse.SUPPRESS, help=text, metavar=name.upper(), **extra
-        )
+        shown = {"int": "N", "bool": "TRUE", "float": "X"}.get(getattr(item.type, "__name__", ""), "VALUE")
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text, metavar=shown, **extra)
 
 
 def truth(word: str) -> bool:
@@ -54,4 +111,4 @@ def truth(word: str) -> bool:
     return known[word.lower()]
 
 
-__all__ = ["CommandParser", "add_data_options", "truth"]
+__all__ = ["FURTHER", "CommandParser", "add_data_options", "truth"]

@@ -10,7 +10,6 @@ prompts themselves are gone. A file is kept only if its embeddings are those of 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
 import json
@@ -25,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .._version import __version__
 from ..backbones_vptsp import PromptKeyValue, project_prompts
+from ..data_scripts.command_options import CommandParser
 from ..data_scripts.normalisation import Normalisation
 from ..data_scripts.preprocessing import load_image_processor
 from ..files.atomic import atomic_path
@@ -241,7 +241,7 @@ def _largest_difference(model, embed) -> float:
 
 
 def _parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="vptsp export", description=__doc__.split("\n\n")[0])
+    parser = CommandParser(prog="vptsp export", description=__doc__.split("\n\n")[0])
     parser.add_argument("retriever", help="Hub name or local folder of a saved retriever")
     parser.add_argument("--format", required=True, choices=("onnx", "torch"), help="ONNX, or torch.export's .pt2")
     parser.add_argument("--output", required=True, type=Path, help="file to write")

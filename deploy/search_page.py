@@ -11,6 +11,7 @@ inside its `image_root`, and what was uploaded.
 import argparse
 import sys
 
+from vptsp.data_scripts.command_options import CommandParser
 from vptsp.data_scripts.data_errors import DataError
 
 from .page_content import MAX_MEGAPIXELS, SearchPage
@@ -61,9 +62,7 @@ def open_page(
 
 def main(words=None):
     """Entry point; exit status 2 and one line on stderr where something is not what it should be."""
-    parser = argparse.ArgumentParser(
-        prog="vptsp app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="vptsp app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", required=True, help="what `vptsp index` wrote")
     parser.add_argument("--model", help="folder or Hub name of the model, where it isn't where the index says")
     parser.add_argument("--backbone", help="folder or Hub name of its backbone, where it isn't where the model says")

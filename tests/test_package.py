@@ -1,9 +1,11 @@
 """What the package offers by name, and the command `vptsp`."""
 
 import ast
+import contextlib
 import graphlib
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +93,24 @@ def test_every_command_has_help(name, capsys):
     out = capsys.readouterr().out
     assert "--" in out
     assert out.startswith(f"usage: vptsp {name} ")
+
+
+def help_of(capsys, name, option):
+    with contextlib.suppress(SystemExit):
+        cli.main([name, option])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_is_a_screen_and_help_all_has_the_rest(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    short, whole = (help_of(capsys, name, option) for option in ("--help", "--help-all"))
+    shown, known = (set(re.findall(r"--\w+", text)) for text in (short, whole))
+    assert len(short.splitlines()) <= 52 and len(shown) <= 45
+    assert shown - {"--help"} <= known
+    assert not re.search(r"<class|typing\.|functools", whole)
+    if name not in ("train", "export"):
+        assert known - shown  # and what is left out is taken all the same
 
 
 def test_training_is_called_what_was_typed(capsys):

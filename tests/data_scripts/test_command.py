@@ -164,7 +164,7 @@ def test_usage_errors(words, message, capsys):
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2
-    assert capsys.readouterr().err == f"error: {message} (--help lists the options)\n"
+    assert capsys.readouterr().err == f"error: {message} (--help-all lists the options)\n"
 
 
 def test_a_picture_that_cannot_be_written(flowers, tmp_path, capsys):
@@ -179,7 +179,7 @@ def test_as_a_module(flowers, tmp_path):
     assert done.returncode == 0 and "Picture of 4 classes: folder.png" in done.stdout
     done = subprocess.run([*command, str(flowers / "a")], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    done = subprocess.run([*command[:4], "--help"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([*command[:4], "--help-all"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "--dataset_repo" in done.stdout and "CUB-200-2011" in done.stdout
 
 
