@@ -1,7 +1,6 @@
 """Class-balanced batches: B/k different classes, k images of each (letters as elsewhere, C classes, n images)."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
@@ -11,17 +10,39 @@ from .labels import check_labels
 __all__ = ["ClassBalancedBatchSampler", "SampleKey", "augmentation_seeds", "check_batch_sizes"]
 
 
-class SampleKey(NamedTuple):
-    """What the sampler asks a data set for.
+class SampleKey(int):
+    """What the sampler asks a data set for: the row, as an integer that any map-style data set takes, with a seed.
 
     Attributes:
-        index: Row of the data set.
+        index: Row of the data set, as a plain integer.
         augmentation_seed: Seed of the random crop and flip, 0 <= seed < 2**63. It depends on (seed, epoch, position in
             the epoch), not on workers, ranks, or where a run was resumed.
     """
 
-    index: int
-    augmentation_seed: int
+    def __new__(cls, index: int, augmentation_seed: int):
+        key = super().__new__(cls, index)
+        key.augmentation_seed = augmentation_seed
+        return key
+
+    @property
+    def index(self) -> int:
+        return int(self)
+
+    def __eq__(self, other):
+        if isinstance(other, SampleKey):
+            return int(self) == int(other) and self.augmentation_seed == other.augmentation_seed
+        return int(self) == other
+
+    def __ne__(self, other):
+        return not self == other
+
+    __hash__ = int.__hash__
+
+    def __getnewargs__(self):
+        return int(self), self.augmentation_seed
+
+    def __repr__(self):
+        return f"SampleKey({int(self)}, {self.augmentation_seed})"
 
 
 class ClassBalancedBatchSampler:

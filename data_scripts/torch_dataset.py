@@ -163,7 +163,7 @@ class ImageDataset(Dataset):
                 if the class has no image that can be read.
         """
         training = isinstance(key, SampleKey)
-        row, seed = key if training else (int(key), None)
+        row, seed = int(key), key.augmentation_seed if training else None
         readable = True
         try:
             pixels = self._read(row, seed)

@@ -1,8 +1,10 @@
+import pickle
 import random
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from vptsp import ClassBalancedBatchSampler, SampleKey
 
@@ -213,3 +215,12 @@ def test_errors(change, message):
 def test_epoch_must_not_be_negative():
     with pytest.raises(ValueError, match="epoch must be >= 0, got -1"):
         ClassBalancedBatchSampler([0, 1], 2, 1, seed=0).set_epoch(-1)
+
+
+def test_a_key_is_the_integer_that_any_data_set_takes():
+    key = SampleKey(3, 7)
+    assert key == 3 and [0, 1, 2, "three"][key] == "three" and torch.arange(5)[key] == 3
+    assert key == SampleKey(3, 7) != SampleKey(3, 8)
+    again = pickle.loads(pickle.dumps(key))
+    assert type(again) is SampleKey and again == key and again.augmentation_seed == 7
+    assert type(key.index) is int and repr(key) == "SampleKey(3, 7)"

@@ -105,3 +105,24 @@ def test_the_record_of_splits_is_of_this_run_and_stays_here(backbone_folder, tmp
     assert path.read_text().startswith("{")
     trainer._write_retriever(tmp_path / "upload", None)
     assert (tmp_path / "upload" / "config.json").is_file() and not (tmp_path / "upload" / "splits.json").exists()
+
+
+def test_a_data_set_of_ones_own_gets_integers(backbone_folder, tmp_path):
+    """As the docstring promises: rows, a length and `labels` are all that it needs, for a list as for an array."""
+
+    asked = []
+
+    class Own:
+        labels = torch.arange(8) % 2
+        pixels = torch.rand(8, 3, 16, 16).tolist()
+
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, row):
+            asked.append(row)
+            return {"pixel_values": torch.tensor(self.pixels[row]), "labels": int(self.labels[row])}
+
+    trainer = make_trainer(backbone_folder, tmp_path, Own(), None)
+    trainer.train()
+    assert set(asked) <= set(range(8)) and all(isinstance(row, int) for row in asked)
