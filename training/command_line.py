@@ -75,12 +75,14 @@ def read_config(path) -> dict:
     Raises:
         ConfigError: no such file, not YAML, or not a mapping.
     """
-    preset = Path(__file__).parent.parent / "configs" / f"{path}.yaml"
+    folder = Path(__file__).parent.parent / "configs"
+    preset = folder / f"{path}.yaml"
     file = preset if preset.is_file() and not Path(path).is_file() else Path(path)
     try:
         values = read_yaml(file)
     except FileNotFoundError as error:
-        folder = preset.parents[str(path).count("/")]
+        if str(path).endswith((".yaml", ".yml")):
+            raise ConfigError(f"there is no configuration {path}") from error
         presets = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
         hint = nearest(str(path), presets, most=1) or f"; the presets are {', '.join(presets)}"
         raise ConfigError(f"there is no configuration {path}, neither a file nor a preset{hint}") from error

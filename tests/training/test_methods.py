@@ -342,7 +342,7 @@ def test_presets_by_name(tmp_path, monkeypatch):
     by_name, *_ = parse_arguments(["table1/vpt"])
     by_path, *_ = parse_arguments([str(CONFIGS["table1/vpt"])])
     assert by_name == by_path
-    with pytest.raises(ConfigError, match="no configuration table1/vtp, .* did you mean 'table1/vpt'"):
+    with pytest.raises(ConfigError, match=r"no configuration table1/vtp, .* did you mean 'table1/vpt'"):
         parse_arguments(["table1/vtp"])
 
 

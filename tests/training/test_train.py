@@ -220,7 +220,9 @@ def test_bad_files_are_named(arguments, tmp_path, capsys, images):
     twice = "num_prompts: 3\nseed: 1\nnum_prompts: 4"
     assert "'num_prompts' is there twice" in refused([str(_write(tmp_path / "b.yaml", twice))], capsys)
     assert "must hold 'field: value' lines, got str" in refused([str(_write(tmp_path / "c.yaml", "x"))], capsys)
-    assert "can't be read: No such file" in refused([str(tmp_path / "none.yaml")], capsys)
+    none = tmp_path / "none.yaml"
+    assert refused([str(none)], capsys) == f"train.py: error: there is no configuration {none}"
+    assert "neither a file nor a preset; the presets are cars_vitb16, " in refused(["unheard-of"], capsys)
     empty = tmp_path / "empty"
     empty.mkdir()
     assert f"backbone: the folder {empty} holds no config.json" in refused(
