@@ -30,16 +30,20 @@ def images(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def outputs(images, backbone_folder, tmp_path_factory):
-    """What one, two and three processes have written, by their number."""
-    output = tmp_path_factory.mktemp("outputs")
-    command = [sys.executable, HERE / "distributed_runs.py", images, backbone_folder, output, "1", "2", "3"]
+def outputs_of(numbers, images, backbone_folder, output):
+    """What so many processes have written, by their number."""
+    command = [sys.executable, HERE / "distributed_runs.py", images, backbone_folder, output, *numbers]
     # otherwise accelerate gives each rank several threads, which wait for each other
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {processes: output / str(processes) for processes in (1, 2, 3)}
+    return {processes: output / str(processes) for processes in numbers}
+
+
+@pytest.fixture(scope="module")
+def outputs(images, backbone_folder, tmp_path_factory):
+    """What one, two and three processes have written, by their number."""
+    return outputs_of((1, 2, 3), images, backbone_folder, tmp_path_factory.mktemp("outputs"))
 
 
 @pytest.mark.distributed
@@ -58,3 +62,11 @@ def test_ranks_equal_one_process_and_each_other(processes, outputs):
             other = load_file(several / f"{name}-{rank}.safetensors")
             for key, tensor in first.items():
                 assert torch.equal(other[key], tensor), f"{name}: {key} of rank {rank}"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_equal_one_process_with_every_family(images, backbone_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVERY_FAMILY", "1")
+    assert set(distributed_runs.FAMILIES) < set(distributed_runs.runs_of(2))
+    test_ranks_equal_one_process_and_each_other(2, outputs_of((1, 2), images, backbone_folder, tmp_path))
