@@ -848,7 +848,7 @@ def backbone_fingerprint(state_dict) -> str:
     Returns:
         `v2:` and 64 hexadecimal digits.
     """
-    digests = sorted((layer_number(name), _tensor_digest(tensor)) for name, tensor in state_dict.items())
+    digests = sorted((layer_number(name), tensor_digest(tensor)) for name, tensor in state_dict.items())
     joined = b"".join(f"{layer} ".encode() + digest for layer, digest in digests)
     return FINGERPRINT_PREFIX + hashlib.sha256(joined).hexdigest()
 
@@ -858,7 +858,8 @@ def layer_number(name) -> int:
     return next((int(part) for part in name.split(".") if part.isdigit()), -1)
 
 
-def _tensor_digest(tensor) -> bytes:
+def tensor_digest(tensor) -> bytes:
+    """SHA-256 of a tensor's values in their order, the same in every dtype that holds them."""
     tensor = tensor.detach().cpu()
     values = tensor.float()
     if tensor.dtype == torch.float64 and not torch.equal(values.double(), tensor):
@@ -1005,6 +1006,7 @@ __all__ = [
     "resized_config",
     "resized_weights",
     "save_with_digest",
+    "tensor_digest",
     "timm_backbone_config",
     "timm_backbone_weights",
     "timm_preprocessing",

@@ -9,7 +9,6 @@ Shapes: B images, N tokens (CLS + patches), P prompts, D backbone width, E embed
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib
 import json
 import math
@@ -50,6 +49,7 @@ from .loading_vptsp import (
     read_weights,
     refuse_local_backbone,
     relative_to,
+    tensor_digest,
     widest_dtype,
     write_digest,
 )
@@ -467,14 +467,6 @@ def _card_writer():
         return None
 
 
-def _weight_digest(tensor):
-    """Of a tensor's values, the same in every dtype that holds them."""
-    values = tensor.detach().cpu().contiguous()
-    if values.dtype != torch.float64 or torch.equal(values.float().double(), values):
-        values = values.float()
-    return hashlib.sha256(values.flatten().view(torch.uint8).numpy()).hexdigest()
-
-
 def _is_in_memory(tensor):
     return type(tensor) is torch.Tensor and not tensor.is_meta
 
@@ -677,7 +669,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         for name, tensor in self._used_frozen_weights().items():
             if names is None or name in names:
                 digests = self.retriever.frozen_digests.setdefault(name, set())
-                digests.update([_weight_digest(tensor)] if _is_in_memory(tensor) else [])
+                digests.update([tensor_digest(tensor)] if _is_in_memory(tensor) else [])
 
     def unchanged_names(self) -> set[str]:
         """Names in the backbone's `state_dict()` of frozen weights that are as they were noted."""
@@ -685,7 +677,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         return {
             name
             for name, tensor in self._used_frozen_weights().items()
-            if name in known and (not _is_in_memory(tensor) or _weight_digest(tensor) in known[name])
+            if name in known and (not _is_in_memory(tensor) or tensor_digest(tensor) in known[name])
         }
 
     def _is_used_frozen(self, name) -> bool:

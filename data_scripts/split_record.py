@@ -10,11 +10,12 @@ from .data_errors import DataError
 from .image_names import image_names
 
 
-__all__ = ["SPLITS_NAME", "has_seen_classes", "read_split_record", "record_splits"]
+__all__ = ["PLACES", "SPLITS_NAME", "has_seen_classes", "read_split_record", "record_splits"]
 
 SPLITS_NAME = "splits.json"
 """Name of the file, in the folder of the run."""
-_PLACES = ("dataset_name", "data_dir", "data_cache_dir")
+PLACES = ("dataset_name", "data_dir", "data_cache_dir")
+"""Options that say where the data of a run lies; with others the data are split anew."""
 
 
 def has_seen_classes(args: DataArguments, splits: Mapping[str, Any]) -> bool:
@@ -33,7 +34,7 @@ def record_splits(args: DataArguments, splits: Mapping[str, Any]) -> dict[str, A
         `data`: the arguments by which it can be loaded again; `seen_classes`; and per split its `classes`, each with
         the names of its images (null for a stream, which is not read for it), and the split's `fingerprint`.
     """
-    options = {name: getattr(args, name) for name in (*_PLACES, *BUILDER_OPTIONS)}
+    options = {name: getattr(args, name) for name in (*PLACES, *BUILDER_OPTIONS)}
     if args.data_dir is not None:
         options["data_dir"] = str(Path(args.data_dir).expanduser().absolute())
     parts = {}

@@ -201,9 +201,8 @@ class SearchPage:
         panels, similarities = {}, []
         for name, index in ((TUNED, self.index), (BACKBONE, self.backbone)):
             if view in (name, BOTH):
-                embedding = index.embeddings_of([value]) if image is None else index.embedder.embed_images([image])
-                own = None if item is None else value
-                hits = nearest(index, embedding, k, text, one_per, own)
+                search, asked = (index.search_ids, value) if image is None else (index.search_images, image)
+                hits = search([asked], k, containing=text or None, group_by=one_per)[0]
                 similarities += [hit.similarity for hit in hits]
                 panels[name] = [hit for hit in hits if hit.similarity >= minimum]
         shown = "your image" if kind == "image" else code_span(value)
@@ -227,26 +226,6 @@ class SearchPage:
         found = sum(hit.metadata.get(CLASS_COLUMN) == wanted for hit in hits)
         shares = f"{found} of {len(hits)} are of its class" if wanted else ""
         return " · ".join(filter(None, ("" if view == TUNED else name, shares)))
-
-
-def nearest(index, embedding, k, text="", one_per=None, own=None):
-    """The k items most similar to a query, or the most similar of each of k values of a column.
-
-    Args:
-        index: `VectorIndex`.
-        embedding: `(1, E)`.
-        k: How many at most.
-        text: As `containing` of [`VectorIndex.search`].
-        one_per: The column, as `group_by` there.
-        own: Id of the query, which is not found.
-
-    Raises:
-        ValueError: there is no such column.
-    """
-    how = {"containing": text or None, "group_by": one_per}
-    if own is not None:
-        return index.search_ids([own], k, **how)[0]
-    return index.search(embedding, k, **how)[0]
 
 
 def shown_name(column):
@@ -274,7 +253,6 @@ __all__ = [
     "VIEWS",
     "Found",
     "SearchPage",
-    "nearest",
     "shown_name",
     "small_copy",
 ]

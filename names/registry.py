@@ -15,10 +15,15 @@ def near_names(name, known: Iterable[str], most: int = 2, likeness: float = 0.6)
     return difflib.get_close_matches(str(name), [str(item) for item in known], n=most, cutoff=likeness)
 
 
+def did_you_mean(names: Iterable[str]) -> str:
+    """`; did you mean 'vpt' or 'vptsp_g'?`; nothing for no names."""
+    shown = " or ".join(map(repr, names))
+    return f"; did you mean {shown}?" if shown else ""
+
+
 def nearest(name, known: Iterable[str], most: int = 2) -> str:
-    """`; did you mean 'vpt' or 'vptsp_g'?`, at most so many; nothing where no known name is near."""
-    near = near_names(name, known, most)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    """[`did_you_mean`] of the known names that are near, at most so many."""
+    return did_you_mean(near_names(name, known, most))
 
 
 class Registry(Mapping[str, Entry], Generic[Entry]):

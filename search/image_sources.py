@@ -86,6 +86,22 @@ class ImageSource:
         label = self.labels[row]
         return "" if label is np.ma.masked else self.class_names[label]
 
+    def select(self, rows, description, **changes):
+        """A source of some of the images, in this order.
+
+        Args:
+            rows: Their rows.
+            description: One line on what they are.
+            **changes: Other attributes that the new source has, `labels` with `class_names` say.
+        """
+        kept = {
+            "ids": [self.ids[row] for row in rows],
+            "labels": self.labels[rows],
+            "stored": _ChosenRows(self.stored, rows),
+            "columns": {name: [values[row] for row in rows] for name, values in self.columns.items()},
+        }
+        return dataclasses.replace(self, description=description, **{**kept, **changes})
+
     def fingerprint(self, progress=lambda iterable, total: iterable):
         """Digest of the data: columns, ids, classes and all bytes of all images, in order.
 
@@ -308,6 +324,16 @@ def _further(split, description):
     names = further_columns(split.features, ("image", "label"), description)
     arrow = split.with_format("arrow", columns=names)[:] if names else None
     return {free_name(name): [plain_value(value) for value in arrow.column(name).to_pylist()] for name in names}
+
+
+class _ChosenRows(NamedTuple):
+    """`ImageSource.stored` of some rows; picklable, as workers need it."""
+
+    stored: Callable[[int], str | bytes]
+    rows: list
+
+    def __call__(self, row):
+        return self.stored(self.rows[row])
 
 
 class _JoinedRows(NamedTuple):

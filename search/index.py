@@ -425,11 +425,6 @@ class RetrievalIndex(VectorIndex):
         """See [`VectorIndex.present`]."""
         return {name for name in ids if name in self._key_of}
 
-    def sample_ids(self, count):
-        """See [`VectorIndex.sample_ids`]; spread evenly over the index."""
-        rows = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
-        return self._table.column("id").take(pa.array(rows)).to_pylist()
-
     def list_items(self, count, start=0, containing=None, one_per=None):
         """See [`VectorIndex.list_items`]; in the order in which they were added."""
         keys = self._keys_that_pass([], containing) if containing else self._table_keys

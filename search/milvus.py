@@ -310,10 +310,6 @@ class MilvusIndex(VectorIndex):
         """Disconnect."""
         self._client.close()
 
-    def sample_ids(self, count):
-        """See [`VectorIndex.sample_ids`]."""
-        return [row["id"] for row in self._client.query(self._collection, limit=count, output_fields=["id"])]
-
     def list_items(self, count, start=0, containing=None, one_per=None):
         """See [`VectorIndex.list_items`]; in Milvus's own order, 16,384 items at most, and never one per value."""
         if one_per is not None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ..data_scripts.data_errors import DataError
-from ..names.registry import near_names
+from ..names.registry import did_you_mean, near_names
 
 
 def check_model_name(name, option="model"):
@@ -35,8 +35,7 @@ def check_model_name(name, option="model"):
 
 def near_folders(path):
     """The end of an error on a folder that is not there: folders of nearly that name beside it, if there are any."""
-    near = near_names(path.name, _folders_beside(path))
-    return f"; did you mean {' or '.join(repr(str(path.parent / found)) for found in near)}?" if near else ""
+    return did_you_mean(str(path.parent / name) for name in near_names(path.name, _folders_beside(path)))
 
 
 def _folders_beside(path):

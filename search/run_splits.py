@@ -9,15 +9,12 @@ import numpy as np
 
 from ..data_scripts.data_arguments import DataArguments, check_data_arguments
 from ..data_scripts.data_errors import DataError, some
-from ..data_scripts.split_record import SPLITS_NAME, read_split_record
+from ..data_scripts.split_record import PLACES, SPLITS_NAME, read_split_record
 from ..data_scripts.torch_dataset import ImageDataset
-from .image_sources import ImageSource, joined_source, split_source
+from .image_sources import joined_source, split_source
 
 
 logger = logging.getLogger(__name__)
-
-PLACES = {"dataset_name", "data_dir", "data_cache_dir"}
-"""Options that say where the data of a run lies now; with others the data are split anew."""
 
 
 def recorded_sources(model, data):
@@ -36,7 +33,7 @@ def recorded_sources(model, data):
         DataError: the data can't be loaded, or images of the record are not there or have another class.
     """
     record = read_split_record(model)
-    if record is None or not set(data) <= PLACES:
+    if record is None or not set(data) <= set(PLACES):
         return None
     known = {item.name for item in fields(DataArguments)}
     given = {name: value for name, value in record["data"].items() if name in known} | data
@@ -103,26 +100,7 @@ def _chosen(everything, classes, description):
     rows += [row for row in range(len(everything)) if everything.class_name(row) in whole]
     class_names = list(classes)
     labels = np.array([class_names.index(everything.class_name(row)) for row in rows], dtype=np.int64)
-    columns = {name: [values[row] for row in rows] for name, values in everything.columns.items()}
-    return ImageSource(
-        [everything.ids[row] for row in rows],
-        np.ma.array(labels),
-        class_names,
-        _Rows(everything.stored, rows),
-        description,
-        everything.image_root,
-        columns,
-    )
-
-
-class _Rows:
-    """`ImageSource.stored` of some rows."""
-
-    def __init__(self, stored, rows):
-        self.stored, self.rows = stored, rows
-
-    def __call__(self, row):
-        return self.stored(self.rows[row])
+    return everything.select(rows, description, labels=np.ma.array(labels), class_names=class_names)
 
 
 def say_trained_on(model, sources):
@@ -146,4 +124,4 @@ def say_trained_on(model, sources):
             )
 
 
-__all__ = ["PLACES", "recorded_sources", "say_trained_on"]
+__all__ = ["recorded_sources", "say_trained_on"]

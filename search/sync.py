@@ -11,10 +11,9 @@ the first folder's images are their paths from there; those of a further folder'
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,7 +134,7 @@ def update_index(
 
     def embed(rows):
         try:
-            store = cached_store(embedder, _some_of(source, rows), **options)
+            store = cached_store(embedder, source.select(rows, f"{len(rows)} of {source.description}"), **options)
         except NothingReadableError:
             skipped.extend(source.ids[row] for row in rows)
             return [], torch.empty(0, embedder.embedding_dim)
@@ -192,28 +191,6 @@ def _source_name(description, root):
     """What tells a source from others of its folder, wherever that lies: `images in {root}`."""
     name = description.partition(", classes are the folders in ")[0]  # of a list, which may change with its files
     return name if root is None else name.replace(str(root), "{root}")
-
-
-def _some_of(source, rows):
-    """A source of some of the images of another."""
-    return replace(
-        source,
-        ids=[source.ids[row] for row in rows],
-        labels=source.labels[rows],
-        stored=_StoredRows(source.stored, rows),
-        columns={name: [values[row] for row in rows] for name, values in source.columns.items()},
-        description=f"{len(rows)} of {source.description}",
-    )
-
-
-class _StoredRows(NamedTuple):
-    """`ImageSource.stored` of some rows; picklable, as workers need it."""
-
-    stored: Callable
-    rows: list[int]
-
-    def __call__(self, row):
-        return self.stored(self.rows[row])
 
 
 # ---- In step

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..data_scripts.data_errors import some
 from ..eval.checks import check_embeddings
-from ..names.registry import near_names
+from ..names.registry import did_you_mean, near_names
 from .columns import check_items, check_metadata
 from .filters import find_column, parse_conditions
 
@@ -235,8 +235,7 @@ class VectorIndex(ABC):
                 if _folded(value) not in there:
                     texts = [name for name in there if isinstance(name, str)]
                     near = [there[name] for name in near_names(_folded(value), texts)]
-                    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-                    raise ValueError(f"where: no item has {column} {value!r}{hint}")
+                    raise ValueError(f"where: no item has {column} {value!r}{did_you_mean(near)}")
 
     @abstractmethod
     def embeddings_of(self, ids):
@@ -262,10 +261,6 @@ class VectorIndex(ABC):
         """A ValueError if some of these ids are in the index already."""
         if present := self.present(ids):
             raise ValueError(f"{len(present)} ids are in the index already: {some(sorted(present))}")
-
-    @abstractmethod
-    def sample_ids(self, count):
-        """At most `count` of the ids, the same each time."""
 
     def image_path(self, name):
         """File of an item, absolute; None where the index doesn't know.

@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTModel
 
+from vptsp import VPTSPModel, build_image_processor
+
 
 def pytest_collection_modifyitems(items):
     """Files with tests of several processes first: they last longest, and what comes last runs on one worker alone."""
@@ -60,4 +62,14 @@ def backbone_folder(tmp_path_factory):
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
     backbone.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def retriever_folder(backbone_folder, tmp_path_factory):
+    """A retriever on that backbone, for images of 16 pixels, with embeddings of width 8 and its image processor."""
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("retriever")
+    VPTSPModel.from_backbone(backbone_folder, num_prompts=2, embedding_dim=8).save_pretrained(folder)
+    build_image_processor(16, 18).save_pretrained(folder)
     return folder

@@ -165,7 +165,12 @@ def all_names() -> set[str]:
     return names
 
 
-class _EarlyParser(HfArgumentParser):
+class OptionParser(HfArgumentParser):
+    """Options as they are called in full, and errors that are raised."""
+
+    def __init__(self, classes, **options):
+        super().__init__(classes, allow_abbrev=False, **options)
+
     def error(self, message):
         raise ConfigError(message)
 
@@ -184,7 +189,7 @@ def check_early(argv):
     values = checked_values(path, values, known, hints)
     options = [word for word in words if word.startswith("--") and word != "--"]
     refuse_unread([word for word in options if _field(word) not in known], known)
-    parser = _EarlyParser(classes, add_help=False, allow_abbrev=False)
+    parser = OptionParser(classes, add_help=False)
     parser.add_argument("--output_dir", "--output-dir", default=None)
     parser.set_defaults(**{name: value for name, value in values.items() if name in hints})
     try:
@@ -202,6 +207,7 @@ __all__ = [
     "BOUNDS",
     "CHOICES",
     "EVAL_METRICS",
+    "OptionParser",
     "RunArguments",
     "all_names",
     "check_early",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers import HfArgumentParser, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..configuration_vptsp import VPTSPConfig
 from ..data_scripts.data_arguments import DataArguments, check_data_arguments, check_output_apart, data_hints
@@ -18,7 +18,15 @@ from ..losses.loss_registry import check_loss
 from .argument_values import TRAINING_BOUNDS, TRAINING_CHOICES, training_hints
 from .arguments import VPTSPTrainingArguments
 from .command_help import USAGE, options_text
-from .command_line import BOUNDS, CHOICES, RunArguments, checked_values, refuse_unread, split_command_line
+from .command_line import (
+    BOUNDS,
+    CHOICES,
+    OptionParser,
+    RunArguments,
+    checked_values,
+    refuse_unread,
+    split_command_line,
+)
 from .output_folder import check_output_folder
 from .run_errors import ConfigError
 from .unsupported_arguments import NOT_OFFERED
@@ -76,16 +84,6 @@ def all_options_text(prog) -> str:
     return options_text(prog, groups, kinds)
 
 
-class _Parser(HfArgumentParser):
-    """Options as they are called in full, and errors that are raised."""
-
-    def __init__(self, classes, prog):
-        super().__init__(classes, prog=prog, usage=USAGE, allow_abbrev=False)
-
-    def error(self, message):
-        raise ConfigError(message)
-
-
 def parse_arguments(argv, prog="train.py"):
     """Command line after `prog` -> (model fields that were given, training, data and run arguments).
 
@@ -93,7 +91,7 @@ def parse_arguments(argv, prog="train.py"):
         ConfigError: the YAML file can't be read, or it or the command line holds something unknown or out of range.
     """
     classes = (model_arguments_class(), VPTSPTrainingArguments, DataArguments, RunArguments)
-    parser = _Parser(classes, prog)
+    parser = OptionParser(classes, prog=prog, usage=USAGE)
     path, values, argv = split_command_line(argv)
     hints = {**get_type_hints(classes[0]), **dict.fromkeys(_MAPPINGS, dict | str | None)}
     hints |= {**data_hints(), **get_type_hints(RunArguments), **training_hints(VPTSPTrainingArguments)}

@@ -19,7 +19,7 @@ from PIL import Image
 
 from vptsp import DataError, Embedder, IndexMismatchError, RetrievalIndex, VPTSPModel, folder_source, update_index
 from vptsp.data_scripts.preprocessing import build_image_processor
-from vptsp.deploy.page_content import BACKBONE, BOTH, THUMBNAIL, TUNED, Found, SearchPage, nearest
+from vptsp.deploy.page_content import BACKBONE, BOTH, THUMBNAIL, TUNED, Found, SearchPage
 from vptsp.deploy.page_layout import add_item_routes, card
 from vptsp.deploy.search_page import main, open_page
 from vptsp.deploy.space import write_space
@@ -120,7 +120,7 @@ def test_items_without_a_value_are_products_of_their_own():
     values = ["a", "", "a", "", "b", "b"]
     index = RetrievalIndex.build(list("uvwxyz"), vectors, {"sku": values})
     assert [hit.id for hit in index.list_items(9, one_per="sku")[0]] == ["u", "v", "x", "y"]
-    found = nearest(index, vectors[:1], 6, one_per="sku")
+    found = index.search(vectors[:1], 6, group_by="sku")[0]
     assert sorted(hit.id for hit in found if not hit.metadata["sku"]) == ["v", "x"]
     assert sorted(hit.metadata["sku"] for hit in found) == ["", "", "a", "b"]
 
@@ -130,7 +130,7 @@ def test_few_products_are_found_behind_many_photos():
     close = torch.nn.functional.normalize(torch.tensor([1.0, 0.0]) + 0.01 * torch.rand(400, 2), dim=1)
     vectors = torch.cat([close, torch.tensor([[0.0, 1.0], [-1.0, 0.0]])])
     index = RetrievalIndex.build([str(i) for i in range(402)], vectors, {"sku": ["x"] * 400 + ["y", "z"]})
-    assert [hit.metadata["sku"] for hit in nearest(index, vectors[:1], 3, one_per="sku")] == ["x", "y", "z"]
+    assert [hit.metadata["sku"] for hit in index.search(vectors[:1], 3, group_by="sku")[0]] == ["x", "y", "z"]
 
 
 def test_empty_states_and_errors(page, tmp_path):

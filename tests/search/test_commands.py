@@ -25,7 +25,6 @@ from vptsp import (
     load_splits,
     retrieval_metrics,
 )
-from vptsp.data_scripts.preprocessing import build_image_processor
 from vptsp.search.commands import _parser, main
 from vptsp.search.index_files import index_lock
 
@@ -36,12 +35,8 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def retriever(backbone_folder, tmp_path_factory):
-    torch.manual_seed(2)
-    folder = tmp_path_factory.mktemp("retriever")
-    VPTSPModel.from_backbone(backbone_folder, num_prompts=2, embedding_dim=8).save_pretrained(folder)
-    build_image_processor(16, 18).save_pretrained(folder)
-    return folder
+def retriever(retriever_folder):
+    return retriever_folder
 
 
 @pytest.fixture(scope="module")

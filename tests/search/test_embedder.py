@@ -13,15 +13,6 @@ from vptsp.loading_vptsp import name_before
 from vptsp.search.embedder import model_fingerprint
 
 
-@pytest.fixture(scope="module")
-def retriever_folder(backbone_folder, tmp_path_factory):
-    torch.manual_seed(2)
-    folder = tmp_path_factory.mktemp("retriever")
-    VPTSPModel.from_backbone(backbone_folder, num_prompts=2, embedding_dim=8).save_pretrained(folder)
-    build_image_processor(16, 18).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def picture(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (22, 30, 3), dtype=np.uint8)

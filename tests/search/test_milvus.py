@@ -50,7 +50,7 @@ def test_same_results_as_the_index_of_one_folder(content, place):
     for text in ("«11", 'class" 2'):
         results = index.search(embeddings[:2], 5, containing=text)
         assert ids_of(results) == ids_of(reference.search(embeddings[:2], 5, containing=text))
-    assert len(set(index.sample_ids(9)) & set(ids)) == 9
+    assert len({hit.id for hit in index.list_items(9)[0]} & set(ids)) == 9
     with pytest.raises(ValueError, match="no column 'colour'"):
         index.search(embeddings[:1], 3, {"colour": "red"})
 

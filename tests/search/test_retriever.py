@@ -10,17 +10,7 @@ import torch
 from data_fixtures import write_classes, write_image
 from PIL import Image
 
-from vptsp import DataError, Embedder, ImageError, Retriever, VPTSPModel, open_index
-from vptsp.data_scripts.preprocessing import build_image_processor
-
-
-@pytest.fixture(scope="module")
-def retriever_folder(backbone_folder, tmp_path_factory):
-    torch.manual_seed(2)
-    folder = tmp_path_factory.mktemp("retriever")
-    VPTSPModel.from_backbone(backbone_folder, num_prompts=2, embedding_dim=8).save_pretrained(folder)
-    build_image_processor(16, 18).save_pretrained(folder)
-    return folder
+from vptsp import DataError, Embedder, ImageError, Retriever, open_index
 
 
 @pytest.fixture(scope="module")

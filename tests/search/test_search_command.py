@@ -5,24 +5,18 @@ import multiprocessing
 import shutil
 
 import pytest
-import torch
 from data_fixtures import write_classes, write_image
 
-from vptsp import Embedder, RetrievalIndex, VPTSPModel, embed_to_store, folder_source, open_index
+from vptsp import Embedder, RetrievalIndex, embed_to_store, folder_source, open_index
 from vptsp.data_scripts import images
-from vptsp.data_scripts.preprocessing import build_image_processor
 from vptsp.search.commands import main
 from vptsp.search.embedder import Embedder as EmbedderClass
 from vptsp.search.worker_counts import FEW_IMAGES, choose_workers
 
 
 @pytest.fixture(scope="module")
-def retriever(backbone_folder, tmp_path_factory):
-    torch.manual_seed(2)
-    folder = tmp_path_factory.mktemp("retriever")
-    VPTSPModel.from_backbone(backbone_folder, num_prompts=2, embedding_dim=8).save_pretrained(folder)
-    build_image_processor(16, 18).save_pretrained(folder)
-    return folder
+def retriever(retriever_folder):
+    return retriever_folder
 
 
 @pytest.fixture
