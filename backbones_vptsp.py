@@ -113,6 +113,69 @@ def _global_hooks() -> bool:
     return any(getattr(nn.modules.module, f"_global{hooks}", True) for hooks in _HOOKS)
 
 
+# ---- Attention
+#
+# PyTorch's fused attention is slow backwards in bfloat16 on CPUs: where processors multiply bfloat16 matrices by
+# themselves, plain products of blocks of images are 1.5 to 4 times as fast (`benchmarks/step.py --precision bf16`).
+
+_BLOCK_WEIGHTS = 1_000_000  # attention weights of a block of images: 2 MB, near a core's cache
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it; False where this release of PyTorch does not tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+_MULTIPLIES_BFLOAT16 = _multiplies_bfloat16()
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    """Attention whose forward pass is PyTorch's fused one, and whose backward pass is products of matrices.
+
+    Weights are computed again for the backward pass, for a block of images at a time: they are never all in memory.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, scaling):
+        ctx.save_for_backward(query, key, value)
+        ctx.scaling = scaling
+        return nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        tensors = ctx.saved_tensors
+        gradients = [torch.empty_like(tensor) for tensor in tensors]
+        _, num_heads, num_queries, _ = tensors[0].shape
+        images = max(1, _BLOCK_WEIGHTS // (num_heads * num_queries * tensors[1].shape[2]))
+        blocks = zip(*(tensor.split(images) for tensor in (*tensors, gradient, *gradients)), strict=True)
+        for query, key, value, to_output, to_query, to_key, to_value in blocks:
+            query = query * ctx.scaling
+            weights = torch.softmax(query @ key.transpose(-2, -1), dim=-1)
+            to_value.copy_(weights.transpose(-2, -1) @ to_output)
+            to_weights = to_output @ value.transpose(-2, -1)
+            to_weights -= (to_weights * weights).sum(-1, keepdim=True)
+            to_scores = to_weights.mul_(weights)
+            to_query.copy_((to_scores @ key).mul_(ctx.scaling))
+            to_key.copy_(to_scores.transpose(-2, -1) @ query)
+        return *gradients, None
+
+
+def _goes_blockwise(implementation, dropout, query, key, value):
+    """Whether [`_BlockwiseAttention`] stands for what the backbone is set to, and is faster."""
+    return (
+        _MULTIPLIES_BFLOAT16
+        and implementation == "sdpa"
+        and not dropout
+        and all(type(x) is torch.Tensor and x.device.type == "cpu" and x.numel() for x in (query, key, value))
+        and query.dtype == key.dtype == value.dtype == torch.bfloat16
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in (query, key, value))
+        and not torch.compiler.is_compiling()
+    )
+
+
 # ---- Families
 
 
@@ -707,8 +770,12 @@ def _rotated(tokens, rotation):
 
 
 def attention_output(attention, projection, scaling, dropout, query, key, value):
-    interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, _eager_attention)
+    implementation = attention.config._attn_implementation
     dropout = dropout if attention.training else 0.0
+    if _goes_blockwise(implementation, dropout, query, key, value):
+        attended = _BlockwiseAttention.apply(query, key, value, scaling).transpose(1, 2)
+        return fast_linear(projection, attended.flatten(2))
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _eager_attention)
     attended, _ = interface(attention, query, key, value, None, dropout=dropout, scaling=scaling)
     return fast_linear(projection, attended.flatten(2))
 

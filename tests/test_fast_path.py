@@ -83,6 +83,72 @@ def test_linear_leaves_other_layers_and_precisions_to_pytorch():
     assert fast_linear(plain.double(), x.double()).dtype == torch.float64
 
 
+# ---- Attention
+
+
+def attention_gradients(attend, tensors, gradient):
+    """Output of `attend` and its gradients."""
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    output = attend(*tensors)
+    return [output.detach(), *torch.autograd.grad(output, tensors, gradient)]
+
+
+@pytest.mark.parametrize("block_weights", [1, 200, 10**9], ids=["one image", "some", "all"])
+@pytest.mark.parametrize("num_queries", [7, 1])
+def test_blockwise_attention_in_bfloat16(monkeypatch, block_weights, num_queries):
+    monkeypatch.setattr(backbones_vptsp, "_BLOCK_WEIGHTS", block_weights)
+    torch.manual_seed(0)
+    tensors = [torch.randn(5, 3, n, 8).transpose(1, 2).bfloat16().transpose(1, 2) for n in (num_queries, 9, 9)]
+    gradient = torch.randn(5, 3, num_queries, 8).bfloat16()
+
+    def fused(query, key, value):
+        return F.scaled_dot_product_attention(query, key, value, scale=0.3)
+
+    def blockwise(query, key, value):
+        return backbones_vptsp._BlockwiseAttention.apply(query, key, value, 0.3)
+
+    expected = attention_gradients(fused, [tensor.double() for tensor in tensors], gradient.double())
+    actual = attention_gradients(blockwise, tensors, gradient)
+    assert torch.equal(actual[0], fused(*tensors))
+    for got, exact in zip(actual, expected, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got - exact).norm() < 1e-2 * exact.norm()
+
+
+def test_blockwise_attention_stands_for_the_fused_one_alone(monkeypatch):
+    monkeypatch.setattr(backbones_vptsp, "_MULTIPLIES_BFLOAT16", True)
+    half = torch.randn(2, 3, 4, 8, dtype=torch.bfloat16, requires_grad=True)
+    goes = backbones_vptsp._goes_blockwise
+    assert goes("sdpa", 0.0, half, half, half)
+    assert not goes("eager", 0.0, half, half, half)
+    assert not goes("sdpa", 0.1, half, half, half)
+    assert not goes("sdpa", 0.0, half.float(), half.float(), half.float())
+    assert not goes("sdpa", 0.0, *[half.detach()] * 3)
+    with torch.no_grad():
+        assert not goes("sdpa", 0.0, half, half, half)
+    monkeypatch.setattr(backbones_vptsp, "_MULTIPLIES_BFLOAT16", False)
+    assert not goes("sdpa", 0.0, half, half, half)
+
+
+def test_training_in_bfloat16_takes_blockwise_attention(monkeypatch, backbone_folder):
+    calls = []
+    blockwise = backbones_vptsp._BlockwiseAttention.apply
+    monkeypatch.setattr(backbones_vptsp, "_MULTIPLIES_BFLOAT16", True)
+    monkeypatch.setattr(
+        backbones_vptsp._BlockwiseAttention, "apply", lambda *args: calls.append(args) or blockwise(*args)
+    )
+    model = VPTSPForMetricLearning.from_backbone(backbone_folder, num_classes=2, embedding_dim=10, num_prompts=5)
+    exact = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(PIXELS[:2], labels=torch.tensor([0, 1])).loss.backward()
+    assert calls
+    exact(PIXELS[:2], labels=torch.tensor([0, 1])).loss.backward()
+    actual, expected = (
+        torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]) for each in (model, exact)
+    )
+    assert F.cosine_similarity(actual, expected, dim=0) > 0.999
+
+
 @pytest.fixture
 def retriever(backbone_folder):
     return VPTSPModel.from_backbone(backbone_folder, embedding_dim=10, num_prompts=5, prompt_step=2).eval()
