@@ -1,29 +1,33 @@
-"""Choose the learning rate of every row of a comparison, on classes held back from training.
+"""Choose the learning rates of every row of a comparison, on classes held back from training.
 
     python benchmarks/choose_rates.py --output runs/rates --dataset_name folder --data_dir path/to/folders \\
-        --backbone runs/backbone --num_train_epochs 2
+        --backbone runs/backbone --num_train_epochs 2 --also proxy_learning_rate
     python benchmarks/compare_methods.py --output runs/compare --overrides runs/rates/rates.yaml ...
 
 Of the training classes, every third validates and the others train; the test classes take no part, so the data set
-must be one that takes lists of classes (`folder` does). A row is trained at `--rate`, half a decade above and half a
-decade below, and at further rates as long as the best is the lowest or highest tried. Best is the highest MAP@R on the
-validation classes, which varies less than R@1. The learning rate of proxies stays as it is.
+must be one that takes lists of classes (`folder` does). A row is trained at `--rate` (or at the `learning_rate` that
+`--overrides` has for it), half a decade above and half a decade below, and at further rates as long as the best is the
+lowest or highest tried, five in all at most. Best is the highest MAP@R on the validation classes, which varies less
+than R@1. The learning rate of proxies stays as it is, or, with `--also proxy_learning_rate`, is searched likewise from
+there at the learning rate chosen, for rows whose loss has any.
 
-`OUTPUT/rates.yaml` is for `--overrides`, `OUTPUT/rates.md` has the scores; both are written anew after every row.
-All other options are those of `compare_methods.py`, and so is what happens when the command is given again. The runs
-share one process.
+`OUTPUT/rates.yaml` is for `--overrides`, `OUTPUT/rates.md` has the scores; both are written anew after every row, of
+all runs that are done in the folder. All other options are those of `compare_methods.py`, and so is what happens when
+the command is given again, or another one with other rows beside it. The runs of a command share one process.
 """
 
 import argparse
-import contextlib
 import math
-import traceback
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
-from compare_methods import check_earlier_run, find_configs, finish, read_row_overrides, run_command
+from compare_methods import find_configs, read_row_overrides
+from resumable_runs import check_earlier_run, finish, launch_here, outcomes, run_command, share, writing
 
 from vptsp.files.atomic import write_text
+from vptsp.files.locks import locked
 
 
 MOST_RATES = 5
@@ -42,6 +46,7 @@ def hold_back_classes(config, overrides, output):
 
     Raises:
         DataError: the data set takes no lists of classes.
+        ValueError: the folder has lists of other classes.
     """
     from vptsp.data_scripts.dataset_registry import refuse_unknown_options
     from vptsp.training.run_arguments import parse_arguments
@@ -55,26 +60,12 @@ def hold_back_classes(config, overrides, output):
         "test_classes": names[2::3],
     }.items():
         path = output / f"{option}.txt"
-        path.write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+        text = "".join(f"{name}\n" for name in classes)
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            raise ValueError(f"{path} lists other classes than the data set has now; give another --output")
+        write_text(path, text)
         options += [f"--{option}", str(path)]
     return options
-
-
-def launch_here(arguments, log):
-    """`train.py` in this process, which spares a start; everything it prints goes to `log`."""
-    from vptsp import train
-
-    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        try:
-            train.main(arguments)
-        except SystemExit as error:
-            if error.code not in (1, 2):  # interrupted
-                raise
-            return error.code
-        except FloatingPointError:  # a rate that is too high is a result, too
-            traceback.print_exc()
-            return 1
-    return 0
 
 
 def search(score):
@@ -96,46 +87,179 @@ def search(score):
     return scores
 
 
-def choose(configs, output, overrides, row_overrides, start, seed, launch=launch_here):
-    """Search the rate of every row, and write `rates.yaml` and `rates.md`.
+def rate_text(start, step):
+    """The rate `step` half decades above a start, as the command line and the folders' names have it."""
+    return f"{start * 10 ** (step / 2):.2g}"
+
+
+def starts(arguments, own_options, start, also):
+    """Where the search of a row begins.
+
+    Args:
+        arguments: Of `train.py` for the row.
+        own_options: Those of them that are the row's own.
+        start: The learning rate of a row without one of its own.
+        also: `("proxy_learning_rate",)`, or nothing.
 
     Returns:
-        Row name -> {rate as text: MAP@R in 0..1, or -inf for a failed run}.
+        (learning rate, proxies' rate or None where it is not searched).
+
+    Raises:
+        ValueError: one of them is not above 0.
     """
+    own = [value for name, value in pairwise(own_options) if name == "--learning_rate"]
+    proxies = None
+    if also:
+        from vptsp import VPTSPConfig
+        from vptsp.losses.loss_registry import build_criterion
+        from vptsp.training.run_arguments import parse_arguments
+
+        model_fields, training_args, *_ = parse_arguments(arguments)
+        criterion = build_criterion(VPTSPConfig(**model_fields))
+        if criterion is None or criterion.takes == "proxies" or list(criterion.parameters()):
+            proxies = training_args.proxy_learning_rate
+    found = {"learning_rate": float(own[-1]) if own else start, "proxy_learning_rate": proxies}
+    for name, rate in found.items():
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"{name} must be above 0 to search from there, got {rate}")
+    return tuple(found.values())
+
+
+def choose_row(name, config, output, options, seed, launch, start):
+    """Do the runs of one row: at several learning rates, then at several of proxies.
+
+    Args:
+        name: Of the row.
+        config: Of the row.
+        output: Folder of all rows.
+        options: Of `train.py`.
+        seed: Of all runs.
+        launch: As `finish` takes it.
+        start: As from `starts`.
+    """
+
+    def score(rate, proxies):
+        chosen = ["--learning_rate", rate]
+        folder = output / name / f"rate-{rate}"
+        if proxies is not None:
+            chosen += ["--proxy_learning_rate", proxies]
+            folder = folder.with_name(f"{folder.name}-proxies-{proxies}")
+        arguments = run_command(config, seed, folder, [*options, *chosen])
+        check_earlier_run(folder, arguments)
+        run = finish(folder, arguments, launch)
+        found = map_at_r(run)
+        print(f"{name:<20} {folder.name:<30} MAP@R {100 * found:.2f}  {run.get('failure', '')}", flush=True)
+        return found
+
+    rate, proxies = start
+    first = None if proxies is None else rate_text(proxies, 0)
+    scores = search(lambda step: score(rate_text(rate, step), first))
+    best = max(scores, key=scores.get)
+    if proxies is not None and scores[best] > -math.inf:
+        search(lambda step: score(rate_text(rate, best), rate_text(proxies, step)))
+
+
+def choose(configs, output, overrides, row_overrides, start, seed, launch=launch_here, also=()):
+    """Search the rates of every row, and write `rates.yaml` and `rates.md` of all rows in the folder.
+
+    Args:
+        configs: Row name -> configuration.
+        output: Folder.
+        overrides: Options of `train.py` for all rows.
+        row_overrides: Row name -> options for this row, of which a `learning_rate` is tried first.
+        start: The learning rate that other rows try first.
+        seed: Of all runs.
+        launch: As `finish` takes it.
+        also: `("proxy_learning_rate",)`, or nothing.
+
+    Returns:
+        As `find_scores`.
+
+    Raises:
+        ValueError: a folder holds runs with other options, or a rate to start from is not above 0 or is given twice.
+    """
+    if any(option.partition("=")[0] == "--learning_rate" for option in overrides):
+        raise ValueError("--learning_rate is what is searched: --rate says where it starts, --overrides for one row")
+    find_scores(output, overrides)  # which refuses runs that can't stand in one table
+    options = {name: [*overrides, *row_overrides.get(name, [])] for name in configs}
+    first = {
+        name: starts(run_command(config, seed, output, options[name]), row_overrides.get(name, []), start, also)
+        for name, config in configs.items()
+    }
+
+    def do(name):
+        with locked(output / name / ".row.lock", f"the row {name} of {output}"):
+            choose_row(name, configs[name], output, options[name], seed, launch, first[name])
+        write_tables(output, overrides)
+
+    share(configs, do)
+    return write_tables(output, overrides)
+
+
+def map_at_r(run):
+    """What is compared, in 0..1; -inf for a failed run and where nothing was answered."""
+    found = run.get("final_map_at_r")
+    return -math.inf if found is None or math.isnan(found) else found
+
+
+def find_scores(output, overrides):
+    """Scores of all runs in a folder that are done.
+
+    Returns:
+        Row name, in the tables' order and then by name -> {(learning rate, proxies' rate or None), as text: MAP@R in
+        0..1, or -inf for a failed run}.
+    """
+    found = outcomes(output, "rate-*", overrides)
+    order = [*find_configs([]), *found]
     table = {}
-    for name, config in configs.items():
+    for name in sorted(found, key=order.index):
+        for folder, run in found[name].items():
+            rate, _, proxies = folder.removeprefix("rate-").partition("-proxies-")
+            table.setdefault(name, {})[rate, proxies or None] = map_at_r(run)
+    return table
 
-        def score(step, name=name, config=config):
-            rate = f"{start * 10 ** (step / 2):.2g}"
-            folder = output / name / f"rate-{rate}"
-            options = [*overrides, *row_overrides.get(name, []), "--learning_rate", rate]
-            arguments = run_command(config, seed, folder, options)
-            check_earlier_run(folder, arguments)
-            run = finish(folder, arguments, launch)
-            found = run.get("final_map_at_r")
-            table.setdefault(name, {})[rate] = (
-                -math.inf if found is None or math.isnan(found) else found
-            )  # null: nothing was answered
-            print(f"{name:<20} {rate:<8} MAP@R {100 * table[name][rate]:.2f}  {run.get('failure', '')}", flush=True)
-            return table[name][rate]
 
-        search(score)
-        rates = {row: {"learning_rate": float(rate)} for row, rate in best_rates(table).items()}
+def write_tables(output, overrides):
+    """Write `rates.yaml` and `rates.md` of all runs that are done in the folder, and return their scores."""
+    with writing(output):
+        table = find_scores(output, overrides)
+        names = ("learning_rate", "proxy_learning_rate")
+        rates = {
+            row: {name: float(rate) for name, rate in zip(names, chosen, strict=True) if rate is not None}
+            for row, chosen in best_rates(table).items()
+        }
         write_text(output / "rates.yaml", yaml.safe_dump(rates, sort_keys=False))
         write_text(output / "rates.md", markdown(table))
     return table
 
 
 def best_rates(table):
-    """Row name -> rate of the highest score, of rows with a run that did not fail."""
+    """Row name -> rates of the highest score, of rows with a run that did not fail."""
     best = {name: max(scores, key=scores.get) for name, scores in table.items()}
-    return {name: rate for name, rate in best.items() if table[name][rate] > -math.inf}
+    return {name: rates for name, rates in best.items() if table[name][rates] > -math.inf}
 
 
 def markdown(table):
-    """All scores as a table, the best of a row in bold."""
-    rates = sorted({rate for scores in table.values() for rate in scores}, key=float)
+    """All scores as tables, one for each kind of rate, the best of a row in bold."""
+    by_rate, by_proxies = {}, {}
     best = best_rates(table)
+    for name, scores in table.items():
+        # the learning rate was searched at one rate of proxies, the proxies' rate at one learning rate
+        (first, _), *_ = Counter(proxies for _, proxies in scores).most_common(1)
+        by_rate[name] = {rate: score for (rate, proxies), score in scores.items() if proxies == first}
+        if first is not None and name in best:
+            chosen = best[name][0]
+            by_proxies[name] = {proxies: score for (rate, proxies), score in scores.items() if rate == chosen}
+    text = _grid(by_rate, {name: rates[0] for name, rates in best.items()})
+    text += "\nMAP@R on the validation classes in percent, by learning rate; in bold the rate that is chosen.\n"
+    if by_proxies:
+        text += "\n" + _grid(by_proxies, {name: rates[1] for name, rates in best.items()})
+        text += "\nThe same at that learning rate, by the learning rate of the proxies.\n"
+    return text
+
+
+def _grid(table, best):
+    rates = sorted({rate for scores in table.values() for rate in scores}, key=float)
     lines = [["method", *rates], ["---"] * (1 + len(rates))]
     for name, scores in table.items():
         cells = []
@@ -144,8 +268,7 @@ def markdown(table):
             text = "" if value is None else "failed" if value == -math.inf else f"{100 * value:.1f}"
             cells.append(f"**{text}**" if rate == best.get(name) else text)
         lines.append([name, *cells])
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return text + "\nMAP@R on the validation classes in percent, by learning rate; in bold the rate that is chosen.\n"
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main(argv=None):
@@ -154,6 +277,7 @@ def main(argv=None):
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for runs, rates.yaml and rates.md")
     parser.add_argument("--rate", type=float, default=3.2e-3, help="learning rate that is tried first")
+    parser.add_argument("--also", nargs="+", default=[], choices=["proxy_learning_rate"], help="what else is searched")
     parser.add_argument("--seed", type=int, default=0, help="of all runs")
     parser.add_argument("--configs", nargs="+", default=[], help="YAML files, a row each")
     parser.add_argument("--overrides", nargs="+", default=[], help="YAML files: row -> fields, for single rows")
@@ -163,7 +287,7 @@ def main(argv=None):
         configs = find_configs(args.configs)
         row_overrides = read_row_overrides(args.overrides, {**find_configs([]), **configs})
         overrides += hold_back_classes(next(iter(configs.values())), overrides, args.output)
-        table = choose(configs, args.output, overrides, row_overrides, args.rate, args.seed)
+        table = choose(configs, args.output, overrides, row_overrides, args.rate, args.seed, also=args.also)
     except ValueError as error:
         parser.error(str(error))
     print(markdown(table))

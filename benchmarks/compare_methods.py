@@ -7,8 +7,9 @@ A row is a configuration of `configs/table1` and `configs/table2`, or one that `
 to `train.py` and win over every row's file; fields for single rows, from the YAML files that `--overrides` names
 (`vpt: {learning_rate: 0.001}`), win over these. Each run is a process of its own and writes to
 `OUTPUT/<row>/seed-<n>/`, so the command can be stopped and given again: finished runs are kept, others go on from
-their last checkpoint, and failed ones are tried again. `OUTPUT/comparison.{md,json,png}` are written anew after every
-row.
+their last checkpoint, and failed ones are tried again. Several such commands may work on one output side by side, with
+the same or other rows and seeds: a run that another is at is passed over and looked at again at the end.
+`OUTPUT/comparison.{md,json,png}` are written anew after every row, of all runs that are done there.
 
 The weights of the last step are scored, not those that did best on the test classes (`--eval_strategy epoch` would
 choose so). Learning rates are those of the files, which were published for CUB at 224 pixels or chosen by us: on other
@@ -18,11 +19,10 @@ classes held back from training, and writes them as a file for `--overrides`.
 
 import argparse
 import json
-import shlex
 import statistics
-import subprocess
-import sys
 from pathlib import Path
+
+from resumable_runs import check_earlier_run, finish, launch_process, outcomes, run_command, share, writing
 
 from vptsp.files.atomic import write_json, write_text
 from vptsp.files.yaml_files import YamlError, read_yaml
@@ -40,57 +40,6 @@ COSTS = {
     "median_step_seconds": ("step (ms)", 1e-3, 0),
     "peak_memory_megabytes": ("peak memory (MB)", 1, 0),
 }
-
-
-def run_command(config, seed, folder, overrides):
-    """Arguments of `train.py` for one run; later options win over earlier ones."""
-    fixed = ["--seed", str(seed), "--output_dir", str(folder)]
-    return [str(config), "--eval_strategy", "no", "--picture_queries", "0", *overrides, *fixed]
-
-
-def check_earlier_run(folder, arguments):
-    """Refuse a folder that holds a run with other options.
-
-    Raises:
-        ValueError: naming the folder and its options.
-    """
-    path = folder / "arguments.json"
-    if path.is_file() and (earlier := json.loads(path.read_text(encoding="utf-8"))) != arguments:
-        raise ValueError(
-            f"{folder} holds a run with other options; give another --output or remove it. "
-            f"They were: {shlex.join(earlier)}"
-        )
-
-
-def finish(folder, arguments, launch):
-    """Do one run, unless it is done already.
-
-    Args:
-        folder: Of the run.
-        arguments: Of `train.py`.
-        launch: Gets arguments and a log file, and returns the exit status.
-
-    Returns:
-        The run's results, or `{"failure": last line of its log}`.
-    """
-    results = folder / "all_results.json"
-    if not results.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "arguments.json", arguments)
-        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-        resume = ["--resume_from_checkpoint", str(checkpoints[-1])] if checkpoints else []
-        status = launch([*arguments, *resume], folder / "log.txt")
-        if status != 0 or not results.is_file():
-            lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            return {"failure": lines[-1] if lines else f"exit status {status}"}
-    return json.loads(results.read_text(encoding="utf-8"))
-
-
-def launch_process(arguments, log):
-    """`train.py` in a process of its own, so that peak memory is the run's; everything it prints goes to `log`."""
-    with log.open("w", encoding="utf-8") as file:
-        command = [sys.executable, "-m", "vptsp.train", *arguments]
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
 
 
 def summarise(runs):
@@ -224,7 +173,7 @@ def _texts(value):
 
 
 def compare(configs, seeds, output, overrides, launch=launch_process, row_overrides=None):
-    """Do all runs that are not done, and write table and plot after each row.
+    """Do all runs that are not done, and write table and plot of all in the folder after each row.
 
     Args:
         configs: Row name -> configuration.
@@ -247,16 +196,32 @@ def compare(configs, seeds, output, overrides, launch=launch_process, row_overri
     }
     for (name, seed), arguments in planned.items():
         check_earlier_run(output / name / f"seed-{seed}", arguments)
-    rows = {}
-    for name in configs:
-        runs = []
-        for seed in seeds:
-            folder = output / name / f"seed-{seed}"
-            runs.append(finish(folder, planned[name, seed], launch))
-            rows[name] = summarise(runs)
-            recall = runs[-1].get("final_recall_at_1")  # None where no query could be answered
-            shown = "" if recall is None else f"{100 * recall:.2f}"
-            print(f"{name:<20} seed {seed}  R@1 {shown}  {runs[-1].get('failure', '')}", flush=True)
+    find_rows(output, overrides)  # which refuses runs that can't stand in one table
+
+    def do(task):
+        name, seed = task
+        run = finish(output / name / f"seed-{seed}", planned[task], launch)
+        recall = run.get("final_recall_at_1")  # None where no query could be answered
+        shown = "" if recall is None else f"{100 * recall:.2f}"
+        print(f"{name:<20} seed {seed}  R@1 {shown}  {run.get('failure', '')}", flush=True)
+        if seed == seeds[-1]:
+            write_tables(output, overrides)
+
+    share(planned, do)
+    return write_tables(output, overrides)
+
+
+def find_rows(output, overrides):
+    """`summarise` of every row with a run that is done, in the tables' order and then by name."""
+    found = outcomes(output, "seed-*", overrides)
+    order = [*find_configs([]), *found]
+    return {name: summarise(list(found[name].values())) for name in sorted(found, key=order.index)}
+
+
+def write_tables(output, overrides):
+    """Write table and plot of all runs that are done in the folder, and return the rows."""
+    with writing(output):
+        rows = find_rows(output, overrides)
         write_json(output / "comparison.json", rows)
         write_text(output / "comparison.md", markdown(rows))
         plot(rows, output / "comparison.png")

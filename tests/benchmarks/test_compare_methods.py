@@ -1,12 +1,12 @@
 """benchmarks/compare_methods.py on a tiny backbone, and the presets of table 2."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import statistics
 from pathlib import Path
 
+import compare_methods
 import numpy as np
 import pytest
 import torch
@@ -21,9 +21,6 @@ from vptsp.training.run_errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted((ROOT / "configs" / "table2").glob("*.yaml"))
-SPEC = importlib.util.spec_from_file_location("compare_methods", ROOT / "benchmarks" / "compare_methods.py")
-compare_methods = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(compare_methods)
 
 
 @pytest.fixture
