@@ -35,12 +35,23 @@ from .columns import (
     SOURCE_COLUMN,
     arrow_column,
     check_items,
+    common_kind,
     kind_of,
     kind_of_arrow,
 )
 from .index_factory import choose_factory, effort_of, graph_of, inverted_lists, tune_effort
-from .index_files import INDEX_FILE, IndexChangedError, IndexInfo, find_info, index_lock, read_index, write_index
+from .index_files import (
+    INDEX_FILE,
+    IndexChangedError,
+    IndexInfo,
+    find_info,
+    folder_state,
+    index_lock,
+    read_index,
+    write_index,
+)
 from .item_table import as_table, passes, with_hidden, with_rows
+from .journal import JOURNAL_FILE, apply_change
 from .records import check_model, load_record
 from .vector_index import Hit, VectorIndex
 
@@ -207,11 +218,7 @@ class RetrievalIndex(VectorIndex):
         """Remove items; see [`VectorIndex.remove`]. A graph can't, nor can a few other indexes of faiss."""
         self._refuse_mapped("remove from")
         keys = self._keys(ids)
-        if graph_of(self._index) is not None:
-            raise ValueError(
-                f"{self.info.factory} can't remove: the graph's other items are reached through them. Build the index "
-                "anew without these items, or choose an IVF or Flat index"
-            )
+        self.check_removable()
         table = self._table.filter(pc.invert(pc.is_in(self._table.column("key"), pa.array(keys))))
         try:
             self._index.remove_ids(keys)
@@ -219,14 +226,31 @@ class RetrievalIndex(VectorIndex):
             raise ValueError(f"{self.info.factory} can't remove items ({error}); build the index anew") from error
         self._set_table(table)
 
+    def check_removable(self):
+        """See [`VectorIndex.check_removable`]."""
+        if graph_of(self._index) is not None:
+            raise ValueError(
+                f"{self.info.factory} can't remove: the graph's other items are reached through them. Build the index "
+                "anew without these items, or choose an IVF or Flat index"
+            )
+
+    def _check_kinds(self, columns):
+        for name, values in columns.items():
+            there = self._table.column(name)
+            if there.null_count < len(there):
+                common_kind(name, kind_of_arrow(there.type), kind_of(values))
+
     def add_source(self, source):
         """See [`VectorIndex.add_source`]."""
         self.sources.append(source)
         return len(self.sources) - 1
 
-    def items(self):
+    def items(self, ids=None):
         """See [`VectorIndex.items`]."""
-        return {row.pop("id"): row for row in self._table.drop_columns(["key"]).to_pylist()}
+        table = self._table
+        if ids is not None:
+            table = table.take(pa.array(np.searchsorted(self._table_keys, self._keys(ids))))
+        return {row.pop("id"): row for row in table.drop_columns(["key"]).to_pylist()}
 
     # ---- Searching
 
@@ -361,16 +385,18 @@ class RetrievalIndex(VectorIndex):
             there, known = find_info(folder), self._states.get(folder.resolve())
             if there is not None and known is None and not overwrite:
                 raise DataError(f"{folder} holds an index already: give another folder, or add to that one")
-            if there is not None and known not in (None, there.state):
+            if there is not None and known not in (None, folder_state(folder, there)):
                 raise IndexChangedError(
                     f"the index in {folder} has been changed by another process since it was opened or saved here: "
                     "open it again and repeat the changes, or use edit_index, which keeps others waiting"
                 )
-            self._write(folder)
+            self.save_held(folder)
 
-    def _write(self, folder):
+    def save_held(self, folder):
+        """[`save`][RetrievalIndex.save] to a folder whose lock the caller holds."""
+        folder = Path(folder)
         self.info = write_index(folder, self._index, self._table, self.info)
-        self._states[folder.resolve()] = self.info.state
+        self._states[folder.resolve()] = folder_state(folder, self.info)
 
     @classmethod
     @contextmanager
@@ -382,8 +408,8 @@ class RetrievalIndex(VectorIndex):
             self = cls.open(folder)
             before = self._table
             yield self
-            if self._table is not before:
-                self._write(folder)
+            if self._table is not before or (folder / JOURNAL_FILE).exists():
+                self.save_held(folder)
 
     @classmethod
     def open(cls, folder, embedder=None, *, mmap=False, verify=True):
@@ -401,9 +427,16 @@ class RetrievalIndex(VectorIndex):
             DataError: there is no index, its files are damaged or don't belong together.
             IndexMismatchError: the embedder is not the model that made the embeddings.
         """
-        index, table, info = read_index(folder, mmap, verify)
+        index, table, info, changes, state = read_index(folder, mmap, verify)
         self = cls(index, table, info, mapped=mmap)
-        self._states[Path(folder).resolve()] = info.state
+        if mmap and changes:
+            raise ValueError(
+                f"{folder} holds {len(changes)} changes that a service took and that are not in its files yet "
+                f"({JOURNAL_FILE}): open it with mmap=False, or stop the service, or bring the index in step once"
+            )
+        for change in changes:
+            apply_change(self, change)
+        self._states[Path(folder).resolve()] = state
         return self if embedder is None else self.use_embedder(embedder)
 
     # ---- The table

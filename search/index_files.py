@@ -24,6 +24,7 @@ from ..files.digests import file_record
 from ..files.locks import LOCK_FILE, locked
 from ..files.marks import INDEX_FILE
 from .index_factory import inverted_lists
+from .journal import JOURNAL_FILE, read_journal
 from .model_names import near_folders
 from .records import check_files, load_record, save_record
 
@@ -88,6 +89,11 @@ class IndexInfo:
         return self.generation, self.files
 
 
+def folder_state(folder, info):
+    """What tells what a folder holds, its journal included, from anything it held or will hold."""
+    return info.state, read_journal(folder, info.state)[1]
+
+
 def index_lock(folder, timeout):
     """Context that keeps other processes from changing the index of a folder; see [`locked`]."""
     return locked(Path(folder) / LOCK_FILE, f"the index {folder}", timeout)
@@ -131,6 +137,7 @@ def write_index(folder, index, table, info):
         pq.write_table(table, path, compression="zstd")
     info.files = {name: file_record(folder / name) for name in (info.index_name, info.metadata_name)}
     save_record(folder / INDEX_FILE, info)
+    (folder / JOURNAL_FILE).unlink(missing_ok=True)  # what it holds is in the files now, or was replaced with them
     for pattern in ("index-*.faiss", "metadata-*.parquet", f".*{TEMPORARY_SUFFIX}"):
         for path in folder.glob(pattern):
             if path.name not in info.files:
@@ -139,7 +146,7 @@ def write_index(folder, index, table, info):
 
 
 def read_index(folder, mmap, verify):
-    """Index, table and [`IndexInfo`] of a folder.
+    """Index, table and [`IndexInfo`] of a folder; changes of its journal, which are not in them; its [`folder_state`].
 
     Args:
         folder: Where it was saved.
@@ -155,11 +162,15 @@ def read_index(folder, mmap, verify):
     while True:
         info = load_record(IndexInfo, folder / INDEX_FILE, "index")
         try:
-            return *_read_generation(folder, info, mmap, verify), info
+            index, table = _read_generation(folder, info, mmap, verify)
+            changes, size = read_journal(folder, info.state)
         except DataError:
             # Another process may have saved meanwhile, and deleted what was to be read
             if load_record(IndexInfo, folder / INDEX_FILE, "index").state == info.state:
                 raise
+        else:  # nor must it have taken in the journal before that was read
+            if load_record(IndexInfo, folder / INDEX_FILE, "index").state == info.state:
+                return index, table, info, changes, (info.state, size)
 
 
 def _read_generation(folder, info, mmap, verify):
@@ -226,6 +237,7 @@ __all__ = [
     "IndexInfo",
     "check_tied",
     "find_info",
+    "folder_state",
     "index_lock",
     "read_index",
     "write_index",

@@ -49,6 +49,7 @@ class MilvusIndex(VectorIndex):
     """A collection of Milvus; see [`MilvusIndex.build`] and [`MilvusIndex.open`]."""
 
     max_results = 16_384
+    _limits = _LIMITS
 
     def __init__(self, client, collection, fields, properties):
         self._client = client
@@ -243,10 +244,14 @@ class MilvusIndex(VectorIndex):
         self._client.alter_collection_properties(self._collection, properties={_PROPERTY: json.dumps(values)})
         return len(self.sources) - 1
 
-    def items(self):
+    def items(self, ids=None):
         """See [`VectorIndex.items`]."""
-        hidden = dict.fromkeys(HIDDEN_COLUMNS)
-        return {row.pop("id"): hidden | row for row in self._all_rows(["id", *self._fields])}
+        hidden, fields = dict.fromkeys(HIDDEN_COLUMNS), ["id", *self._fields]
+        rows = self._all_rows(fields) if ids is None else self._rows(ids, fields)
+        return {row["id"]: hidden | {name: row[name] for name in self._fields} for row in rows}
+
+    def check_removable(self):
+        """See [`VectorIndex.check_removable`]: it can."""
 
     def remove(self, ids):
         """See [`VectorIndex.remove`]."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from ..data_scripts.data_errors import some
 from ..eval.checks import check_embeddings
@@ -52,6 +52,7 @@ class VectorIndex(ABC):
     """
 
     max_results = None
+    _limits: ClassVar = {}  # of ids and texts, as [`check_items`] takes them
 
     model: dict | None
     embedding_dim: int
@@ -140,8 +141,12 @@ class VectorIndex(ABC):
         """
 
     @abstractmethod
-    def items(self):
-        """What is known of each item, id -> dict: the metadata, `vptsp_content` and `vptsp_source` (or None)."""
+    def items(self, ids=None):
+        """What is known of each item, id -> dict: the metadata, `vptsp_content` and `vptsp_source` (or None).
+
+        Args:
+            ids: Only of these, which are in the index; None: of all.
+        """
 
     @abstractmethod
     def ids_where(self, where, containing=None):
@@ -327,6 +332,26 @@ class VectorIndex(ABC):
         self._check_columns(columns)
         self.refuse_present(ids)
         return ids, embeddings, columns
+
+    def check_replacement(self, ids, embeddings, metadata):
+        """Raise what removing these ids, where they are there, and adding them anew would raise."""
+        ids, columns = check_items(ids, self._check_width(embeddings), metadata, **self._limits)
+        self.check_columns(columns)
+        if self.present(ids):
+            self.check_removable()
+
+    def check_columns(self, columns):
+        """A ValueError if these are not the index's columns, or values are of another kind than theirs."""
+        self._check_columns(check_metadata(columns, self._limits.get("max_text_bytes")))
+        self._check_kinds(columns)
+
+    @abstractmethod
+    def _check_kinds(self, columns):
+        """A ValueError if values are of another kind than those of their columns."""
+
+    @abstractmethod
+    def check_removable(self):
+        """A ValueError if this index can't remove items."""
 
     def _check_updated(self, ids, metadata, **limits):
         """Ids and metadata, if `update` can take them; else its errors."""

@@ -1,0 +1,1 @@
+"""Searching and changing an index over HTTP."""

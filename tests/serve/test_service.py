@@ -1,0 +1,252 @@
+"""The service's answers."""
+
+import io
+import threading
+import time
+
+import pytest
+from PIL import Image
+
+
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("schemathesis")
+
+import schemathesis
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.checks import (
+    content_type_conformance,
+    not_a_server_error,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from vptsp import Embedder, RetrievalIndex
+from vptsp.serve.limits import Limits
+from vptsp.serve.live_index import LiveIndex
+from vptsp.serve.service import create_app
+
+
+COLOURS = {
+    "red/1.png": (200, 0, 0),
+    "green/1.png": (0, 200, 0),
+    "green/2.png": (0, 150, 30),
+    "blue/1.png": (0, 0, 220),
+}
+
+
+def png(colour, size=20):
+    file = io.BytesIO()
+    Image.new("RGB", (size, size), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def embedder(retriever_folder):
+    return Embedder.from_pretrained(retriever_folder)
+
+
+@pytest.fixture
+def place(tmp_path, embedder):
+    embeddings = embedder.embed_images([png(colour) for colour in COLOURS.values()])
+    metadata = {"class_name": [name.partition("/")[0] for name in COLOURS], "price": [1, 2, 3, None]}
+    index = RetrievalIndex.build(list(COLOURS), embeddings, metadata, model=embedder.description())
+    index.save(tmp_path / "index")
+    return tmp_path / "index"
+
+
+@pytest.fixture
+def live(place):
+    with LiveIndex.open(place) as live:
+        yield live
+
+
+@pytest.fixture
+def client(live, embedder):
+    with TestClient(create_app(live, embedder)) as client:
+        yield client
+
+
+def ids(response):
+    assert response.status_code == 200, response.text
+    return [found["id"] for found in response.json()["results"]]
+
+
+def image(colour, name="query.png", **size):
+    return {"image": (name, png(colour, **size), "image/png")}
+
+
+def test_searches_equal_those_of_the_index(client, live, embedder):
+    query = png((190, 10, 0))
+    expected = live.index.search(embedder.embed_images([query]), 3)[0]
+    response = client.post("/search/image", files={"image": ("q.png", query)}, data={"k": 3})
+    assert response.json() == {
+        "results": [{"id": hit.id, "similarity": hit.similarity, "columns": hit.metadata} for hit in expected]
+    }
+    expected = [hit.id for hit in live.index.search_ids(["red/1.png"], 10)[0]]
+    assert ids(client.post("/search/id", json={"id": "red/1.png"})) == expected
+    vector = (3 * live.index.embeddings_of(["blue/1.png"])[0]).tolist()
+    assert ids(client.post("/search/vector", json={"vector": vector, "k": 1})) == ["blue/1.png"]
+
+
+def test_filters(client):
+    form = {"where": ["class_name=GREEN", "price<3"]}
+    assert ids(client.post("/search/image", files=image((0, 0, 0)), data=form)) == ["green/1.png"]
+    body = {"id": "red/1.png", "group_by": "class_name", "containing": "een"}
+    assert len(ids(client.post("/search/id", json=body))) == 1
+    assert ids(client.post("/search/id", json={"id": "red/1.png", "min_similarity": 1})) == []
+    response = client.post("/search/id", json={"id": "red/1.png", "where": ["class_name=gren"]})
+    assert response.status_code == 422
+    assert "green" in response.json()["detail"]
+
+
+def test_items_are_added_changed_and_removed_and_stay(client, live, place):
+    response = client.put("/items/new/yellow.png", files=image((200, 200, 0)), data={"columns": '{"price": 9}'})
+    assert (response.status_code, response.json()["added"]) == (200, 1)
+    assert ids(client.post("/search/image", files=image((200, 200, 0)), data={"k": 1})) == ["new/yellow.png"]
+    response = client.put("/items/new/yellow.png", files=image((0, 200, 200)), data={"columns": '{"class_name": "c"}'})
+    assert response.json()["replaced"] == 1
+    assert client.get("/items/new/yellow.png").json()["columns"] == {"class_name": "c", "price": 9}
+    assert client.put("/items/new/yellow.png?only_new=true", files=image((0, 0, 0))).status_code == 409
+    assert client.patch("/items/red/1.png", json={"price": 4.5}).json()["updated"] == 1
+    assert client.delete("/items/blue/1.png").json()["removed"] == 1
+    vector = live.index.embeddings_of(["red/1.png"])[0].tolist()
+    body = {"items": [{"id": "v", "vector": vector, "columns": {"price": 1}}, {"id": "red/1.png", "vector": vector}]}
+    assert client.post("/vectors", json=body).json() == {"added": 1, "replaced": 1, "updated": 0, "removed": 0}
+    there = RetrievalIndex.open(place).items()
+    assert {name: row["price"] for name, row in there.items()} == {
+        "red/1.png": 4.5, "green/1.png": 2, "green/2.png": 3, "new/yellow.png": 9, "v": 1
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "status, named, ask",
+    [
+        (422, "x.png: can't read", lambda c: c.post("/search/image", files={"image": ("x.png", b"no image")})),
+        (422, "pixels", lambda c: c.post("/search/image", files=image((0, 0, 0), size=101))),
+        (413, "10,000 bytes", lambda c: c.post("/search/image", files={"image": ("x.png", bytes(20_000))})),
+        (413, "10,000 bytes", lambda c: c.post("/search/id", content=(bytes(5_000) for _ in range(3)))),
+        (422, "k must be at most 7", lambda c: c.post("/search/id", json={"id": "red/1.png", "k": 8})),
+        (422, "vector must have 8", lambda c: c.post("/search/vector", json={"vector": [1.0]})),
+        (422, "direction", lambda c: c.post("/search/vector", json={"vector": [0.0] * 8})),
+        (404, "'nothing'", lambda c: c.post("/search/id", json={"id": "nothing", "k": 7})),
+        (404, "'nothing'", lambda c: c.get("/items/nothing")),
+        (404, "'nothing'", lambda c: c.delete("/items/nothing")),
+        (404, "'nothing'", lambda c: c.patch("/items/nothing", json={})),
+        (422, "no column 'prize'", lambda c: c.patch("/items/red/1.png", json={"prize": 3})),
+        (422, "price", lambda c: c.patch("/items/red/1.png", json={"price": "much"})),
+        (422, "JSON object", lambda c: c.put("/items/a", files=image((0, 0, 0)), data={"columns": "[1]"})),
+        (422, "NaN", lambda c: c.put("/items/a", files=image((0, 0, 0)), data={"columns": '{"price": NaN}'})),
+        (422, "extra", lambda c: c.post("/search/id", json={"id": "red/1.png", "kk": 3})),
+        (422, "3 items", lambda c: c.post("/vectors", json={"items": [{"id": n, "vector": [1] * 8} for n in "abcd"]})),
+        (405, "", lambda c: c.get("/search/id")),
+    ],
+)  # fmt: skip
+def test_bad_requests_are_named(live, embedder, status, named, ask):
+    limits = Limits(max_body_bytes=10_000, max_pixels=10_000, max_results=7, max_items=3)
+    with TestClient(create_app(live, embedder, limits), raise_server_exceptions=False) as client:
+        response = ask(client)
+    assert response.status_code == status
+    assert named in response.text
+
+
+def test_key(live, embedder):
+    with TestClient(create_app(live, embedder, api_key="secret")) as client:
+        for headers in ({}, {"X-API-Key": "Secret"}, {"X-API-Key": ""}):
+            assert client.get("/items/red/1.png", headers=headers).status_code == 401
+            assert client.get("/metrics", headers=headers).status_code == 401
+        assert client.get("/items/red/1.png", headers={"X-API-Key": "secret"}).status_code == 200
+        assert client.get("/health").json()["items"] == 4
+
+
+class Slow:
+    """An embedder that waits until it is told to go on."""
+
+    def __init__(self, embedder):
+        self.preprocess, self._embedder, self.go_on = embedder.preprocess, embedder, threading.Event()
+
+    def embed_pixels(self, pixels):
+        assert self.go_on.wait(20)
+        return self._embedder.embed_pixels(pixels)
+
+
+def test_too_many_are_refused_and_none_is_lost(live, embedder):
+    slow, statuses = Slow(embedder), []
+    with TestClient(create_app(live, slow, Limits(max_waiting=2, max_batch=1))) as client:
+
+        def ask():
+            statuses.append(client.post("/search/image", files=image((9, 9, 9))).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 20
+        while 429 not in statuses and time.monotonic() < deadline:
+            time.sleep(0.01)
+        slow.go_on.set()
+        for thread in threads:
+            thread.join()
+        assert client.post("/search/image", files=image((9, 9, 9))).status_code == 200
+    assert set(statuses) == {200, 429}
+    assert len(statuses) == 12
+
+
+def test_a_request_that_takes_too_long(live, embedder):
+    slow = Slow(embedder)
+    with TestClient(create_app(live, slow, Limits(timeout=0.2))) as client:
+        response = client.post("/search/image", files=image((9, 9, 9)))
+        assert response.status_code == 504
+        assert client.get("/health").status_code == 200
+        slow.go_on.set()
+
+
+def test_without_a_model(live):
+    with TestClient(create_app(live)) as client:
+        assert client.post("/search/image", files=image((9, 9, 9))).status_code == 503
+        assert len(ids(client.post("/search/id", json={"id": "red/1.png"}))) == 3
+
+
+def test_metrics(client):
+    client.post("/search/image", files=image((9, 9, 9)))
+    client.get("/items/nothing")
+    text = client.get("/metrics").text
+    assert 'vptsp_requests_total{method="POST",route="/search/image",status="200"} 1.0' in text
+    assert 'vptsp_requests_total{method="GET",route="/items/{id:path}",status="404"} 1.0' in text
+    assert "vptsp_batch_images_sum 1.0" in text
+    assert "vptsp_items 4.0" in text
+
+
+def test_what_the_openapi_page_says_is_true(live, embedder):
+    """Requests made up from the description get answers that it describes; nothing breaks the service."""
+    app = create_app(live, embedder, Limits(max_results=50))
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    counts = {}
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @settings(
+            max_examples=25,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy())
+        def check(case):
+            response = case.call()
+            counts[response.status_code] = counts.get(response.status_code, 0) + 1
+            case.validate_response(response, checks=checks)
+
+        check()
+    assert counts[200] and counts[422]
+
+
+def test_openapi_describes_all_routes(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods} == {
+        "POST /search/image", "POST /search/id", "POST /search/vector", "GET /items/{id}", "PUT /items/{id}",
+        "PATCH /items/{id}", "DELETE /items/{id}", "POST /vectors", "GET /health", "GET /metrics",
+    }  # fmt: skip
