@@ -79,7 +79,7 @@ def markdown(rows):
     header = ["method", "seeds", *SCORES.values(), *(title for title, *_ in COSTS.values())]
     lines = [" | ".join(header), " | ".join("---" for _ in header)]
     done = [row for row in rows.values() if row["seeds"]]
-    if done:
+    if done and done[0]["frozen"]["recall_at_1"] is not None:
         scores = [_score(done[0]["frozen"][score], None) for score in SCORES]
         lines.append(" | ".join(["frozen backbone", "", *scores, *["0"] * 3, "", ""]))
     for name, row in rows.items():
@@ -119,8 +119,9 @@ def plot(rows, path):
             mean, spread = 100 * row["mean"][score], 100 * (row["deviation"][score] or 0)
             look = {"color": f"C{number % 10}", "fmt": MARKERS[number // 10 % len(MARKERS)]}
             axes.errorbar(trained, mean, spread, capsize=3, label=name, **look)
-        frozen = 100 * next(iter(points.values()))["frozen"][score]
-        axes.axhline(frozen, color="#888888", linestyle="--", linewidth=1, label="frozen backbone")
+        frozen = next(iter(points.values()))["frozen"][score]
+        if frozen is not None:
+            axes.axhline(100 * frozen, color="#888888", linestyle="--", linewidth=1, label="frozen backbone")
         axes.set(xscale="log", xlabel="trained parameters", ylabel=f"{SCORES[score]} (%)")
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
