@@ -24,7 +24,7 @@ from pathlib import Path
 
 import yaml
 from compare_methods import find_configs, read_row_overrides
-from resumable_runs import check_earlier_run, finish, launch_here, outcomes, run_command, share, writing
+from resumable_runs import check_earlier_run, finish, launch_here, outcomes, run_command, share, write_once, writing
 
 from vptsp.files.atomic import write_text
 from vptsp.files.locks import locked
@@ -59,10 +59,7 @@ def hold_back_classes(arguments, output):
         "test_classes": names[2::3],
     }.items():
         path = output / f"{option}.txt"
-        text = "".join(f"{name}\n" for name in classes)
-        if path.is_file() and path.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{path} lists other classes than the data set has now; give another --output")
-        write_text(path, text)
+        write_once(path, "".join(f"{name}\n" for name in classes))
         options += [f"--{option}", str(path)]
     return options
 

@@ -26,6 +26,7 @@ from vptsp.data_scripts.preprocessing import build_image_processor
 from vptsp.data_scripts.sampler import SampleKey
 from vptsp.eval.metrics import retrieval_metrics
 from vptsp.files.atomic import write_json
+from vptsp.training.fitting import fit_to_data
 from vptsp.training.run import peak_memory_megabytes
 from vptsp.training.run_arguments import parse_arguments
 
@@ -95,7 +96,7 @@ def check(arguments):
         raise ValueError(f"peers have no option --{unknown[0]}; they take {', '.join(sorted(HONOURED))}")
     model_fields, args, data_args, _ = parse_arguments(arguments, "peer_training.py")
     if args.optim not in ("adamw_torch", "adamw_torch_fused"):
-        raise ValueError(f"peers train with AdamW: optim must be adamw_torch, got {args.optim}")
+        raise ValueError(f"peers train with AdamW: optim must be adamw_torch, got {args.optim.value}")
     if args.max_steps <= 0 and args.cosine_epochs not in (None, args.num_train_epochs):
         raise ValueError(f"cosine_epochs must be num_train_epochs {args.num_train_epochs}, got {args.cosine_epochs}")
     if args.max_steps > 0 and args.cosine_epochs is not None:
@@ -266,6 +267,8 @@ def main(argv=None):
     try:
         model_fields, args, data_args = check(arguments)
         images = image_datasets(data_args)
+        for note in fit_to_data(args, images, "retrieval"):  # batches are ours, where there are few classes too
+            print(note, flush=True)
         normalisation = Normalisation.of(
             build_image_processor(data_args.image_size, data_args.resize_size, model_fields["backbone"])
         )

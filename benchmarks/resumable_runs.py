@@ -136,6 +136,17 @@ def share(tasks, do, pause=10.0):
         left = busy
 
 
+def write_once(path, text):
+    """Write a file that runs depend on; it may be there already, with the same text.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path} was written for other data or options; give another --output or remove it")
+    write_text(path, text)
+
+
 @contextlib.contextmanager
 def writing(output):
     """Hold the lock of what is made of all runs of a folder, so that the last to write has read the most."""
