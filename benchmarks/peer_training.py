@@ -1,12 +1,9 @@
 """One run of a peer, each by its library's own documented way, on our images and scored by our metrics.
 
-    python benchmarks/peer_training.py st_lora_triplet --dataset_name folder --data_dir photos \\
-        --class_split alternate --backbone runs/backbone --eval_strategy no --max_steps 100 --learning_rate 1e-3 \\
-        --output_dir runs/st
-
-The options are those of `train.py` that mean something here; others are refused. Training crops are cut as ours are,
-the rates fall as a cosine over all steps, the optimiser is AdamW. `output_dir` gets `all_results.json` with the same
-fields as a run of ours, and the weights to ship. Images of unseen classes are embedded in float32.
+`peers.py` starts it, with the name of a peer first. The options after that are those of `train.py` that mean something
+here; others are refused. Training crops are cut as ours are, the rates fall as a cosine over all steps, the optimiser
+is AdamW. `output_dir` gets `all_results.json` with the same fields as a run of ours, and the weights to ship.
+Images of unseen classes are embedded in float32.
 """
 
 import random

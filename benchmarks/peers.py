@@ -1,14 +1,15 @@
 """What people would use instead: other libraries on the same backbone, photos, batches and steps, in one table.
 
-    python benchmarks/peers.py --choose --output runs/peer_rates $OPTIONS --num_train_epochs 2
+    python benchmarks/peers.py --choose --output runs/peer_rates --data_dir photos --backbone runs/backbone \\
+        --optim adamw_torch --num_train_epochs 2
     python benchmarks/peers.py --output runs/peers --overrides runs/peer_rates/rates.yaml --ours runs/compare \\
-        --seeds 0 1 2 $OPTIONS --num_train_epochs 3
+        --seeds 0 1 2 --data_dir photos --backbone runs/backbone --optim adamw_torch --num_train_epochs 3
 
-`$OPTIONS` are those that `choose_rates.py` and `compare_methods.py` were given, as far as they say something about
-data, batches, steps and optimiser (`peer_training.py` says which, and refuses others). With `--choose`, each peer's
-rate is searched as `choose_rates.py` searches those of our rows: on training classes that are held back, with as many
-tries, from a start that suits what it tunes (`STARTS`, or `--overrides`). `--also proxy_learning_rate` searches that
-of a peer's proxies too.
+All other options are those that `choose_rates.py` and `compare_methods.py` were given, as far as they say something
+about data, batches, steps and optimiser (`HONOURED` in `peer_training.py`); others are refused. With `--choose`, each
+peer's rate is searched as `choose_rates.py` searches those of our rows: on training classes that are held back, with
+as many tries, from a start that suits what it tunes (`STARTS`, or `--overrides`). `--also proxy_learning_rate`
+searches that of a peer's proxies too.
 
 Without it, each peer is trained with each seed, in a process of its own, and scored by our metrics; `--ours` is the
 output of `compare_methods.py` with the same options, whose rows `--rows` are put beside them. `OUTPUT/peers.md` and
