@@ -24,7 +24,7 @@ from pathlib import Path
 
 import yaml
 from compare_methods import find_configs, read_row_overrides
-from resumable_runs import check_earlier_run, finish, launch_here, outcomes, run_command, share, writing
+from resumable_runs import check_earlier_run, finish, launch_here, outcomes, run_command, share, write_once, writing
 
 from vptsp.files.atomic import write_text
 from vptsp.files.locks import locked
@@ -33,12 +33,11 @@ from vptsp.files.locks import locked
 MOST_RATES = 5
 
 
-def hold_back_classes(config, overrides, output):
+def hold_back_classes(arguments, output):
     """Write lists of the classes that train and of those that validate.
 
     Args:
-        config: Of any row.
-        overrides: Options of `train.py`, with the data set's.
+        arguments: Of `train.py`, with the data set's.
         output: Folder for the lists.
 
     Returns:
@@ -51,7 +50,7 @@ def hold_back_classes(config, overrides, output):
     from vptsp.data_scripts.dataset_registry import refuse_unknown_options
     from vptsp.training.run_arguments import parse_arguments
 
-    _, _, data_args, _ = parse_arguments(run_command(config, 0, output, overrides))
+    _, _, data_args, _ = parse_arguments(arguments)
     refuse_unknown_options(data_args.dataset_name, ("train_classes", "test_classes"))
     names = data_args.load_splits()["train"].features["label"].names
     options = []
@@ -60,10 +59,7 @@ def hold_back_classes(config, overrides, output):
         "test_classes": names[2::3],
     }.items():
         path = output / f"{option}.txt"
-        text = "".join(f"{name}\n" for name in classes)
-        if path.is_file() and path.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{path} lists other classes than the data set has now; give another --output")
-        write_text(path, text)
+        write_once(path, "".join(f"{name}\n" for name in classes))
         options += [f"--{option}", str(path)]
     return options
 
@@ -92,32 +88,34 @@ def rate_text(start, step):
     return f"{start * 10 ** (step / 2):.2g}"
 
 
-def starts(arguments, own_options, start, also):
+def proxy_rate(arguments):
+    """The proxies' rate of a row by its arguments of `train.py`; None for a loss without proxies."""
+    from vptsp import VPTSPConfig
+    from vptsp.losses.loss_registry import build_criterion
+    from vptsp.training.run_arguments import parse_arguments
+
+    model_fields, training_args, *_ = parse_arguments(arguments)
+    criterion = build_criterion(VPTSPConfig(**model_fields))
+    if criterion is None or criterion.takes == "proxies" or list(criterion.parameters()):
+        return training_args.proxy_learning_rate
+    return None
+
+
+def starts(own_options, start, proxies):
     """Where the search of a row begins.
 
     Args:
-        arguments: Of `train.py` for the row.
-        own_options: Those of them that are the row's own.
+        own_options: Options of the row alone.
         start: The learning rate of a row without one of its own.
-        also: `("proxy_learning_rate",)`, or nothing.
+        proxies: The rate of its proxies, None where it is not searched.
 
     Returns:
-        (learning rate, proxies' rate or None where it is not searched).
+        (learning rate, proxies' rate or None).
 
     Raises:
         ValueError: one of them is not above 0.
     """
     own = [value for name, value in pairwise(own_options) if name == "--learning_rate"]
-    proxies = None
-    if also:
-        from vptsp import VPTSPConfig
-        from vptsp.losses.loss_registry import build_criterion
-        from vptsp.training.run_arguments import parse_arguments
-
-        model_fields, training_args, *_ = parse_arguments(arguments)
-        criterion = build_criterion(VPTSPConfig(**model_fields))
-        if criterion is None or criterion.takes == "proxies" or list(criterion.parameters()):
-            proxies = training_args.proxy_learning_rate
     found = {"learning_rate": float(own[-1]) if own else start, "proxy_learning_rate": proxies}
     for name, rate in found.items():
         if rate is not None and not 0 < rate < math.inf:
@@ -159,7 +157,7 @@ def choose_row(name, config, output, options, seed, launch, start):
         search(lambda step: score(rate_text(rate, best), rate_text(proxies, step)))
 
 
-def choose(configs, output, overrides, row_overrides, start, seed, launch=launch_here, also=()):
+def choose(configs, output, overrides, row_overrides, start, seed, launch=launch_here, proxies_of=None):
     """Search the rates of every row, and write `rates.yaml` and `rates.md` of all rows in the folder.
 
     Args:
@@ -170,7 +168,7 @@ def choose(configs, output, overrides, row_overrides, start, seed, launch=launch
         start: The learning rate that other rows try first.
         seed: Of all runs.
         launch: As `finish` takes it.
-        also: `("proxy_learning_rate",)`, or nothing.
+        proxies_of: Gives the proxies' rate to start from, of a row's arguments, as `proxy_rate`; None: not searched.
 
     Returns:
         As `find_scores`.
@@ -182,10 +180,10 @@ def choose(configs, output, overrides, row_overrides, start, seed, launch=launch
         raise ValueError("--learning_rate is what is searched: --rate says where it starts, --overrides for one row")
     find_scores(output, overrides)  # which refuses runs that can't stand in one table
     options = {name: [*overrides, *row_overrides.get(name, [])] for name in configs}
-    first = {
-        name: starts(run_command(config, seed, output, options[name]), row_overrides.get(name, []), start, also)
-        for name, config in configs.items()
-    }
+    first = {}
+    for name, config in configs.items():
+        proxies = proxies_of(run_command(config, seed, output, options[name])) if proxies_of else None
+        first[name] = starts(row_overrides.get(name, []), start, proxies)
 
     def do(name):
         with locked(output / name / ".row.lock", f"the row {name} of {output}"):
@@ -286,8 +284,11 @@ def main(argv=None):
     try:
         configs = find_configs(args.configs)
         row_overrides = read_row_overrides(args.overrides, {**find_configs([]), **configs})
-        overrides += hold_back_classes(next(iter(configs.values())), overrides, args.output)
-        table = choose(configs, args.output, overrides, row_overrides, args.rate, args.seed, also=args.also)
+        overrides += hold_back_classes(
+            run_command(next(iter(configs.values())), 0, args.output, overrides), args.output
+        )
+        proxies_of = proxy_rate if args.also else None
+        table = choose(configs, args.output, overrides, row_overrides, args.rate, args.seed, proxies_of=proxies_of)
     except ValueError as error:
         parser.error(str(error))
     print(markdown(table))

@@ -22,7 +22,18 @@ import json
 import statistics
 from pathlib import Path
 
-from resumable_runs import check_earlier_run, finish, launch_process, outcomes, run_command, share, writing
+import paired_rows
+from resumable_runs import (
+    EMBEDDINGS,
+    RESULTS,
+    check_earlier_run,
+    finish,
+    launch_process,
+    outcomes,
+    run_command,
+    share,
+    writing,
+)
 
 from vptsp.files.atomic import write_json, write_text
 from vptsp.files.yaml_files import YamlError, read_yaml
@@ -68,7 +79,7 @@ def markdown(rows):
     header = ["method", "seeds", *SCORES.values(), *(title for title, *_ in COSTS.values())]
     lines = [" | ".join(header), " | ".join("---" for _ in header)]
     done = [row for row in rows.values() if row["seeds"]]
-    if done:
+    if done and done[0]["frozen"]["recall_at_1"] is not None:
         scores = [_score(done[0]["frozen"][score], None) for score in SCORES]
         lines.append(" | ".join(["frozen backbone", "", *scores, *["0"] * 3, "", ""]))
     for name, row in rows.items():
@@ -108,8 +119,9 @@ def plot(rows, path):
             mean, spread = 100 * row["mean"][score], 100 * (row["deviation"][score] or 0)
             look = {"color": f"C{number % 10}", "fmt": MARKERS[number // 10 % len(MARKERS)]}
             axes.errorbar(trained, mean, spread, capsize=3, label=name, **look)
-        frozen = 100 * next(iter(points.values()))["frozen"][score]
-        axes.axhline(frozen, color="#888888", linestyle="--", linewidth=1, label="frozen backbone")
+        frozen = next(iter(points.values()))["frozen"][score]
+        if frozen is not None:
+            axes.axhline(100 * frozen, color="#888888", linestyle="--", linewidth=1, label="frozen backbone")
         axes.set(xscale="log", xlabel="trained parameters", ylabel=f"{SCORES[score]} (%)")
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
@@ -172,7 +184,9 @@ def _texts(value):
     return [json.dumps(value) if isinstance(value, (dict, bool)) else str(value)]
 
 
-def compare(configs, seeds, output, overrides, launch=launch_process, row_overrides=None):
+def compare(
+    configs, seeds, output, overrides, launch=launch_process, row_overrides=None, reference=None, resample="classes"
+):
     """Do all runs that are not done, and write table and plot of all in the folder after each row.
 
     Args:
@@ -182,6 +196,8 @@ def compare(configs, seeds, output, overrides, launch=launch_process, row_overri
         overrides: Options of `train.py` for all rows.
         launch: As `finish` takes it.
         row_overrides: Row name -> options for this row.
+        reference: Row that all are compared with on the same queries; None for no such comparison.
+        resample: What the intervals draw: `classes` or `queries`.
 
     Returns:
         Row name -> what `summarise` says.
@@ -200,15 +216,18 @@ def compare(configs, seeds, output, overrides, launch=launch_process, row_overri
 
     def do(task):
         name, seed = task
-        run = finish(output / name / f"seed-{seed}", planned[task], launch)
+        folder = output / name / f"seed-{seed}"
+        run = finish(folder, planned[task], launch)
+        if reference is not None and "failure" not in run:
+            paired_rows.embed_run(folder)
         recall = run.get("final_recall_at_1")  # None where no query could be answered
         shown = "" if recall is None else f"{100 * recall:.2f}"
         print(f"{name:<20} seed {seed}  R@1 {shown}  {run.get('failure', '')}", flush=True)
         if seed == seeds[-1]:
-            write_tables(output, overrides)
+            write_tables(output, overrides, reference, resample)
 
     share(planned, do)
-    return write_tables(output, overrides)
+    return write_tables(output, overrides, reference, resample)
 
 
 def find_rows(output, overrides):
@@ -218,14 +237,38 @@ def find_rows(output, overrides):
     return {name: summarise(list(found[name].values())) for name in sorted(found, key=order.index)}
 
 
-def write_tables(output, overrides):
-    """Write table and plot of all runs that are done in the folder, and return the rows."""
+def write_tables(output, overrides, reference=None, resample="classes"):
+    """Write tables and plot of all runs that are done in the folder, and return the rows."""
     with writing(output):
         rows = find_rows(output, overrides)
+        text = markdown(rows)
+        if reference is not None and any(row["seeds"] for row in rows.values()):
+            runs, missing = find_query_scores(output)
+            paired = paired_rows.compare_rows(runs, reference, resample)
+            write_json(output / "paired.json", {"reference": reference, "resample": resample, "rows": paired})
+            text += "\n" + paired_rows.markdown(paired, reference, resample)
+            text += f"Not among them yet: {', '.join(missing)}.\n" if missing else ""
         write_json(output / "comparison.json", rows)
-        write_text(output / "comparison.md", markdown(rows))
+        write_text(output / "comparison.md", text)
         plot(rows, output / "comparison.png")
     return rows
+
+
+def find_query_scores(output):
+    """Scores of the queries by all runs that are done and embedded, and by the frozen backbone.
+
+    Returns:
+        What `compare_rows` takes, and the names of runs that are done but not embedded.
+    """
+    done = [path.parent for path in sorted(output.glob(f"*/seed-*/{RESULTS}"))]
+    embedded = [folder for folder in done if paired_rows.is_embedded(folder / EMBEDDINGS)]
+    frozen = output / "frozen_embeddings"
+    paired_rows.embed_run(done[0], frozen)
+    runs = {paired_rows.FROZEN: {None: paired_rows.query_scores(frozen)}}
+    for folder in embedded:
+        seed = int(folder.name.removeprefix("seed-"))
+        runs.setdefault(folder.parent.name, {})[seed] = paired_rows.query_scores(folder / EMBEDDINGS)
+    return runs, [folder.relative_to(output).as_posix() for folder in done if folder not in embedded]
 
 
 def main(argv=None):
@@ -236,14 +279,27 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every row")
     parser.add_argument("--configs", nargs="+", default=[], help="YAML files, a row each")
     parser.add_argument("--overrides", nargs="+", default=[], help="YAML files: row -> fields, for single rows")
+    parser.add_argument("--reference", default="vptsp_g_bitfit", help="row that all are compared with, or none")
+    parser.add_argument("--resample", default="classes", choices=("classes", "queries"), help="what intervals draw")
     args, overrides = parser.parse_known_args(argv)
     try:
         configs = find_configs(args.configs)
-        row_overrides = read_row_overrides(args.overrides, {**find_configs([]), **configs})
-        rows = compare(configs, args.seeds, args.output, overrides, row_overrides=row_overrides)
+        every = {**find_configs([]), **configs}
+        row_overrides = read_row_overrides(args.overrides, every)
+        if args.reference not in ("none", *every):
+            raise ValueError(f"--reference must be none or one of the rows {', '.join(every)}, got {args.reference!r}")
+        compare(
+            configs,
+            args.seeds,
+            args.output,
+            overrides,
+            row_overrides=row_overrides,
+            reference=None if args.reference == "none" else args.reference,
+            resample=args.resample,
+        )
     except ValueError as error:
         parser.error(str(error))
-    print(markdown(rows))
+    print((args.output / "comparison.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

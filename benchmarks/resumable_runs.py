@@ -7,6 +7,7 @@ A run's folder has `arguments.json` (what it was started with), `log.txt`, and e
 import contextlib
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from vptsp.files.locks import InUseError, locked
 
 
 RESULTS, FAILURE, ARGUMENTS = "all_results.json", "failure.txt", "arguments.json"
+EMBEDDINGS = "embeddings"
 FIXED = ("--eval_strategy", "no", "--picture_queries", "0")
 
 
@@ -56,6 +58,7 @@ def finish(folder, arguments, launch):
     with locked(folder / ".run.lock", f"the run {folder}"):
         if not (folder / RESULTS).is_file():
             (folder / FAILURE).unlink(missing_ok=True)
+            shutil.rmtree(folder / EMBEDDINGS, ignore_errors=True)  # of another retriever, if there are any
             write_json(folder / ARGUMENTS, arguments)
             checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
             resume = ["--resume_from_checkpoint", str(checkpoints[-1])] if checkpoints else []
@@ -131,6 +134,17 @@ def share(tasks, do, pause=10.0):
         if len(busy) == len(left):
             time.sleep(pause)
         left = busy
+
+
+def write_once(path, text):
+    """Write a file that runs depend on; it may be there already, with the same text.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path} was written for other data or options; give another --output or remove it")
+    write_text(path, text)
 
 
 @contextlib.contextmanager

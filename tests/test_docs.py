@@ -25,6 +25,8 @@ ROOMS = {path.parts[0] for path in project_files() if len(path.parts) > 1}
 WRITTEN = {  # by commands, by a Space, or by the reader
     "app.py",
     "comparison.md",
+    "dependence.md",
+    "peers.md",
     "metrics.md",
     "my_run.py",
     "my_run.yaml",

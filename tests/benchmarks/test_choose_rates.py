@@ -91,7 +91,7 @@ def test_the_proxies_rate_is_searched_at_the_learning_rate_chosen(tmp_path):
     started, peaks = [], {"vpt": (1e-2, 0.16), "hyperbolic": (1e-2, None)}
     overrides = ["--proxy_learning_rate", "0.05", "--backbone", "none"]
     table = choose_rates.choose(
-        rows, tmp_path, overrides, {}, 3.2e-3, 0, scores_by_rates(peaks, started), ["proxy_learning_rate"]
+        rows, tmp_path, overrides, {}, 3.2e-3, 0, scores_by_rates(peaks, started), choose_rates.proxy_rate
     )
     vpt = [(rate, proxies) for name, rate, proxies in started if name == "vpt"]
     assert vpt == [(rate, 0.05) for rate in (0.0032, 0.001, 0.01, 0.032)] + [(0.01, p) for p in (0.016, 0.16, 0.5)]

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import compare_methods
 import numpy as np
+import paired_rows
 import pytest
+import resumable_runs
 import torch
 from conftest import tiny_vit_config
 from PIL import Image
@@ -98,6 +100,84 @@ def test_rows_and_seeds_become_a_table(overrides, tmp_path):
     assert [Path(arguments[0]).stem for arguments in started[4:]] == ["broken", "broken"]
     with pytest.raises(ValueError, match=r"seed-0 holds a run with other options; .* --max_steps 4"):
         compare_methods.compare(configs, [0], output, [*overrides, "--max_steps", "5"], launch)
+
+
+def test_rows_are_compared_on_the_same_queries(overrides, tmp_path):
+    """Against what the runs themselves scored, and differences against subtraction."""
+    names = ("vpt", "bitfit")
+    configs = compare_methods.find_configs([str(ROOT / "configs" / "table1" / f"{name}.yaml") for name in names])
+    output = tmp_path / "compare"
+    overrides = [*overrides, "--learning_rate", "0.05", "--final_metrics", "retrieval"]
+    rows = compare_methods.compare(
+        configs, [0, 1], output, overrides, lambda *args: launch(*args, []), None, "vpt", "queries"
+    )
+    table = json.loads((output / "paired.json").read_text())["rows"]
+    results = [json.loads(path.read_text()) for path in sorted(output.glob("vpt/*/all_results.json"))]
+    for measure in ("recall_at_1", "map_at_r"):
+        bitfit, vpt = (rows[name]["mean"][measure] for name in ("bitfit", "vpt"))
+        assert table["bitfit"][measure]["interval"]["mean"] == pytest.approx(bitfit)
+        assert table["bitfit"][measure]["difference"]["difference"] == pytest.approx(bitfit - vpt)
+        assert table["bitfit"][measure]["seeds"] == [0, 1]
+        assert table["vpt"][measure]["difference"] is None
+        frozen = results[0][f"frozen_{measure}"]
+        assert table["frozen backbone"][measure]["interval"]["mean"] == pytest.approx(frozen)
+        assert table["frozen backbone"][measure]["difference"]["difference"] == pytest.approx(frozen - vpt)
+    text = (output / "comparison.md").read_text()
+    assert "| row | R@1 | R@1 interval | R@1 difference | R@1 p | MAP@R |" in text
+    assert "of 2 comparisons, one below 0.0250 counts" in text
+    (output / "bitfit" / "seed-1" / "embeddings" / "done").unlink()  # as if another process had just done the run
+    assert compare_methods.write_tables(output, overrides, "lora") == rows
+    assert "No differences: the row lora has no finished run." in (output / "comparison.md").read_text()
+    assert "Not among them yet: bitfit/seed-1." in (output / "comparison.md").read_text()
+
+
+def test_differences_are_of_common_seeds_and_common_images():
+    rng = np.random.default_rng(0)
+    labels = torch.arange(10).repeat_interleave(3)
+
+    def run(ids="abc"):
+        scores = {name: torch.tensor(rng.random(30)) for name in paired_rows.MEASURES}
+        return {"scores": scores, "labels": labels, "ids": [list(ids)]}
+
+    runs = {"ours": {0: run(), 1: run()}, "theirs": {1: run(), 2: run()}, "alone": {5: run()}}
+    table = paired_rows.compare_rows(runs, "ours")
+    entry = table["theirs"]["map_at_r"]
+    own, other = (runs[name][1]["scores"]["map_at_r"].numpy() for name in ("theirs", "ours"))
+    assert entry["seeds"] == [1]
+    assert entry["difference"]["difference"] == pytest.approx((own - other).mean())
+    assert entry["difference"]["num_clusters"] == 10
+    both = (own + runs["theirs"][2]["scores"]["map_at_r"].numpy()) / 2
+    assert entry["interval"]["mean"] == pytest.approx(both.mean())
+    assert table["alone"]["map_at_r"]["difference"] is None
+    with pytest.raises(ValueError, match="odd, seed 0, was scored on other images"):
+        paired_rows.compare_rows({**runs, "odd": {0: run("abd")}}, "ours")
+
+
+def test_two_commands_share_one_table(overrides, tmp_path):
+    """Each has rows of its own; what the second writes has the first's too."""
+    paths = [str(ROOT / "configs" / "table1" / f"{name}.yaml") for name in ("vpt", "bitfit")]
+    started = []
+    for path in paths:
+        configs = compare_methods.find_configs([path])
+        rows = compare_methods.compare(configs, [0], tmp_path, overrides, lambda *args: launch(*args, started))
+    assert list(rows) == ["bitfit", "vpt"]
+    assert "| vpt | 1 |" in (tmp_path / "comparison.md").read_text()
+    with pytest.raises(ValueError, match=r"bitfit/seed-0 holds a run with other options"):
+        compare_methods.compare(configs, [1], tmp_path, [*overrides, "--num_prompts", "3"], launch)
+
+
+def test_what_another_process_does_comes_last(tmp_path):
+    seen = []
+
+    def do(task):
+        seen.append(task)
+        if task == "busy" and seen.count("busy") < 3:
+            raise resumable_runs.InUseError("it is in use")
+
+    resumable_runs.share(["busy", "a", "b"], do, pause=0)
+    assert seen == ["busy", "a", "b", "busy", "busy"]
+    with resumable_runs.locked(tmp_path / ".run.lock", "a run"), pytest.raises(resumable_runs.InUseError):
+        resumable_runs.finish(tmp_path, [], None)
 
 
 def test_interrupted_run_goes_on_from_its_checkpoint(overrides, tmp_path):
