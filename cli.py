@@ -23,7 +23,7 @@ COMMANDS = {
     "check": ("vptsp.data_scripts.command_check", "check a data set: counts, class sizes, one image of each"),
     **{name: ("vptsp.search.commands", text) for name, text in search.COMMANDS.items()},
     "app": ("vptsp.deploy.search_page", "serve a search page for an index"),
-    "serve": ("vptsp.serve.command", "serve an index over HTTP, to search and to change"),
+    "serve": ("vptsp.deploy.service.command", "serve an index over HTTP, to search and to change"),
     "export": ("vptsp.deploy.export", "export a retriever to ONNX or torch.export"),
 }
 

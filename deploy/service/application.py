@@ -18,13 +18,13 @@ from fastapi import FastAPI, File, Form, HTTPException, Path, Query, Response, U
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from .._version import __version__
-from ..data_scripts.data_errors import ImageError
-from ..data_scripts.data_fingerprint import content_digest
+from ..._version import __version__
+from ...data_scripts.data_errors import ImageError
+from ...data_scripts.data_fingerprint import content_digest
 from .batching import BatchingEmbedder, TooManyWaitingError
+from .counters import Counters
 from .limits import Guard, Limits
 from .live_index import Item, ItemExistsError, NotSavedError, UnknownItemError
-from .metrics import Metrics
 
 
 MAX_ID_BYTES = 1024
@@ -146,7 +146,7 @@ class Service:
     def __init__(self, live, embedder, limits, decoders=4):
         self.live, self.limits = live, limits
         self.batching = None
-        self.metrics = Metrics(live, lambda: self.batching.waiting if self.batching else 0)
+        self.metrics = Counters(live, lambda: self.batching.waiting if self.batching else 0)
         if embedder is not None:
             embedder.preprocess.max_image_pixels = limits.max_pixels
             self.batching = BatchingEmbedder(

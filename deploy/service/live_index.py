@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..data_scripts.data_errors import DataError
-from ..search.columns import CLASS_COLUMN, SOURCE_COLUMN
-from ..search.index import RetrievalIndex
-from ..search.index_files import find_info, index_lock
-from ..search.journal import Journal, apply_change, encode_embeddings
-from ..search.milvus import MilvusIndex
-from ..search.open_index import is_milvus
+from ...data_scripts.data_errors import DataError
+from ...search.columns import CLASS_COLUMN, SOURCE_COLUMN
+from ...search.index import RetrievalIndex
+from ...search.index_files import find_info, index_lock
+from ...search.journal import Journal, apply_change, encode_embeddings
+from ...search.milvus import MilvusIndex
+from ...search.open_index import is_milvus
 
 
 logger = logging.getLogger(__name__)

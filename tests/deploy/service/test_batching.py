@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from vptsp.serve.batching import BatchingEmbedder, TooManyWaitingError
+from vptsp.deploy.service.batching import BatchingEmbedder, TooManyWaitingError
 
 
 class Model:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from vptsp import DataError, RetrievalIndex
+from vptsp.deploy.service.live_index import Item, ItemExistsError, LiveIndex, NotSavedError, UnknownItemError
 from vptsp.files.locks import InUseError
-from vptsp.serve.live_index import Item, ItemExistsError, LiveIndex, NotSavedError, UnknownItemError
 
 
 DIM = 6
@@ -161,7 +161,7 @@ def test_searches_see_whole_changes_only(folder):
 WRITER = """
 import sys
 from tests_live import item
-from vptsp.serve.live_index import LiveIndex
+from vptsp.deploy.service.live_index import LiveIndex
 with LiveIndex.open(sys.argv[1], lock_timeout=60, compact_after=7) as live:
     number = int(sys.argv[2])
     while True:

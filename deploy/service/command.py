@@ -86,8 +86,8 @@ def _serve(args):
 
     from vptsp.search.embedder import Embedder
 
+    from .application import create_app
     from .live_index import LiveIndex
-    from .service import create_app
 
     logging.disable_progress_bar()
     with LiveIndex.open(args.index, compact_after=args.compact_after) as live:

@@ -23,9 +23,9 @@ from schemathesis.checks import (
 )
 
 from vptsp import Embedder, RetrievalIndex
-from vptsp.serve.limits import Limits
-from vptsp.serve.live_index import LiveIndex
-from vptsp.serve.service import create_app
+from vptsp.deploy.service.application import create_app
+from vptsp.deploy.service.limits import Limits
+from vptsp.deploy.service.live_index import LiveIndex
 
 
 COLOURS = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vptsp import RetrievalIndex
-from vptsp.serve.command import KEY_VARIABLE, main, read_key
+from vptsp.deploy.service.command import KEY_VARIABLE, main, read_key
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
-class Metrics:
+class Counters:
     """What `/metrics` gives.
 
     Args:
@@ -47,4 +47,4 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-__all__ = ["Metrics"]
+__all__ = ["Counters"]
