@@ -70,7 +70,7 @@ DATASETS: Registry[DatasetEntry] = Registry(
             _PUBLISHED,
             "folder or archive",
             (
-                *("images", "cars196/images", "car_ims", "cars_train", "cars_test"),
+                *("images", "cars196/images", "train", "test", "car_data", "car_ims", "cars_train", "cars_test"),
                 *(name for part in ("car_ims", "cars_train", "cars_test") for name in tar_names(part)),
             ),
         ),
