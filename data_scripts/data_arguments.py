@@ -161,18 +161,26 @@ def check_data_arguments(args: DataArguments) -> None:
         raise DataError(f"data_dir is missing: the data set {args.dataset_name!r} needs the folder {holds}")
     if args.dataset_name == "folder":
         refuse_table(args.data_dir)
-    if not entry.any_of:
-        root = existing_folder(args.data_dir)
+    if entry.any_of:
+        _check_place(args, entry.any_of)
     else:
-        shown = [name for name in entry.any_of if not name.endswith((".tar", ".tar.gz"))]
-        locate(
-            args.data_dir,
-            lambda folder: next((name for name in entry.any_of if (folder / name).exists()), None),
-            archive_kind,
-            f"{', '.join(shown[:-1])} or {shown[-1]} (the data set {args.dataset_name!r})",
-        )
-    if args.dataset_name == "folder":
-        detect_layout(root, args.layout)
+        root = existing_folder(args.data_dir)
+        if args.dataset_name == "folder":
+            detect_layout(root, args.layout)
+
+
+def _check_place(args: DataArguments, any_of: tuple[str, ...]) -> None:
+    patterns = [name for name in any_of if "*" in name]
+    if any(any(Path(args.data_dir).expanduser().glob(name)) for name in patterns):
+        return
+    names = [name for name in any_of if name not in patterns]  # a pattern would take the folder above for the data set
+    shown = [name for name in names if not name.endswith((".tar", ".tar.gz"))]
+    locate(
+        args.data_dir,
+        lambda folder: next((name for name in names if (folder / name).exists()), None),
+        archive_kind,
+        f"{', '.join(shown[:-1])} or {shown[-1]} (the data set {args.dataset_name!r})",
+    )
 
 
 def check_output_apart(args: DataArguments, output_dir: str | Path) -> None:

@@ -153,7 +153,9 @@ def test_one_half_alone_is_a_subset(tmp_path, load, layout, half, caplog):
         if place.exists():
             place.rename(tmp_path / "gone")
     for data_dir in [root, *((root / HALVES[layout] / half).parent for _ in range(layout in HALVES))]:
-        with pytest.raises(DataError, match=rf"one half of the images; (cars_)?{gone}/ .*missing\. verify_counts=False"):
+        with pytest.raises(
+            DataError, match=rf"one half of the images; (cars_)?{gone}/ .*missing\. verify_counts=False"
+        ):
             load(data_dir, verify_counts=True)
         caplog.clear()
         splits = load(data_dir)
