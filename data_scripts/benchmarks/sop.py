@@ -4,7 +4,7 @@ Layouts:
 
     Ebay_train.txt, Ebay_test.txt, bicycle_final/*.JPG, ...               under Stanford_Online_Products/, as the
                                                                           official archive unpacks to
-    Info_Files/Ebay_train.txt, Info_Files/Ebay_test.txt, images/bicycle_final/*.JPG, ...    (or another folder of lists)
+    Info_Files/Ebay_train.txt, Info_Files/Ebay_test.txt, images/bicycle_final/*.JPG, ...  (or another folder of lists)
     Stanford_Online_Products.zip                                          the official archive itself
 """
 
