@@ -133,8 +133,9 @@ def splits_in_classes(paths_of: Mapping[str, Iterable[str]]) -> str | None:
         for folder, below in folders.items():
             if len(splits := split_folders(below)) > 1:
                 return (
-                    f"the folder {folder!r} holds {some(sorted(splits))}, and the class {name!r} would join them: give "
-                    "that folder alone if it is the data set; if it is of a class, give the folders in it other names"
+                    f"the folder {folder!r} holds {some(sorted(splits))}, and the class {name!r} would join them: "
+                    "give that folder alone if it is the data set; if it is of a class, give the folders in it other "
+                    "names"
                 )
     return None
 

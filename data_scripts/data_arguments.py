@@ -12,6 +12,7 @@ from .class_split import check_class_split, class_list_file
 from .data_errors import DataError
 from .dataset_options import DatasetOptions, option_names
 from .dataset_registry import DATASETS, find_dataset, load_splits, refuse_unknown_options
+from .hub_places import hub_places
 from .image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
 from .sources import locate
 from .table_files import refuse_table, table_kind
@@ -146,9 +147,8 @@ def check_data_arguments(args: DataArguments) -> None:
         path = class_list_file(getattr(args, name))
         if path is not None and not Path(path).expanduser().is_file():
             raise DataError(f"{name}: expected a text file with one class name per line at {path}, there is none")
-    if args.dataset_name == "hub" and (args.data_dir is None) == (args.dataset_repo is None):
-        got = "neither" if args.data_dir is None else "both"
-        raise DataError(f"give either dataset_repo (a repository) or data_dir (a local copy of one), got {got}")
+    if args.dataset_name == "hub":
+        hub_places(args, args.data_dir)
     if entry.data_dir == "table":
         table_kind(args.data_dir)
         return
