@@ -12,7 +12,7 @@ from .data_errors import DataError
 from .dataset_options import HubOptions
 
 
-__all__ = ["TEST_REPOS", "HubPlace", "hub_places"]
+__all__ = ["TEST_REPOS", "HubPlace", "hub_places", "is_folder"]
 
 TEST_REPOS = {"test": "test_repo", "query": "query_repo", "gallery": "gallery_repo"}
 """Per split that tests, the option that says where it comes from."""
@@ -62,11 +62,16 @@ def hub_places(options: HubOptions, data_dir: str | None) -> dict[str, HubPlace]
             raise DataError(f"{role}_split is a split of {option}, got {' and '.join(TEST_REPOS[x] for x in given)}")
     places = {"train": _training_place(options, data_dir)}
     for role, value in given.items():
-        if value.startswith((".", "~")) or Path(value).is_absolute():
+        if is_folder(value):
             places[role] = HubPlace(str(existing_folder(value)), is_folder=True)
         else:
             places[role] = _repository(value, TEST_REPOS[role])
     return places
+
+
+def is_folder(value: str | None) -> bool:
+    """Whether `test_repo` and the like name a local folder, and not a repository."""
+    return value is not None and (value.startswith((".", "~")) or Path(value).is_absolute())
 
 
 def _training_place(options: HubOptions, data_dir: str | None) -> HubPlace:
