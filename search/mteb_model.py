@@ -21,9 +21,12 @@ from .model_names import check_model_name
 __all__ = ["MTEBModel"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# Fields that mteb wants to be given, of which nothing is known here
 _UNKNOWN = dict.fromkeys(
-    "loader release_date languages memory_usage_mb max_tokens license open_weights public_training_code "
-    "public_training_data training_datasets".split()
+    (
+        *("loader", "release_date", "languages", "memory_usage_mb", "max_tokens", "license", "open_weights"),
+        *("public_training_code", "public_training_data", "training_datasets"),
+    )
 )
 
 
