@@ -78,11 +78,11 @@ def read_retrieval_set(
         DataError: a split, column, id or image is missing or there twice, or the qrels are no classes.
     """
     qrels = load(parts["qrels"])
-    chosen = _choose(qrels, split, "test", f"{where}, {parts['qrels']}", "test_split")
+    chosen = _choose(qrels, split, "test", f"{where}, {parts['qrels']}")
     sides = {}
     for side in ("query", "corpus"):
         found = load(parts[side])
-        name = chosen if chosen in found else _choose(found, None, side, f"{where}, {parts[side]}", "test_split")
+        name = chosen if chosen in found else _choose(found, None, side, f"{where}, {parts[side]}")
         sides[side] = _Side(found[name], config, f"{where}, {parts[side]}, split {name}")
     query, corpus = sides.values()
     pairs = _pairs(qrels[chosen], query, corpus, f"{where}, {parts['qrels']}, split {chosen}")
@@ -101,13 +101,13 @@ def read_retrieval_set(
     }
 
 
-def _choose(found: Mapping[str, Any], given: str | None, usual: str, where: str, option: str) -> str:
+def _choose(found: Mapping[str, Any], given: str | None, usual: str, where: str) -> str:
     """The split that is given, the usual one, or the only one."""
     if given is None and usual not in found and len(found) == 1:
         return next(iter(found))
     name = usual if given is None else given
     if name not in found:
-        raise DataError(f"{where} has the splits {', '.join(found)}, not {name!r}: give one as {option}")
+        raise DataError(f"{where} has the splits {', '.join(found)}, not {name!r}: give one as test_split")
     return name
 
 
@@ -178,12 +178,17 @@ def _joined_by(pairs: np.ndarray, query: _Side, corpus: _Side) -> tuple[np.ndarr
 
 
 def _same_images(pairs: np.ndarray, query: _Side, corpus: _Side) -> np.ndarray:
-    """Which of these queries are which of these images: of two images that each ask for the other, both do.
+    """Of two images that each ask for the other: which query is which image of the corpus.
 
     Where an image asks for two others or more, the pairs join them all; for one other, they don't.
     """
-    place = {corpus.digest(image): image for image in pairs[:, 1].tolist()}
-    same = [(row, place[found]) for row in pairs[:, 0].tolist() if (found := query.digest(row)) in place]
+    digests = [(query.digest(row), corpus.digest(image)) for row, image in pairs.tolist()]
+    place = {image: number for number, (_, image) in enumerate(digests)}
+    same = []
+    for number, (asking, image) in enumerate(digests):
+        other = place.get(asking, number)
+        if other != number and digests[other][0] == image:
+            same.append((pairs[number, 0], pairs[other, 1]))
     return np.array(same, dtype=np.int64).reshape(-1, 2)
 
 

@@ -243,6 +243,12 @@ def test_queries_that_are_in_the_corpus_need_no_line_of_their_own(tmp_path, load
     assert "no image answers 1 queries, left out" in caplog.text
 
 
+def test_a_query_may_be_the_answer_of_another(tmp_path, load, flowers):
+    """10 asks for 11 alone, and 12 for 10: as in sets of pairs, and no reason to join the three."""
+    root = write_set(tmp_path / "set", {"q1": 10, "q2": 12}, {"c1": 11, "c2": 10}, [("q1", "c1", 1), ("q2", "c2", 1)])
+    assert summary(load(flowers, test_repo=root))["gallery"] == [("query q1", 11), ("query q2", 10)]
+
+
 def test_other_names_of_retrieval_sets(tmp_path, load, flowers, monkeypatch):
     """`default` for qrels, `_id` for ids, `query_id` in qrels, splits, and a configuration of several."""
     tables = {"default": {"test": datasets.Dataset.from_dict({"query_id": [1], "corpus_id": [2], "score": [1.0]})}}
