@@ -93,6 +93,7 @@ from .search.index import RetrievalIndex as RetrievalIndex
 from .search.index_factory import choose_factory as choose_factory
 from .search.index_files import IndexChangedError as IndexChangedError
 from .search.milvus import MilvusIndex as MilvusIndex
+from .search.mteb_model import MTEBModel as MTEBModel
 from .search.open_index import edit_index as edit_index
 from .search.open_index import open_index as open_index
 from .search.report import compare_stores as compare_stores

@@ -5,7 +5,8 @@ Nothing here imports torch or `datasets`.
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,6 +26,7 @@ __all__ = [
     "scan_class_folders",
     "scan_split_folders",
     "split_folders",
+    "splits_in_classes",
     "visible_folders",
 ]
 
@@ -36,6 +38,7 @@ LAYOUTS = ("auto", "classes", *LAYOUT_SPLITS)
 _SPLIT_NAMES = frozenset(
     {"train", "test", "query", "gallery", "val", "valid", "validation", "dev", "training", "testing"}
 )
+_WORD = re.compile(r"[^\W\d_]+")
 
 
 def existing_folder(data_dir: str | Path | None) -> Path:
@@ -95,7 +98,9 @@ def say_loose(root: str | Path, names: Collection[str], what: str) -> None:
 def split_folders(folders: Collection[str]) -> set[str]:
     """Which folders of a data set are splits (`train`, `test`, `val`, ...) and not classes.
 
-    A single name of a split among those of classes is a class, as there are classes called `train`.
+    A single name of a split among those of classes is a class, as there are classes called `train`. Names that differ
+    in the word for a split alone, such as `cars_train` and `cars_test`, are splits; `bullet train` and `blood test`
+    are not.
 
     Args:
         folders: Names of all its folders.
@@ -103,8 +108,36 @@ def split_folders(folders: Collection[str]) -> set[str]:
     Returns:
         The names of two or more splits, or of one if it is the only folder; else none.
     """
-    splits = {name for name in folders if name.lower() in _SPLIT_NAMES}
-    return splits if len(splits) > 1 or len(splits) == len(folders) else set()
+    alike: dict[tuple[str, str], set[str]] = {("", ""): set()}
+    for name in folders:
+        for word in _WORD.finditer(name.lower()):
+            if word.group() in _SPLIT_NAMES:
+                alike.setdefault((name[: word.start()].lower(), name[word.end() :].lower()), set()).add(name)
+    if len(alike["", ""]) == len(folders):
+        return alike["", ""]
+    return set().union(*(names for names in alike.values() if len(names) > 1))
+
+
+def splits_in_classes(paths_of: Mapping[str, Iterable[str]]) -> str | None:
+    """What there is to say of classes in which `train`, `test` and the like are folders, as of whole data sets.
+
+    Args:
+        paths_of: Per class, the paths of its images, relative to its folder.
+    """
+    for name, paths in paths_of.items():
+        folders: dict[str, set[str]] = {}
+        for path in {path.rpartition("/")[0] for path in paths} - {""}:
+            parts = [name, *path.split("/")]
+            for depth in range(1, len(parts)):
+                folders.setdefault("/".join(parts[:depth]), set()).add(parts[depth])
+        for folder, below in folders.items():
+            if len(splits := split_folders(below)) > 1:
+                return (
+                    f"the folder {folder!r} holds {some(sorted(splits))}, and the class {name!r} would join them: "
+                    "give that folder alone if it is the data set; if it is of a class, give the folders in it other "
+                    "names"
+                )
+    return None
 
 
 def class_of_path(path: str, splits: Collection[str] = ()) -> str | None:
@@ -147,10 +180,10 @@ def detect_layout(root: Path, layout: str = "auto") -> str:
     if not folders:
         loose = _loose_images(root)
         if loose:
+            is_class = f". If {root.name!r} is itself a class, give the folder above it, {root.parent}"
             raise DataError(
                 f"{root} holds {len(loose)} images ({loose[0]}, ...) but no class folders; expected one folder per "
-                f"class with its images inside. If {root.name!r} is itself a class, give the folder above it, "
-                f"{root.parent}"
+                f"class with its images inside{'' if root.name.lower() in _SPLIT_NAMES else is_class}"
             )
         raise DataError(f"{root} is empty; expected one folder per class with its images inside")
     names = {name.lower() for name in folders}
@@ -238,7 +271,7 @@ def scan_class_folders(root: Path, left_out: LeftOut | None = None) -> dict[str,
 
     Raises:
         DataError: there are no class folders, no images at all, the class folders are one level further down, a class
-            folder is a link, or this folder was written by a training run.
+            folder is a link or holds the folders of splits, or this folder was written by a training run.
     """
     refuse_own_folder(root)
     folders = visible_folders(root)
@@ -263,6 +296,8 @@ def scan_class_folders(root: Path, left_out: LeftOut | None = None) -> dict[str,
         )
     if len(classes) == 1:
         _refuse_one_level_too_high(root, classes)
+    if joined := splits_in_classes({name: (file.path for file in files) for name, files in classes.items()}):
+        raise DataError(f"{root}: {joined}")
     if empty:
         logger.warning("%s: %d class folders hold no images and are left out: %s", root, len(empty), some(empty, 20))
     say_loose(root, _loose_images(root), "the class folders and are left out")

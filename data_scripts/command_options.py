@@ -18,7 +18,8 @@ FURTHER = frozenset(
     (
         *("data_cache_dir", "train_classes", "test_classes", "test_share", "class_split", "split_seed"),
         *("digit_size", "verify_counts", "layout", "image_column", "split_column", "image_root"),
-        *("train_split", "test_split", "dataset_repo", "dataset_config", "dataset_revision"),
+        *("train_split", "test_split", "query_split", "gallery_split"),
+        *("dataset_repo", "dataset_config", "dataset_revision", "test_repo", "query_repo", "gallery_repo"),
         *("embeddings_cache", "shard_size", "embedding_dtype", "lock_timeout", "resize_size", "dtype"),
         *("max_image_pixels", "revision", "resample", "target_recall", "memory_gb", "mmap", "no_verify"),
         *("gpu", "no_clustering", "no_geometry", "max_classes", "max_upload_mb", "share"),

@@ -12,6 +12,7 @@ from .class_split import check_class_split, class_list_file
 from .data_errors import DataError
 from .dataset_options import DatasetOptions, option_names
 from .dataset_registry import DATASETS, find_dataset, load_splits, refuse_unknown_options
+from .hub_places import hub_places
 from .image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
 from .sources import locate
 from .table_files import refuse_table, table_kind
@@ -146,9 +147,8 @@ def check_data_arguments(args: DataArguments) -> None:
         path = class_list_file(getattr(args, name))
         if path is not None and not Path(path).expanduser().is_file():
             raise DataError(f"{name}: expected a text file with one class name per line at {path}, there is none")
-    if args.dataset_name == "hub" and (args.data_dir is None) == (args.dataset_repo is None):
-        got = "neither" if args.data_dir is None else "both"
-        raise DataError(f"give either dataset_repo (a repository) or data_dir (a local copy of one), got {got}")
+    if args.dataset_name == "hub":
+        hub_places(args, args.data_dir)
     if entry.data_dir == "table":
         table_kind(args.data_dir)
         return
@@ -161,18 +161,26 @@ def check_data_arguments(args: DataArguments) -> None:
         raise DataError(f"data_dir is missing: the data set {args.dataset_name!r} needs the folder {holds}")
     if args.dataset_name == "folder":
         refuse_table(args.data_dir)
-    if not entry.any_of:
-        root = existing_folder(args.data_dir)
+    if entry.any_of:
+        _check_place(args, entry.any_of)
     else:
-        shown = [name for name in entry.any_of if not name.endswith((".tar", ".tar.gz"))]
-        locate(
-            args.data_dir,
-            lambda folder: next((name for name in entry.any_of if (folder / name).exists()), None),
-            archive_kind,
-            f"{', '.join(shown[:-1])} or {shown[-1]} (the data set {args.dataset_name!r})",
-        )
-    if args.dataset_name == "folder":
-        detect_layout(root, args.layout)
+        root = existing_folder(args.data_dir)
+        if args.dataset_name == "folder":
+            detect_layout(root, args.layout)
+
+
+def _check_place(args: DataArguments, any_of: tuple[str, ...]) -> None:
+    patterns = [name for name in any_of if "*" in name]
+    if any(any(Path(args.data_dir).expanduser().glob(name)) for name in patterns):
+        return
+    names = [name for name in any_of if name not in patterns]  # a pattern would take the folder above for the data set
+    shown = [name for name in names if not name.endswith((".tar", ".tar.gz"))]
+    locate(
+        args.data_dir,
+        lambda folder: next((name for name in names if (folder / name).exists()), None),
+        archive_kind,
+        f"{', '.join(shown[:-1])} or {shown[-1]} (the data set {args.dataset_name!r})",
+    )
 
 
 def check_output_apart(args: DataArguments, output_dir: str | Path) -> None:

@@ -91,6 +91,8 @@ class ColumnOptions(LayoutOptions):
         label_column: `ClassLabel`, integers or strings.
         train_split: Whose classes are split, where they are; None for `train`, or the only split there is.
         test_split: Of the layout `train_test`; None for `test`.
+        query_split: Of the layout `query_gallery`; None for `query`.
+        gallery_split: Of the layout `query_gallery`; None for `gallery`.
     """
 
     image_column: str | None = field(
@@ -103,6 +105,10 @@ class ColumnOptions(LayoutOptions):
         default=None, metadata={"help": "Split of a table that trains, or several as in train+validation."}
     )
     test_split: str | None = field(default=None, metadata={"help": "Split of a table that tests, or several."})
+    query_split: str | None = field(default=None, metadata={"help": "Split of a table that asks, or several."})
+    gallery_split: str | None = field(
+        default=None, metadata={"help": "Split of a table that is searched by query_split, or several."}
+    )
 
 
 @dataclass
@@ -123,11 +129,22 @@ class HubOptions(ColumnOptions):
 
     Attributes:
         dataset_revision: A commit pins the data.
+        test_repo: Also a retrieval set (corpus, query, qrels), see `retrieval_sets`; or a local folder, if it begins
+            with `/`, `.` or `~`.
+        query_repo, gallery_repo: Likewise, both or neither; no retrieval sets.
     """
 
     dataset_repo: str | None = field(default=None, metadata={"help": "Data set repository on the Hub, as owner/name."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
+    test_repo: str | None = field(
+        default=None,
+        metadata={
+            "help": "Repository whose images test, as owner/name or owner/name@revision; also corpus and qrels."
+        },
+    )
+    query_repo: str | None = field(default=None, metadata={"help": "Repository of queries, with gallery_repo."})
+    gallery_repo: str | None = field(default=None, metadata={"help": "Repository of the gallery, with query_repo."})
 
 
 @dataclass

@@ -36,7 +36,8 @@ class DatasetEntry(NamedTuple):
         options: Names of the options that it takes, beside `data_dir`.
         data_dir: What `data_dir` is: `folder`, `folder or archive`, `folder or none`, `table` (a file or a folder), or
             `none`.
-        any_of: Paths in `data_dir` of which one must exist (a check that costs nothing); empty: not checked.
+        any_of: Paths in `data_dir` of which one must exist (a check that costs nothing); empty: not checked. One may
+            be a pattern such as `*/list.txt`.
     """
 
     builder: str | type
@@ -62,7 +63,11 @@ DATASETS: Registry[DatasetEntry] = Registry(
             "CUB-200-2011, birds; first 100 classes train, last 100 test",
             _PUBLISHED,
             "folder or archive",
-            ("images", "CUB_200_2011/images", *tar_names("CUB_200_2011")),
+            (
+                *("images", "CUB_200_2011/images", "CUB_200_2011.zip", "cub200.zip"),
+                *tar_names("cub200"),
+                *tar_names("CUB_200_2011"),
+            ),
         ),
         "cars": DatasetEntry(
             "benchmarks.cars:Cars196",
@@ -70,7 +75,7 @@ DATASETS: Registry[DatasetEntry] = Registry(
             _PUBLISHED,
             "folder or archive",
             (
-                *("images", "cars196/images", "car_ims", "cars_train", "cars_test"),
+                *("images", "cars196/images", "car_ims", "cars_train", "cars_test", "train", "test", "car_data"),
                 *(name for part in ("car_ims", "cars_train", "cars_test") for name in tar_names(part)),
             ),
         ),
@@ -80,7 +85,8 @@ DATASETS: Registry[DatasetEntry] = Registry(
             _PUBLISHED,
             "folder or archive",
             (
-                *("Ebay_train.txt", "Info_Files", "Stanford_Online_Products", "Stanford_Online_Products.zip"),
+                *("Ebay_train.txt", "Info_Files", "*/Ebay_train.txt"),
+                *("Stanford_Online_Products", "Stanford_Online_Products.zip"),
                 *tar_names("Stanford_Online_Products"),
             ),
         ),
@@ -89,7 +95,7 @@ DATASETS: Registry[DatasetEntry] = Registry(
             "In-Shop Clothes (DeepFashion); train, query and gallery by the official list",
             _PUBLISHED,
             "folder or archive",
-            tuple(f"{folder}list_eval_partition.txt" for folder in ("", "Eval/", "Anno/")),
+            tuple(f"{folder}list_eval_partition.txt" for folder in ("", "Eval/", "Anno/", "*/")),
         ),
         "inaturalist": DatasetEntry(
             "benchmarks.inaturalist:INaturalist2018",
@@ -97,7 +103,9 @@ DATASETS: Registry[DatasetEntry] = Registry(
             _PUBLISHED,
             "folder or archive",
             tuple(
-                f"{folder}Inaturalist_{split}_set1.txt" for folder in ("", "Inat_dataset_splits/") for split in _SPLITS
+                f"{folder}Inaturalist_{split}_set1.txt"
+                for folder in ("", "Inat_dataset_splits/", "*/")
+                for split in _SPLITS
             ),
         ),
         "table": DatasetEntry(

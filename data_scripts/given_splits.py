@@ -28,8 +28,11 @@ __all__ = [
     "LazySplits",
     "further_columns",
     "image_column_of",
+    "joined",
+    "labels_of",
     "named_columns",
     "split_given",
+    "split_names",
     "with_class_names",
 ]
 
@@ -94,10 +97,10 @@ def split_given(found: Mapping[str, Any], config: ColumnsConfig, where: str):
     if left:
         logger.warning("%s: the splits %s are not part of the layout %r, ignored", where, some(left), layout)
     splits = _with_same_columns({name: found[name] for name in wanted}, where)
-    labels = {name: _labels(split, f"{where}, split {name}") for name, split in splits.items()}
+    labels = {name: labels_of(split, f"{where}, split {name}") for name, split in splits.items()}
     names = _ordered_names(splits, labels, where)
     parts = {
-        role: _Part(_joined([splits[name] for name in of_role]), [x for name in of_role for x in labels[name]])
+        role: _Part(joined([splits[name] for name in of_role]), [x for name in of_role for x in labels[name]])
         for role, of_role in chosen.items()
     }
     if layout == "classes":
@@ -212,8 +215,10 @@ def _choose_layout(splits: Mapping[str, Any], config: ColumnsConfig, where: str)
         layout = config.layout
     elif config.test_split is not None:
         layout = "train_test"
+    elif config.query_split is not None or config.gallery_split is not None:
+        layout = "query_gallery"
     else:
-        train = _names_of(config.train_split, "train")
+        train = split_names(config.train_split, "train")
         fitting = [
             layout
             for layout, (_, *others) in reversed(LAYOUT_SPLITS.items())
@@ -235,15 +240,18 @@ def _choose_splits(splits: Mapping[str, Any], config: ColumnsConfig, where: str,
         if len(splits) > 1:
             raise DataError(
                 f"{where} has the splits {', '.join(splits)}: give train_split and test_split, or the splits whose "
-                "classes are to be split anew, as in layout='classes' with train_split='train+test'"
+                "classes are to be split anew, as in layout='classes' with train_split='train+test' (query_split and "
+                "gallery_split are for queries against a gallery)"
             )
         chosen = {"train": list(splits)}
     else:
         roles = LAYOUT_SPLITS.get(layout, ("train",))
-        given = {"train": config.train_split, "test": config.test_split}
-        chosen = {role: _names_of(given.get(role), role) for role in roles}
-    if config.test_split is not None and "test" not in chosen:
-        raise DataError(f"test_split {config.test_split!r} goes with the layout 'train_test', got {layout!r}")
+        chosen = {role: split_names(getattr(config, f"{role}_split"), role) for role in roles}
+    for of_layout, roles in LAYOUT_SPLITS.items():
+        for role in roles:
+            given = getattr(config, f"{role}_split")
+            if given is not None and role not in chosen:
+                raise DataError(f"{role}_split {given!r} goes with the layout {of_layout!r}, got {layout!r}")
     wanted = [name for names in chosen.values() for name in names]
     if any(name not in splits for name in wanted):
         raise DataError(f"layout {layout!r} needs the splits {', '.join(wanted)}; {where} has {', '.join(splits)}")
@@ -252,18 +260,20 @@ def _choose_splits(splits: Mapping[str, Any], config: ColumnsConfig, where: str,
     return chosen
 
 
-def _names_of(option: str | None, default: str) -> list[str]:
+def split_names(option: str | None, default: str) -> list[str]:
+    """The splits that an option names, with `+` between several."""
     return [name.strip() for name in (default if option is None else option).split("+")]
 
 
-def _joined(splits: list):
+def joined(splits: list):
+    """The rows of several splits, of the same columns, one after another."""
     return splits[0] if len(splits) == 1 else datasets.concatenate_datasets(splits)
 
 
 # ---- labels
 
 
-def _labels(split, where: str) -> list:
+def labels_of(split, where: str) -> list:
     """The label of every row; no image is decoded."""
     if isinstance(split, datasets.Dataset) and not len(split):
         return []
@@ -289,7 +299,7 @@ def with_class_names(rows: datasets.Dataset, where: str) -> datasets.Dataset:
     feature = rows.features["label"]
     if not (isinstance(feature, datasets.Value) and "string" in feature.dtype):
         return rows
-    labels = _labels(rows, where)
+    labels = labels_of(rows, where)
     return _renumber(_Part(rows, labels), {name: name for name in sorted(set(labels))})
 
 
@@ -299,6 +309,8 @@ def _ordered_names(splits: Mapping[str, Any], labels: Mapping[str, list], where:
     features = [split.features["label"] for split in splits.values()]
     if len({isinstance(feature, datasets.ClassLabel) for feature in features}) > 1:
         raise DataError(f"{where}: the labels of some splits have names, those of others have none")
+    if len({type(label) for label in occurring}) > 1:
+        raise DataError(f"{where}: the labels of some splits are text, those of others numbers")
     if not isinstance(features[0], datasets.ClassLabel):
         return {label: str(label) for label in sorted(occurring)}
     if any(feature.names != features[0].names for feature in features):

@@ -23,6 +23,7 @@ __all__ = [
     "ImageSource",
     "archive_images",
     "find_file",
+    "find_list",
     "folder_images",
     "list_benchmark",
     "list_path",
@@ -91,6 +92,29 @@ def _is_there(in_folder: Callable[[Path], Any], folder: Path) -> bool:
 def find_file(folders: Sequence[Path], names: Sequence[str]) -> Path | None:
     """The first of some files that exists, or None."""
     return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
+
+
+def find_list(root: Path, names: Sequence[str], usual: Sequence[str] = ()) -> Path | None:
+    """A list of a data set: in its folder, in one of the usual folders there, or in any other one there.
+
+    Args:
+        root: Folder of the data set.
+        names: What the list may be called.
+        usual: Names of folders.
+
+    Returns:
+        The file, or None.
+
+    Raises:
+        DataError: it lies in several folders, none of them a usual one.
+    """
+    found = find_file([root, *(root / name for name in usual)], names)
+    if found is not None:
+        return found
+    others = [file for folder in visible_folders(root).values() if (file := find_file([folder], names)) is not None]
+    if len(others) > 1:
+        raise DataError(f"{root} holds {others[0].name} in several folders ({others[0]} and {others[1]}): leave one")
+    return others[0] if others else None
 
 
 def tar_names(name: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .data_arguments import BUILDER_OPTIONS, DataArguments
 from .data_errors import DataError
+from .hub_places import TEST_REPOS, is_folder
 from .image_names import image_names
 
 
@@ -35,8 +36,10 @@ def record_splits(args: DataArguments, splits: Mapping[str, Any]) -> dict[str, A
         the names of its images (null for a stream, which is not read for it), and the split's `fingerprint`.
     """
     options = {name: getattr(args, name) for name in (*PLACES, *BUILDER_OPTIONS)}
-    if args.data_dir is not None:
-        options["data_dir"] = str(Path(args.data_dir).expanduser().absolute())
+    folders = [name for name in TEST_REPOS.values() if is_folder(options[name])]
+    for name in ["data_dir", *folders]:
+        if options[name] is not None:
+            options[name] = str(Path(options[name]).expanduser().absolute())
     parts = {}
     for name, part in splits.items():
         table = getattr(part, "hf_dataset", None)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data_scripts.class_folders import class_of_path, say_loose, split_folders, visible_folders
+from ..data_scripts.class_folders import class_of_path, say_loose, split_folders, splits_in_classes, visible_folders
 from ..data_scripts.data_errors import DataError, some
 from ..data_scripts.data_fingerprint import content_digest
 from ..data_scripts.image_files import has_images, list_images
@@ -199,8 +199,15 @@ def _first_with_classes(top, bottom):
 
 def _file_source(paths, root, class_root, description):
     splits = split_folders([] if not paths else visible_folders(class_root))
-    classes = [class_of_path(Path(root, path).relative_to(class_root).as_posix(), splits) for path in paths]
+    places = [Path(root, path).relative_to(class_root).as_posix() for path in paths]
+    classes = [class_of_path(place, splits) for place in places]
     class_names = sorted(set(classes) - {None})
+    inside = {name: [] for name in class_names}
+    for place, name in zip(places, classes, strict=True):
+        if name is not None:
+            inside[name].append(place.split("/", 2 if splits else 1)[-1])
+    if joined := splits_in_classes(inside):
+        logger.warning("%s: %s", class_root, joined)
     numbers = {name: number for number, name in enumerate(class_names)}
     known = [name is not None for name in classes]
     if class_names:

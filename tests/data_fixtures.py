@@ -103,3 +103,49 @@ def split_list(name):
         pytest.skip("needs the published split lists")
     lines = (line.rsplit(",", 1) for line in path.read_text().splitlines())
     return [(file, int(label)) for file, label in lines]
+
+
+RETRIEVAL_CARD = """---
+configs:
+- config_name: qrels
+  data_files:
+  - split: {split}
+    path: qrels-*
+- config_name: corpus
+  data_files:
+  - split: corpus
+    path: corpus-*
+- config_name: {query}
+  data_files:
+  - split: {split}
+    path: {query}-*
+---
+"""
+"""The head of the card of an image retrieval set in the form of MTEB."""
+
+
+def write_retrieval_set(root, query, corpus, qrels, query_name="query", split="test"):
+    """A retrieval set as MTEB's repositories have it: parquet files, and a card that says what they are.
+
+    Args:
+        query, corpus: Per id the contents of an image (None: no image).
+        qrels: Of (query id, corpus id, score).
+    """
+    import datasets
+
+    root = Path(root)
+    root.mkdir(parents=True)
+    features = {"id": datasets.Value("string"), "modality": datasets.Value("string"), "image": datasets.Image()}
+    for name, rows in ((query_name, query), ("corpus", corpus)):
+        images = [None if image is None else {"bytes": image, "path": None} for image in rows.values()]
+        table = {"id": list(rows), "modality": ["image"] * len(rows), "image": images}
+        datasets.Dataset.from_dict(table, features=datasets.Features(features)).to_parquet(
+            root / f"{name}-00000-of-00001.parquet"
+        )
+    columns = zip(*qrels, strict=True)
+    kinds = {"query-id": "string", "corpus-id": "string", "score": "int8"}
+    table = {name: list(values) for name, values in zip(kinds, columns, strict=True)}
+    features = datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})
+    datasets.Dataset.from_dict(table, features=features).to_parquet(root / "qrels-00000-of-00001.parquet")
+    (root / "README.md").write_text(RETRIEVAL_CARD.format(query=query_name, split=split))
+    return root

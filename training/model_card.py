@@ -149,17 +149,20 @@ def _metadata(model, results, title) -> dict:
     }
     if _backbone_on_hub(model.config) is not None:
         values |= {"base_model": model.config.backbone, "base_model_relation": "adapter"}
-    if dataset.get("repo"):
-        values["datasets"] = [dataset["repo"]]
+    tested_on = dataset.get("tested_on", [])
+    if repos := [repo for repo in (dataset.get("repo"), *(part["repo"] for part in tested_on)) if repo]:
+        values["datasets"] = list(dict.fromkeys(repos))
+    tested = tested_on[-1] if tested_on else dataset  # of queries and gallery, the gallery
+    tested_name = tested.get("repo") or tested.get("name", "unknown")
     scored = _metrics_of(results, "final")
     if scored:
         values["eval_results"] = [
             EvalResult(
                 task_type="image-feature-extraction",
                 task_name="Image retrieval",
-                dataset_type=dataset.get("repo") or dataset.get("name", "unknown"),
-                dataset_name=dataset.get("repo") or dataset.get("name", "unknown"),
-                dataset_revision=dataset.get("revision"),
+                dataset_type=tested_name,
+                dataset_name=tested_name,
+                dataset_revision=tested.get("revision"),
                 metric_type=metric,
                 metric_name=definition.title,
                 metric_value=round(value, 6),
@@ -342,7 +345,9 @@ def _training(model, results, training_args) -> str:
     if dataset := results.get("dataset"):
         shown = [f"{key.replace('_', ' ')} {value:,}" for key, value in dataset.items() if isinstance(value, int)]
         source = dataset.get("repo") or dataset.get("name")
-        lines += [f"Data: `{source}`" + (f" ({', '.join(shown)})." if shown else "."), ""]
+        tested = " and ".join(f"`{part['name']}`" for part in dataset.get("tested_on", []))
+        source = f"`{source}`" + (f", tested on {tested}" if tested else "")
+        lines += [f"Data: {source}" + (f" ({', '.join(shown)})." if shown else "."), ""]
     if command := results.get("command"):
         lines += ["```", without_tokens(shlex.split(command)), "```", ""]
     values = {name: getattr(model.config, name) for name in VPTSPConfig.__annotations__ if name not in _NOT_LISTED}

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
 
 from ..configuration_vptsp import VPTSPConfig
+from ..data_scripts.hub_places import hub_places
 from ..data_scripts.image_datasets import image_datasets
 from ..data_scripts.preprocessing import build_image_processor
 from ..data_scripts.split_record import SPLITS_NAME, has_seen_classes, record_splits
@@ -332,10 +333,20 @@ def without_prefix(metrics, prefix):
 def described_data(data_args, images):
     """The data set and what was left out of it, and versions; as a part of the results."""
     skipped = set(gather_object([name for part in images.values() for name in part.skipped]))
+    places = hub_places(data_args, data_args.data_dir) if data_args.dataset_name == "hub" else {}
+    train = places.pop("train", None)
     dataset = {
         "name": data_args.dataset_name,
-        "repo": data_args.dataset_repo,
-        "revision": data_args.dataset_revision,
+        "repo": None if train is None or train.is_folder else train.name,
+        "revision": None if train is None else train.revision,
+        "tested_on": [  # of a folder the last part alone, as results are shared
+            {
+                "name": Path(place.name).name if place.is_folder else place.name,
+                "repo": None if place.is_folder else place.name,
+                "revision": place.revision,
+            }
+            for place in places.values()
+        ],
         **{f"{name}_classes": part.num_classes for name, part in images.items()},
         **{f"{name}_images": _length(part) for name, part in images.items()},
         "skipped_images": sorted(skipped),

@@ -3,7 +3,8 @@
 Layouts:
 
     images/001.Black_footed_Albatross/*.jpg      under CUB_200_2011/, as the official archive unpacks to
-    CUB_200_2011.tgz                             the official archive itself
+    CUB_200_2011.tgz                             the official archive itself, also as .tar.gz, .tar or .zip, or
+                                                 called cub200.tar
 """
 
 import logging
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 CUB_COUNTS = {"train": SplitCounts(5864, 100), "test": SplitCounts(5924, 100)}
 LAST_TRAIN_CLASS = 100
 _CLASS_FOLDER = re.compile(r"(\d{3})\..+")
-_ARCHIVES = tar_names("CUB_200_2011")
+_ARCHIVES = tuple(name for title in ("CUB_200_2011", "cub200") for name in (*tar_names(title), f"{title}.zip"))
 
 
 class CUB200(ImageDatasetBuilder):
@@ -49,7 +50,8 @@ class CUB200(ImageDatasetBuilder):
             config.data_dir,
             _find,
             lambda archive: archive,
-            "images/, CUB_200_2011/images/ (with folders like '001.Black_footed_Albatross') or CUB_200_2011.tgz",
+            "images/, CUB_200_2011/images/ (with folders like '001.Black_footed_Albatross'), cub200.tar or "
+            "CUB_200_2011.tgz",
         )
         source = (
             folder_images(place, follow_links=False)

@@ -1,6 +1,7 @@
 """iNaturalist 2018 (Van Horn et al., CVPR 2018), split into 5,690 training and 2,452 test species by two lists.
 
-Layouts (the lists are those of Brown et al., "Smooth-AP", ECCV 2020, and may lie in `Inat_dataset_splits/`, too):
+Layouts (the lists are those of Brown et al., "Smooth-AP", ECCV 2020, and may lie in a folder of their own beside the
+images, such as `Inat_dataset_splits/`; so may the images):
 
     Inaturalist_train_set1.txt, Inaturalist_test_set1.txt, train_val2018/Aves/2761/*.jpg, ...
     Inaturalist_train_set1.txt, Inaturalist_test_set1.txt, train_val2018.tar.gz       the official archive itself
@@ -10,12 +11,14 @@ from typing import NamedTuple
 
 from ..archives import list_members
 from ..builder import BenchmarkConfig, ImageDatasetBuilder
+from ..class_folders import visible_folders
 from ..data_errors import DataError
 from ..listing import SplitCounts, SplitListing
 from ..sources import (
     Entry,
     archive_images,
     find_file,
+    find_list,
     folder_images,
     list_benchmark,
     list_path,
@@ -42,7 +45,8 @@ class _Place(NamedTuple):
 class INaturalist2018(ImageDatasetBuilder):
     """iNaturalist 2018.
 
-    `data_dir` is the folder that holds the two lists and `train_val2018/` or its archive, or the archive. A class is
+    `data_dir` is the folder that holds the two lists and `train_val2018/` or its archive (either may lie in a folder
+    of its own there), or the archive. A class is
     the last two folders above the file (`Aves/2761`); labels follow the number in it, the official category id.
 
     Raises:
@@ -76,7 +80,7 @@ class INaturalist2018(ImageDatasetBuilder):
 
 
 def _find_lists(root) -> dict | None:
-    lists = {split: find_file([root, root / _SPLITS], [name]) for split, name in LISTS.items()}
+    lists = {split: find_list(root, [name], [_SPLITS]) for split, name in LISTS.items()}
     if not any(lists.values()):
         return None
     for split, file in lists.items():
@@ -85,22 +89,30 @@ def _find_lists(root) -> dict | None:
     return lists
 
 
+def _images(folder):
+    return folder / _TOP if (folder / _TOP).is_dir() else find_file([folder], _ARCHIVES)
+
+
 def _find(root):
+    """The images lie in `root`, or in a folder there beside that of the lists (with them, that is the data set)."""
     lists = _find_lists(root)
     if lists is None:
         return None
-    if (root / _TOP).is_dir():
-        return _Place(root / _TOP, lists)
-    archive = find_file([root], _ARCHIVES)
-    if archive is None:
-        raise DataError(f"{root} holds the lists, but no images: expected {_TOP}/ or {_TOP}.tar.gz")
-    return _Place(archive, lists)
+    beside = [folder for folder in visible_folders(root).values() if folder not in {x.parent for x in lists.values()}]
+    found = [images for folder in (root, *beside) if (images := _images(folder)) is not None]
+    if not found:
+        raise DataError(
+            f"{root} holds the lists, but no images: expected {_TOP}/ or {_TOP}.tar.gz there or in a folder there"
+        )
+    return _Place(found[0], lists)
 
 
 def _beside(archive):
     lists = _find_lists(archive.parent)
     if lists is None:
-        raise DataError(f"the lists are missing: expected {' and '.join(LISTS.values())} beside {archive}")
+        raise DataError(
+            f"the lists are missing: expected {' and '.join(LISTS.values())} beside {archive}, or in a folder there"
+        )
     return _Place(archive, lists)
 
 

@@ -1,11 +1,13 @@
 """In-Shop Clothes Retrieval (DeepFashion; Liu et al., CVPR 2016): 7,982 garments, split by one list.
 
-Layouts (`list_eval_partition.txt` may also lie in `Eval/` or `Anno/`, as in the official folder):
+Layouts (`list_eval_partition.txt` may also lie in `Eval/` or `Anno/`, as in the official folder, or another one):
 
     list_eval_partition.txt, img/WOMEN/...       or Img/img/WOMEN/...
     list_eval_partition.txt, img.zip             or Img/img.zip: the official archive itself
+    list_eval_partition.txt, img_highres/...     or Img/img_highres/, img_highres.zip: the same images, larger
 """
 
+import logging
 from typing import NamedTuple
 
 from ..archives import list_members
@@ -16,16 +18,20 @@ from ..sources import (
     Entry,
     archive_images,
     find_file,
+    find_list,
     folder_images,
     list_benchmark,
     list_path,
     locate,
     parse_list,
     refuse_repeats,
+    tar_names,
 )
 
 
 __all__ = ["INSHOP_COUNTS", "InShop"]
+
+logger = logging.getLogger(__name__)
 
 INSHOP_COUNTS = {
     "train": SplitCounts(25882, 3997),
@@ -34,7 +40,9 @@ INSHOP_COUNTS = {
 }
 LIST = "list_eval_partition.txt"
 _HEADER = ["image_name", "item_id", "evaluation_status"]
-_ARCHIVES = ("img.zip", "img.tar.gz", "img.tgz", "img.tar")
+_LIST_FOLDERS = ("Eval", "Anno")
+_IMAGES = ("img", "img_highres")
+"""Folders of the images, or their archives; the published scores are those of the first."""
 
 
 class _Place(NamedTuple):
@@ -63,7 +71,9 @@ class InShop(ImageDatasetBuilder):
         if place.images.is_dir():
             source = folder_images(place.images)
         else:
-            source = archive_images(place.images, list_members(place.images, config.index_dir), "img")
+            members = list_members(place.images, config.index_dir)
+            inside = (name for name in _IMAGES if any(f"/{name}/" in f"/{file.path}" for file in members))
+            source = archive_images(place.images, members, next(inside, _IMAGES[0]))
         entries = _parse(place.list_file.read_bytes(), str(place.list_file), config.verify_counts)
         refuse_repeats(entries)
         return list_benchmark(
@@ -76,29 +86,36 @@ class InShop(ImageDatasetBuilder):
         )
 
 
-def _find_list(root):
-    return find_file([root, root / "Eval", root / "Anno"], [LIST])
-
-
 def _find(root):
-    list_file = _find_list(root)
+    list_file = find_list(root, [LIST], _LIST_FOLDERS)
     if list_file is None:
         return None
-    for images in (root / "img", root / "Img" / "img"):
-        if images.is_dir():
-            return _Place(images, list_file)
-    archive = find_file([root, root / "Img"], _ARCHIVES)
-    if archive is None:
-        raise DataError(f"{root} holds {LIST}, but no images: expected img/, Img/img/, img.zip or Img/img.zip")
-    return _Place(archive, list_file)
+    found = [images for name in _IMAGES if (images := _images(root, name)) is not None]
+    if not found:
+        raise DataError(
+            f"{root} holds {LIST}, but no images: expected img/, Img/img/, img.zip, Img/img.zip or the same of "
+            "img_highres"
+        )
+    if len(found) > 1:
+        logger.warning("%s: the images are those of %s, not of %s", root, found[0], found[1])
+    return _Place(found[0], list_file)
+
+
+def _images(root, name: str):
+    for folder in (root / name, root / "Img" / name):
+        if folder.is_dir():
+            return folder
+    return find_file([root, root / "Img"], (f"{name}.zip", *tar_names(name)))
 
 
 def _beside(archive):
-    for folder in (archive.parent, archive.parent.parent):
-        list_file = _find_list(folder)
-        if list_file is not None:
-            return _Place(archive, list_file)
-    raise DataError(f"{LIST} is missing: expected it beside {archive}, or in Eval/")
+    above = archive.parent.parent  # what else lies there may be other data sets
+    list_file = find_list(archive.parent, [LIST], _LIST_FOLDERS) or find_file(
+        [above, *(above / name for name in _LIST_FOLDERS)], [LIST]
+    )
+    if list_file is None:
+        raise DataError(f"{LIST} is missing: expected it beside {archive}, or in Eval/")
+    return _Place(archive, list_file)
 
 
 def _parse(content: bytes, where: str, strict: bool) -> dict[str, list[Entry]]:

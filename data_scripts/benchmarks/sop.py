@@ -4,7 +4,7 @@ Layouts:
 
     Ebay_train.txt, Ebay_test.txt, bicycle_final/*.JPG, ...               under Stanford_Online_Products/, as the
                                                                           official archive unpacks to
-    Info_Files/Ebay_train.txt, Info_Files/Ebay_test.txt, images/bicycle_final/*.JPG, ...
+    Info_Files/Ebay_train.txt, Info_Files/Ebay_test.txt, images/bicycle_final/*.JPG, ...  (or another folder of lists)
     Stanford_Online_Products.zip                                          the official archive itself
 """
 
@@ -19,6 +19,7 @@ from ..sources import (
     Entry,
     archive_images,
     find_file,
+    find_list,
     folder_images,
     list_benchmark,
     list_path,
@@ -95,10 +96,10 @@ class StanfordOnlineProducts(ImageDatasetBuilder):
 def _find(root):
     without_images = None
     for folder in (root, root / _TOP):
-        lists = find_file([folder, folder / "Info_Files"], list(LISTS.values()))
+        lists = find_list(folder, list(LISTS.values()), ["Info_Files", _TOP]) if folder.is_dir() else None
         if lists is None:
             continue
-        for images in (folder, folder / "images"):
+        for images in (folder, folder / "images", folder / _TOP):
             if images.is_dir() and any(name.endswith("_final") for name in visible_folders(images)):
                 return _Place(images, lists.parent)
         without_images = lists

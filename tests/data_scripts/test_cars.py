@@ -6,7 +6,7 @@ import pytest
 from data_fixtures import SHARED_DATA, jpeg_bytes, rows_of, split_list, write_archive, write_files
 from scipy.io import loadmat, savemat
 
-from vptsp import Cars196, DataError, load_splits
+from vptsp import Cars196, DataArguments, DataError, check_data_arguments, load_splits
 from vptsp.data_scripts.benchmarks.cars_names import CAR_NAMES, car_number
 
 
@@ -82,6 +82,18 @@ def check(splits, in_order=True):
         assert splits[split].features["label"].names == list(dict.fromkeys(name for name, _ in expected))
 
 
+def class_halves(top, train=4):
+    """Class folders in two halves whose files are numbered anew, as archives of class folders have them."""
+    files = {}
+    for half, rows in (("train", CARS[:train]), ("test", CARS[train:])):
+        for i, (class_id, file) in enumerate(rows, 1):
+            files[f"{top}{half}/{CAR_NAMES[class_id - 1].replace('/', '-')}/{i:05d}.jpg"] = IMAGES[file]
+    return files
+
+
+HALVES = {"halves": "", "halves below car_data": "car_data/", "halves twice below car_data": "car_data/car_data/"}
+
+
 def make_layout(root, layout):
     images, labels = devkit()
     car_ims = {f"car_ims/{file}": content for file, content in IMAGES.items()}
@@ -92,8 +104,14 @@ def make_layout(root, layout):
         write_files(root, class_folders("cars196/images"))
     elif layout == "car_ims":
         write_files(root, {**car_ims, "car_ims/._000001.jpg": b"x", "cars_annos.mat": ANNOS})
+    elif layout in HALVES:
+        tables = {"names.csv": "\n".join(CAR_NAMES), "anno_train.csv": "00001.jpg,39,116,569,375,196\n"}
+        write_files(root, class_halves(HALVES[layout]) | tables)
     elif layout == "devkit":
         write_files(root, images | kit)
+    elif layout == "devkit, folders twice":
+        twice = {f"{name.partition('/')[0]}/{name}": content for name, content in images.items()}
+        write_files(root, twice | {f"car_devkit/{name}": content for name, content in kit.items()})
     elif layout == "devkit with the test labels beside it":
         write_files(root, {**images, **kit})
         (root / "devkit/cars_test_annos_withlabels.mat").rename(root / "cars_test_annos_withlabels.mat")
@@ -107,7 +125,7 @@ def make_layout(root, layout):
     return root
 
 
-LAYOUTS = ["class folders", "class folders below cars196", "car_ims", "devkit"]
+LAYOUTS = ["class folders", "class folders below cars196", *HALVES, "car_ims", "devkit", "devkit, folders twice"]
 LAYOUTS += ["devkit with the test labels beside it", "car_ims.tgz", "devkit archives"]
 
 
@@ -121,8 +139,42 @@ def test_layouts(tmp_path, load, layout):
     assert {split: rows_of(stream[split]) for split in stream} == {split: rows_of(splits[split]) for split in splits}
     # training images come from both halves of the devkit, test images from the second and the first
     assert stream["train"].num_shards == (2 if layout == "devkit archives" else 1)
+    check_data_arguments(DataArguments(dataset_name="cars", data_dir=str(root)))
     with pytest.raises(DataError, match=r"Cars-196 in .* train: found 4 images of 3 classes, expected 8,054 of 98"):
         load(root, verify_counts=True)
+
+
+@pytest.mark.parametrize("layout", [*HALVES, "devkit", "devkit, folders twice", "devkit archives"])
+@pytest.mark.parametrize("half", ["train", "test"])
+def test_one_half_alone_is_a_subset(tmp_path, load, layout, half, caplog):
+    root = make_layout(tmp_path / "root", layout)
+    gone = {"train": "test", "test": "train"}[half]
+    for place in [root / f"{HALVES.get(layout, 'cars_')}{gone}", root / f"cars_{gone}.tgz"]:
+        if place.exists():
+            place.rename(tmp_path / "gone")
+    for data_dir in [root, *((root / HALVES[layout] / half).parent for _ in range(layout in HALVES))]:
+        with pytest.raises(
+            DataError, match=rf"one half of the images; (cars_)?{gone}/ .*missing\. verify_counts=False"
+        ):
+            load(data_dir, verify_counts=True)
+        caplog.clear()
+        splits = load(data_dir)
+        assert "one half of the images" in caplog.text and "taken alone, as a subset" in caplog.text
+        wanted = {IMAGES[file] for _, file in (CARS[:4] if half == "train" else CARS[4:])}
+        assert {content for split in splits for _, _, content in rows_of(splits[split])} == wanted
+        for split in splits:
+            assert {(name, IMAGES[file]) for name, file in EXPECTED[split] if IMAGES[file] in wanted} == {
+                (name, content) for name, _, content in rows_of(splits[split])
+            }
+
+
+def test_a_half_without_labels_is_left_out(tmp_path, load, caplog):
+    root = make_layout(tmp_path / "root", "devkit")
+    (root / "devkit/cars_test_annos_withlabels.mat").unlink()
+    splits = load(root)
+    assert "cars_test_annos_withlabels.mat are missing (the kit's cars_test_annos.mat has no classes)" in caplog.text
+    assert "the other half is taken alone" in caplog.text
+    assert sum(len(splits[split]) for split in splits) == 4
 
 
 def test_the_archive_itself_and_one_renamed(tmp_path, load):
@@ -156,17 +208,20 @@ def test_missing_parts(tmp_path, load):
     def root(number, files):
         return write_files(tmp_path / str(number), files)
 
+    def load_all(where):
+        return load(where, verify_counts=True)
+
     images, labels = devkit()
     kit = {f"devkit/{name}": content for name, content in labels.items()}
     halves = {half: {k: v for k, v in images.items() if k.startswith(half)} for half in ("cars_train", "cars_test")}
     with pytest.raises(DataError, match=r"holds car_ims, but not cars_annos.mat, which has its classes"):
         load(root(1, {"car_ims/000001.jpg": b"x"}))
     with pytest.raises(DataError, match=r"one half of the images; cars_test/ or cars_test.tgz is missing"):
-        load(root(2, {**halves["cars_train"], **kit}))
+        load_all(root(2, {**halves["cars_train"], **kit}))
     unlabelled = annotations([(0, "00001.jpg")], "fname", names=None, labels=False)
     files = {**images, "devkit/cars_train_annos.mat": labels["cars_train_annos.mat"]}
     with pytest.raises(DataError, match=r"cars_test_annos_withlabels.mat are missing \(the kit's cars_test_annos.mat"):
-        load(root(3, {**files, "devkit/cars_test_annos.mat": unlabelled}))
+        load_all(root(3, {**files, "devkit/cars_test_annos.mat": unlabelled}))
     with pytest.raises(DataError, match=r"withlabels.mat: its annotations have no classes; is this cars_test_annos"):
         load(root(4, {**files, "devkit/cars_test_annos_withlabels.mat": unlabelled}))
     with pytest.raises(DataError, match=r"the labels cars_train_annos.mat are missing: expected them in"):
@@ -186,7 +241,7 @@ def test_wrong_folder_and_wrong_files(tmp_path, load):
             load(low)
     with pytest.raises(DataError, match=rf"high is too high: did you mean {root}\?"):
         load(tmp_path / "high")
-    with pytest.raises(DataError, match=r"expected images/<class name>/, or car_ims/ .* in .*; found 'birds'"):
+    with pytest.raises(DataError, match=r"expected images/<class name>/, .* or car_ims/ .* in .*; found 'birds'"):
         load(write_files(tmp_path / "other", {"birds/x/1.jpg": b"x"}))
     write_files(root, {"images/Trabant 601 1964/1.jpg": b"x"})
     with pytest.raises(DataError, match=r"holds 'Trabant 601 1964', which is none of the 196 official classes"):
@@ -230,12 +285,21 @@ def published():
 NUMBERS = {name.replace("/", "-"): number for number, name in enumerate(CAR_NAMES, 1)}
 
 
-@pytest.mark.parametrize("layout", ["class folders", pytest.param("car_ims.tgz", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", ["class folders", *(pytest.param(name, marks=pytest.mark.slow) for name in ("car_ims.tgz", "halves"))]
+)
 def test_full_size(tmp_path, layout):
-    images = published()
+    images, origin = published(), {}
     if layout == "class folders":
         origin = {str(tmp_path / "images" / image): image for image in images}
         write_files(tmp_path, {f"images/{image}": b"" for image in images})
+    elif layout == "halves":  # of one class, both halves have files of one name
+        counts = Counter()
+        for i, image in enumerate(images):
+            half, name = ("train", "test")[i % 2], image.partition("/")[0]
+            counts[half, name] += 1
+            origin[f"{tmp_path}/car_data/car_data/{half}/{name}/{counts[half, name]:05d}.jpg"] = image
+        write_files(tmp_path, dict.fromkeys((path.removeprefix(f"{tmp_path}/") for path in origin), b""))
     else:
         rows = [(NUMBERS[image.partition("/")[0]], f"car_ims/{i:06d}.jpg") for i, image in enumerate(images, 1)]
         origin = {f"{tmp_path}/car_ims.tgz/{path}": image for (_, path), image in zip(rows, images, strict=True)}

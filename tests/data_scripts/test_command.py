@@ -129,7 +129,7 @@ def test_images_that_cannot_be_read(flowers, tmp_path, capsys):
         (["birds"], "unknown dataset_name 'birds'"),
         (["folder"], "data_dir is missing"),
         (["folder", "--data_dir", "absent"], "does not exist"),
-        (["cub", "--data_dir", "flowers"], "expected images, CUB_200_2011/images or CUB_200_2011.tgz"),
+        (["cub", "--data_dir", "flowers"], "expected images, CUB_200_2011/images, "),
         (["cub", "--data_dir", "flowers/a/0.png"], "is neither a zip nor a tar file"),
         (["folder", "--data_dir", "flowers", "--test_share", "2"], "test_share must be between 0 and 1"),
         (["folder", "--data_dir", "flowers", "--digit_size", "16"], "'folder' has no option 'digit_size'"),

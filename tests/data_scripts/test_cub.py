@@ -4,7 +4,7 @@ import pickle
 import pytest
 from data_fixtures import jpeg_bytes, rows_of, split_list, write_archive, write_classes, write_files
 
-from vptsp import CUB200, DataError, load_splits
+from vptsp import CUB200, DataArguments, DataError, check_data_arguments, load_splits
 
 
 FOLDERS = {"200.Yellowthroat": 1, "002.Laysan_Albatross": 2, "100.Brown_Pelican": 1, "101.White_Pelican": 3}
@@ -67,6 +67,21 @@ def test_archive(tmp_path, load, name):
     assert rows_of(pickle.loads(pickle.dumps(splits["train"]))) == rows_of(splits["train"])  # as workers get it
     with pytest.raises(DataError, match=rf"{name}/CUB_200_2011/images is not complete.*found 3 images of 2 classes"):
         load(archive)
+
+
+@pytest.mark.parametrize("name", ["cub200.tar", "cub200.tgz", "cub200.zip", "CUB_200_2011.zip"])
+def test_archives_of_other_names_are_found_in_a_folder(tmp_path, load, name):
+    folder = load(write_files(tmp_path / "unpacked", MEMBERS), verify_counts=False)
+    write_archive(tmp_path / "packed" / name, {path.removeprefix("CUB_200_2011/"): x for path, x in MEMBERS.items()})
+    check_data_arguments(DataArguments(dataset_name="cub", data_dir=str(tmp_path / "packed")))
+    splits = load(tmp_path / "packed", verify_counts=False)
+    for split in folder:
+        names_and_images = [[(name, content) for name, _, content in rows_of(x[split])] for x in (folder, splits)]
+        assert sorted(names_and_images[0]) == sorted(names_and_images[1])
+    (tmp_path / "packed/below").mkdir()
+    (tmp_path / "packed" / name).rename(tmp_path / "packed/below" / name)
+    with pytest.raises(DataError, match=r"packed is too high: did you mean .*packed/below\?"):
+        load(tmp_path / "packed")
 
 
 def test_prepared_archives_are_found_again_and_never_stale(tmp_path, load, monkeypatch):

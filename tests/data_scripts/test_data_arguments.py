@@ -136,7 +136,10 @@ def test_early_check(tmp_path):
         ({"data_dir": str(root / "a")}, "holds 1 images .* but no class folders"),
         ({"data_dir": str(root), "layout": "train_test"}, "layout 'train_test' needs the folders"),
         ({"data_dir": str(root), "train_classes": ["no.txt"]}, "train_classes: expected a text file .* at no.txt"),
-        ({"data_dir": str(root), "dataset_name": "cub"}, "expected images, CUB_200_2011/images or CUB_200_2011.tgz"),
+        (
+            {"data_dir": str(root), "dataset_name": "cub"},
+            "expected images, CUB_200_2011/images, .* or CUB_200_2011.tgz",
+        ),
         ({"data_dir": str(root), "dataset_name": "cub", "test_share": 0.4}, "'cub' has no option 'test_share'"),
         ({"data_dir": str(root), "digit_size": 16}, "'folder' has no option 'digit_size'"),
         ({"data_dir": str(root), "dataset_name": "digits"}, "'digits' has no data_dir, got"),

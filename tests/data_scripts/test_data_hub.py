@@ -216,6 +216,7 @@ def test_configurations_and_revision_reach_load_dataset(tmp_path, load, monkeypa
         return datasets.DatasetDict({"train": table([0, 1])})
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda *args, **kwargs: ["default", "small"])
     load(None, dataset_repo="some/flowers", dataset_config="small", dataset_revision="abc123")
     ((args, kwargs),) = calls
     assert args == ("some/flowers", "small")
@@ -266,4 +267,5 @@ def test_errors(tmp_path, load, monkeypatch):
     fails(r"can't load the data set .*none'", tmp_path / "none")
     loaded = datasets.DatasetDict({"train": table([1]), "test": empty})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: loaded)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda *args, **kwargs: ["default"])
     fails("some/flowers: the split test is empty", None, dataset_repo="some/flowers")

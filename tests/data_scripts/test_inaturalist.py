@@ -1,7 +1,7 @@
 import pytest
 from data_fixtures import jpeg_bytes, rows_of, write_archive, write_files
 
-from vptsp import DataError, INaturalist2018, load_splits
+from vptsp import DataArguments, DataError, INaturalist2018, check_data_arguments, load_splits
 from vptsp.data_scripts.listing import SplitCounts
 
 
@@ -45,6 +45,35 @@ def test_folder(tmp_path, load):
     check(load(root))
     with pytest.raises(DataError, match=r"iNaturalist 2018 in .*train: found 4 images of 3 classes, expected 325,846"):
         load(root, verify_counts=True)
+
+
+@pytest.mark.parametrize("images", ["", "photos/"])
+@pytest.mark.parametrize("lists", ["", "lists/", "Inat_dataset_splits/"])
+def test_lists_and_images_in_folders_beside_each_other(tmp_path, load, lists, images):
+    root = write_files(
+        tmp_path / "root",
+        {f"{lists}{name}": x for name, x in LISTS.items()} | {f"{images}{name}": x for name, x in IMAGES.items()},
+    )
+    check_data_arguments(DataArguments(dataset_name="inaturalist", data_dir=str(root)))
+    check(load(root))
+    for low in dict.fromkeys(part for part in (lists, images, f"{images}train_val2018/") if part):
+        with pytest.raises(DataError, match=rf"{root / low} is too low: did you mean {root}\?"):
+            load(root / low)  # and not that this or the other part is missing
+    (root / "copy").mkdir()
+    for name in LISTS:
+        (root / "copy" / name).write_text("")
+    if lists == "lists/":
+        with pytest.raises(DataError, match=r"root holds Inaturalist_train_set1.txt in several folders \(.*/copy/"):
+            load(root)
+    else:
+        check(load(root))
+
+
+def test_one_folder_with_lists_and_images_is_the_data_set(tmp_path, load):
+    root = write_files(tmp_path / "high/root", {**LISTS, **IMAGES})
+    write_files(tmp_path / "high/other/train_val2018", {"Aves/1/x.jpg": b"x"})
+    (tmp_path / "high/other").rename(tmp_path / "high/another")
+    check(load(root))
 
 
 @pytest.mark.parametrize("name", ["train_val2018.tar.gz", "train_val2018.tar"])

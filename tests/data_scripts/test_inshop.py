@@ -1,7 +1,7 @@
 import pytest
 from data_fixtures import jpeg_bytes, rows_of, write_archive, write_files
 
-from vptsp import DataError, InShop, load_splits
+from vptsp import DataArguments, DataError, InShop, check_data_arguments, load_splits
 
 
 ROWS = [
@@ -67,6 +67,27 @@ def test_folders(tmp_path, load, layout):
         DataError, match=r"query: found 2 images of 2 classes, expected 14,218 of 3,985; gallery: found"
     ):
         load(root, verify_counts=True)
+
+
+@pytest.mark.parametrize("images", ["", "Img/"])
+@pytest.mark.parametrize("lists", ["", "Eval/", "my lists/"])
+def test_the_large_images(tmp_path, load, images, lists, caplog):
+    """They have the same names, below img_highres; the list goes on saying img."""
+    large = {f"{images}{path.replace('img/', 'img_highres/', 1)}": content for path, content in IMAGES.items()}
+    root = write_files(tmp_path / "root", {f"{lists}list_eval_partition.txt": LIST} | large)
+    check_data_arguments(DataArguments(dataset_name="inshop", data_dir=str(root)))
+    check(load(root))
+    check(load(root, streaming=True))
+    archive = tmp_path / "packed" / images / "img_highres.zip"
+    write_files(tmp_path / "packed", {f"{lists}list_eval_partition.txt": LIST})
+    write_archive(archive, {path.removeprefix(images): content for path, content in large.items()})
+    check(load(tmp_path / "packed"))
+    if lists != "my lists/":  # above the archive, only the official folders are looked at
+        check(load(archive))
+    assert "the images are those of" not in caplog.text
+    write_files(root, {f"{images}{path}": content for path, content in IMAGES.items()})
+    check(load(root))
+    assert f"{root}: the images are those of {root}/{images}img, not of {root}/{images}img_highres" in caplog.text
 
 
 @pytest.mark.parametrize("where", ["", "Img/"])

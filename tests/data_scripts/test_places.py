@@ -89,6 +89,59 @@ def test_splits_never_become_classes(tmp_path, layout, folders, advice):
             load()
 
 
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("cars_train", "cars_test"),
+        ("train_set", "test set", "test_set"),
+        ("Train2018", "val2018"),
+        ("my-train", "My-Test"),
+    ],
+)
+def test_names_that_differ_in_the_word_for_a_split_are_splits(tmp_path, folders):
+    for others in ((), ("rose",)):
+        root = write_classes(tmp_path / f"root{len(others)}", dict.fromkeys(folders + others, 1))
+        for layout in ("auto", "classes"):
+            with pytest.raises(DataError, match=r"expected train and test, or .*If these are the names of classes"):
+                load_splits("folder", root, layout=layout)
+
+
+def test_words_for_splits_in_names_of_classes(tmp_path):
+    names = {"bullet train", "freight train", "blood test", "test tube", "dev board", "query"}
+    root = write_classes(tmp_path / "root", dict.fromkeys(sorted(names), 1))
+    assert set(classes_in_training(root).values()) == names
+    assert set(classes_of(folder_source(root)).values()) == names
+
+
+@pytest.mark.parametrize("below", ["", "deep/"])
+def test_splits_one_folder_further_down_never_become_classes(tmp_path, below, caplog):
+    """Alone, or beside others, whose images would all be of one class."""
+    root = tmp_path / "root"
+    for split, names in (("train", {"x": 1, "y": 1}), ("test", {"z": 2})):
+        write_classes(root / below / "flowers" / split, names)
+    with pytest.raises(DataError, match=r"seems to be too high: .*the class folders \('test', 'train'\) .*/flowers\?"):
+        load_splits("folder", root)
+    write_classes(root / "extra", {"w": 1})
+    write_classes(root / "extra2", {"w": 1})
+    message = (
+        f"the folder '{below}flowers' holds 'test', 'train', and the class '{below[:-1] or 'flowers'}' would join"
+    )
+    with pytest.raises(DataError, match=message):
+        load_splits("folder", root)
+    folder_source(root)
+    assert message in caplog.text
+    assert set(load_splits("folder", root / below / "flowers")) == {"train", "test"}
+
+
+def test_images_in_the_folders_of_splits_are_in_no_class(tmp_path):
+    for split in ("train", "test"):
+        write_image(tmp_path / "root" / split / "1.png")
+    with pytest.raises(
+        DataError, match=r"train holds 1 images \(1.png, ...\) but no class folders; .* images inside$"
+    ):
+        load_splits("folder", tmp_path / "root")  # and nothing that says to give the folder that was given
+
+
 def test_a_class_may_be_called_train(tmp_path):
     root = write_classes(tmp_path / "root", {"car": 1, "plane": 1, "train": 1})
     assert set(classes_in_training(root).values()) == {"car", "plane", "train"}

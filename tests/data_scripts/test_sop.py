@@ -1,7 +1,7 @@
 import pytest
 from data_fixtures import jpeg_bytes, rows_of, split_list, write_archive, write_files
 
-from vptsp import DataError, StanfordOnlineProducts, load_splits
+from vptsp import DataArguments, DataError, StanfordOnlineProducts, check_data_arguments, load_splits
 
 
 HEADER = "image_id class_id super_class_id path\n"
@@ -63,6 +63,17 @@ def test_folders(tmp_path, load, files, top):
         check(load(root / top))
     with pytest.raises(DataError, match=r"Stanford Online Products in .* test: found 2 images of 2 classes, expected"):
         load(root, verify_counts=True)
+
+
+def test_lists_in_a_folder_beside_the_images(tmp_path, load):
+    for images in ("Stanford_Online_Products/", "images/", ""):
+        files = {f"my lists/{name}": text for name, text in LISTS.items()}
+        files |= {f"{images}{path}": content for path, content in IMAGES.items()}
+        root = write_files(tmp_path / f"root {images.strip('/')}", files)
+        check_data_arguments(DataArguments(dataset_name="sop", data_dir=str(root)))
+        check(load(root))
+        with pytest.raises(DataError, match=rf"my lists is too low: did you mean {root}\?"):
+            load(root / "my lists")
 
 
 @pytest.mark.parametrize("files", [OFFICIAL, MIXED])

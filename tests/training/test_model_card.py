@@ -89,6 +89,24 @@ def test_all_that_a_run_knows(model, tmp_path):
     assert again.data.model_name == "birds"
 
 
+def test_scores_are_those_of_the_repository_that_tests(model):
+    parts = [{"name": "bob/asked", "repo": "bob/asked", "revision": None}]
+    parts += [{"name": "bob/shelf", "repo": "bob/shelf", "revision": "v3"}]
+    for tested_on, of, revision in (
+        (parts, "bob/shelf", "v3"),
+        ([{"name": "mine", "repo": None, "revision": None}], "mine", None),
+    ):
+        card = retriever_card(model, "ann/birds", RESULTS | {"dataset": RESULTS["dataset"] | {"tested_on": tested_on}})
+        repos = [part["repo"] for part in tested_on if part["repo"]]
+        assert card.data.datasets == ["ann/photos", *repos]
+        found = {
+            (result.dataset_name, result.dataset_type, result.dataset_revision) for result in card.data.eval_results
+        }
+        assert found == {(of, of, revision)}
+        names = " and ".join(f"`{part['name']}`" for part in tested_on)
+        assert f"Data: `ann/photos`, tested on {names} (train classes" in card.text
+
+
 def test_intervals_stand_beside_the_scores(model):
     low_high = {"final_recall_at_1_low": 0.41, "final_recall_at_1_high": 0.59}
     rows = table(retriever_card(model, "ann/birds", {**RESULTS, **low_high}))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from data_fixtures import write_classes
+from data_fixtures import jpeg_bytes, write_classes, write_retrieval_set
 
 from vptsp import VPTSPModel, train
 from vptsp.data_scripts.split_record import read_split_record
@@ -183,3 +183,24 @@ def test_batches_are_shared_out_among_processes():
     fit_to_data(args, {"train": Part(7)})
     assert args.per_device_train_batch_size == 14
     assert not fit_to_data(args, {"train": Part(9)})[1:]  # nothing to say of the batch
+
+
+def test_a_retrieval_set_tests(start, tmp_path, monkeypatch, capsys):
+    """Scores are those of its queries, none of which finds itself, and the record says where it lies."""
+    import datasets
+
+    images = [{"bytes": jpeg_bytes(number), "path": None} for number in range(8)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 4}, features=features)
+    rows.save_to_disk(tmp_path / "photos")
+    tested = {number: jpeg_bytes(20 + number) for number in range(6)}
+    qrels = [(f"q{x}", f"c{y}", 1) for x in tested for y in tested if x != y and x % 2 == y % 2]
+    write_retrieval_set(
+        tmp_path / "set", {f"q{x}": image for x, image in tested.items()}, {f"c{x}": tested[x] for x in tested}, qrels
+    )
+    monkeypatch.chdir(tmp_path)
+    results = start(tmp_path / "photos", "--dataset_name", "hub", "--test_repo", "./set")
+    assert results["final_num_queries"] == results["final_num_in_gallery"] == 6
+    assert results["dataset"]["tested_on"] == [{"name": "set", "repo": None, "revision": None}]
+    assert results["dataset"]["query_classes"] == 2
+    assert read_split_record(tmp_path / "run")["data"]["test_repo"] == str(tmp_path / "set")
