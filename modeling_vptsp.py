@@ -1073,6 +1073,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             **kwargs,
         )
         model._refuse_incomplete(saved, info, from_retriever, pretrained_model_name_or_path)
+        model.retriever.is_new = False
         model.freeze_backbone()
         if not config.save_backbone or model._has_fingerprint():  # saved along, they may be others than the backbone's
             model.note_frozen_weights()
@@ -1158,6 +1159,7 @@ class VPTSPModel(VPTSPPreTrainedModel):
         self.backbone = self.family.build(config.backbone_config)
         self.peft = add_peft(self.backbone, config) if uses_peft(config) else NO_PEFT
         self.adapters = build_adapters(config)
+        self.is_new = True  # nothing has been tuned since it came from a backbone or a configuration
         self.frozen_digests = {}  # name -> what the frozen weights may be; see `note_frozen_weights`
         self.prompts = Prompts(config.prompt_lengths, config.num_prompts, config.backbone_config.hidden_size)
         self.head = embedding_head(config)
