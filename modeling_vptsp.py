@@ -370,7 +370,9 @@ def start_peft(backbone, config, parts):
         add_peft(started, config)
     started = started.state_dict()
     if changed := [name for name, tensor in weights.items() if not torch.equal(started[name], tensor)]:
-        raise ValueError(f"peft_config must leave the backbone's own weights as they are, but {_listed(changed)} change")
+        raise ValueError(
+            f"peft_config must leave the backbone's own weights as they are, but {_listed(changed)} change"
+        )
     backbone.load_state_dict(started)
 
 
@@ -404,7 +406,7 @@ def refuse_other_adapters(model):
 
 
 def refuse_merged_peft(model):
-    """Raise if PEFT has merged what it tunes into weights that are to be saved beside it: loaded, it would count twice.
+    """Raise if PEFT has merged what it tunes into weights that are saved beside it: loaded, it would count twice.
 
     Raises:
         ValueError: there are such weights.
@@ -695,8 +697,8 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         return config.tune_backbone or (config.bitfit and is_bias) or name in self.retriever.peft.names
 
     def train(self, mode: bool = True):
-        """Set the training mode; a backbone that is not tuned as a whole always computes as in evaluation, but for what
-        PEFT has put into it, which may have a dropout of its own."""
+        """Set the training mode; a backbone that is not tuned as a whole always computes as in evaluation, but for
+        what PEFT has put into it, which may have a dropout of its own."""
         super().train(mode)
         self.retriever.backbone.train(mode and self.config.tune_backbone)
         for layer in peft_layers(self.retriever.backbone).values():

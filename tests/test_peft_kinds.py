@@ -150,7 +150,10 @@ def test_configuration_of_any_form(tmp_path):
 
 
 REFUSED = {
-    "no configuration": ({"peft_config": None}, "peft_config must be a mapping or the path of a file with tuning peft"),
+    "no configuration": (
+        {"peft_config": None},
+        "peft_config must be a mapping or the path of a file with tuning peft",
+    ),
     "no tuning": ({"tuning": None}, "peft_config must be None without tuning peft"),
     "no type": ({"peft_config": {"r": 2}}, "peft_config must have a peft_type such as LORA"),
     "no mapping": ({"peft_config": [1]}, r"peft_config must be None or a mapping, got \[1\]"),

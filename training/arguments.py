@@ -29,7 +29,7 @@ class VPTSPTrainingArguments(TrainingArguments):
         head_init: How the embedding head's projection starts in a new model: `xavier`, drawn at random; `identity`,
             which takes an `embedding_dim` that is the width of the pooled features; or `pca`, the principal axes of
             the training images' features, which one pass over them finds before training.
-        ema_decay: Evaluate and save an exponential moving average of the tuned weights, with this decay per step (0.99,
+        ema_decay: Evaluate and save an exponential moving average of the tuned weights, of this decay a step (0.99,
             say), in their place; None for the weights themselves.
         recall_at: The K of Recall@K.
         class_prompt_folder: Folder on a fast local disk for class prompts in memory-mapped files, with

@@ -120,7 +120,7 @@ class EvaluatingTrainer(SharingTrainer):
         metrics of `{metric_key_prefix}_{name}`.
 
         Raises:
-            ValueError: `ignore_keys` is given; embeddings are the only output. Or a dict is none that `evaluate` takes.
+            ValueError: `ignore_keys` is given; embeddings are the only output. Or a dict is none for `evaluate`.
         """
         refuse_given(ignore_keys=ignore_keys)
         if isinstance(test_dataset, dict):

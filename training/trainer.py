@@ -81,7 +81,14 @@ class VPTSPTrainer(EvaluatingTrainer):
     """
 
     def __init__(
-        self, model=None, args=None, train_dataset=None, eval_dataset=None, model_init=None, data_settings=None, **kwargs
+        self,
+        model=None,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        model_init=None,
+        data_settings=None,
+        **kwargs,
     ):
         check_trainer_arguments(kwargs)
         args = VPTSPTrainingArguments() if args is None else args
@@ -92,7 +99,12 @@ class VPTSPTrainer(EvaluatingTrainer):
             raise ValueError(f"VPTSPTrainer needs a model or a model_init, got {'none' if model is None else 'both'}")
         if model_init is not None and any(kwargs.get("optimizers") or ()):
             raise ValueError("optimizers must be left out with model_init: they are of another model's parameters")
-        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_settings": data_settings, **kwargs}
+        given = {
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "data_settings": data_settings,
+            **kwargs,
+        }
         self._given = {**given, "callbacks": copy.deepcopy(kwargs.get("callbacks"))} if model_init else None
         model = new_model(model_init, args.seed) if model is None else model
         _check_model(model, train_dataset)

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from test_trainer import eval_dataset, make_args, make_model, splits, train_dataset  # noqa: F401 (fixtures)
+from test_trainer import make_args, make_model
 
 from vptsp import EvalTransform, ImageDataset, VPTSPForMetricLearning, VPTSPTrainer
 from vptsp.training.head_start import principal_axes
 from vptsp.training.run_errors import ConfigError
 
 
-def start(backbone_folder, folder, dataset, how, eval_dataset=None, steps=1, model=None, **fields):  # noqa: F811
+def start(backbone_folder, folder, dataset, how, eval_dataset=None, steps=1, model=None, **fields):
     """A trainer after a training whose rates are 0, so that the head is as it started."""
     model = make_model(backbone_folder, **fields) if model is None else model
     rates = {"learning_rate": 0.0, "proxy_learning_rate": 0.0, "max_steps": steps}
@@ -32,7 +32,7 @@ def normed_features(model, dataset):
     return centred / np.sqrt(pooled.var(1, keepdims=True) + 1e-5), pixels
 
 
-def test_identity_starts_as_the_backbone(backbone_folder, tmp_path, train_dataset):  # noqa: F811
+def test_identity_starts_as_the_backbone(backbone_folder, tmp_path, train_dataset):
     trainer = start(backbone_folder, tmp_path, train_dataset, "identity", embedding_dim=24)
     projection = trainer.model.retriever.head.projection
     assert torch.equal(projection.weight, torch.eye(24)) and not projection.bias.any()
@@ -42,7 +42,7 @@ def test_identity_starts_as_the_backbone(backbone_folder, tmp_path, train_datase
     np.testing.assert_allclose(found, normed / np.linalg.norm(normed, axis=1, keepdims=True), atol=1e-5)
 
 
-def test_pca_is_that_of_the_training_features(backbone_folder, tmp_path, train_dataset):  # noqa: F811
+def test_pca_is_that_of_the_training_features(backbone_folder, tmp_path, train_dataset):
     trainer = start(backbone_folder, tmp_path, train_dataset, "pca", embedding_dim=5)
     normed, pixels = normed_features(trainer.model, train_dataset)
     centred = normed - normed.mean(0)
@@ -60,7 +60,7 @@ def test_pca_is_that_of_the_training_features(backbone_folder, tmp_path, train_d
 
 
 @pytest.mark.parametrize("how", ["identity", "pca"])
-def test_two_class_tokens(tmp_path, train_dataset, how):  # noqa: F811
+def test_two_class_tokens(tmp_path, train_dataset, how):
     from transformers import DeiTConfig, DeiTModel
 
     config = DeiTConfig(
@@ -77,7 +77,7 @@ def test_two_class_tokens(tmp_path, train_dataset, how):  # noqa: F811
         assert (features @ head.projection.weight.T + head.projection.bias).mean(0).abs().max() < 1e-4
 
 
-def test_a_run_that_goes_on_keeps_its_head(backbone_folder, tmp_path, train_dataset, monkeypatch):  # noqa: F811
+def test_a_run_that_goes_on_keeps_its_head(backbone_folder, tmp_path, train_dataset, monkeypatch):
     args = {"head_init": "pca", "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "save_total_limit": None}
     whole = VPTSPTrainer(make_model(backbone_folder), make_args(tmp_path, **args), train_dataset=train_dataset)
     whole.train()
@@ -88,7 +88,7 @@ def test_a_run_that_goes_on_keeps_its_head(backbone_folder, tmp_path, train_data
         assert torch.equal(tensor, second.model.state_dict()[name]), name
 
 
-def test_heads_that_can_not_start_so(backbone_folder, tmp_path, train_dataset):  # noqa: F811
+def test_heads_that_can_not_start_so(backbone_folder, tmp_path, train_dataset):
     with pytest.raises(ConfigError, match="embedding_dim must be == 24, .* with head_init identity, got 12"):
         start(backbone_folder, tmp_path, train_dataset, "identity")
     with pytest.raises(ConfigError, match="embedding_dim must be <= 24, .* with head_init pca, got 30"):

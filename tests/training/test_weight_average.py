@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_trainer import eval_dataset, make_args, make_model, splits, train_dataset  # noqa: F401 (fixtures)
+from test_trainer import make_args, make_model
 from transformers import TrainerCallback
 
 from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer
@@ -40,13 +40,13 @@ def assert_close(found, expected):
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def make_trainer(backbone_folder, folder, train_dataset, eval_dataset=None, model=None, **fields):  # noqa: F811
+def make_trainer(backbone_folder, folder, train_dataset, eval_dataset=None, model=None, **fields):
     model = make_model(backbone_folder) if model is None else model
     args = make_args(folder, **{"ema_decay": DECAY, **fields})
     return VPTSPTrainer(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
 
 
-def test_the_average_is_that_of_a_plain_loop(backbone_folder, tmp_path, train_dataset):  # noqa: F811
+def test_the_average_is_that_of_a_plain_loop(backbone_folder, tmp_path, train_dataset):
     trainer = make_trainer(backbone_folder, tmp_path, train_dataset)
     watch = Watch(trainer.model)
     trainer.add_callback(watch)
@@ -63,7 +63,7 @@ def test_the_average_is_that_of_a_plain_loop(backbone_folder, tmp_path, train_da
     assert not torch.equal(raw.model.vptsp.prompts.tokens, trainer.model.vptsp.prompts.tokens)
 
 
-def test_the_average_is_evaluated_and_saved(backbone_folder, tmp_path, train_dataset, eval_dataset):  # noqa: F811
+def test_the_average_is_evaluated_and_saved(backbone_folder, tmp_path, train_dataset, eval_dataset):
     found = []
 
     class Compare(TrainerCallback):
@@ -92,7 +92,7 @@ def test_the_average_is_evaluated_and_saved(backbone_folder, tmp_path, train_dat
     trainer.add_callback(Compare())
     trainer.train()
     assert len(found) == 2
-    for step, shared, own in found:
+    for step, shared, _ in found:
         folder = tmp_path / "run" / f"checkpoint-{step}"
         loaded = VPTSPForMetricLearning.from_pretrained(folder)
         for name, parameter in shared.named_parameters():
@@ -103,11 +103,11 @@ def test_the_average_is_evaluated_and_saved(backbone_folder, tmp_path, train_dat
     for name, parameter in trainer.model.named_parameters():
         if name.startswith("vptsp.") and parameter.requires_grad:
             assert torch.equal(parameter, expected[name]), name
-    assert torch.equal(trainer.embed(eval_dataset)[0], dict((s, o) for s, _, o in found)[best])
+    assert torch.equal(trainer.embed(eval_dataset)[0], {step: own for step, _, own in found}[best])
 
 
 @pytest.mark.parametrize("end", [3, 4])
-def test_a_run_that_goes_on_is_the_same(backbone_folder, tmp_path, train_dataset, end):  # noqa: F811
+def test_a_run_that_goes_on_is_the_same(backbone_folder, tmp_path, train_dataset, end):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop |= state.global_step == end
@@ -129,7 +129,7 @@ def test_a_run_that_goes_on_is_the_same(backbone_folder, tmp_path, train_dataset
         assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
 
 
-def test_a_checkpoint_without_averages_is_refused(backbone_folder, tmp_path, train_dataset):  # noqa: F811
+def test_a_checkpoint_without_averages_is_refused(backbone_folder, tmp_path, train_dataset):
     fields = {"save_strategy": "steps", "save_steps": 3}
     make_trainer(backbone_folder, tmp_path, train_dataset, ema_decay=None, **fields).train()
     trainer = make_trainer(backbone_folder, tmp_path, train_dataset, **fields)
