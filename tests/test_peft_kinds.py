@@ -207,7 +207,7 @@ def test_what_peft_changes_afterwards_is_refused(backbone_folder, tmp_path, kind
     layer.enable_adapters(True)
     layer.set_adapter("default")
     layer.merge()
-    with pytest.raises(ValueError, match="merged what it tunes into backbone.layers.0"):
+    with pytest.raises(ValueError, match=r"merged what it tunes into backbone\.layers\.0"):
         model.save_pretrained(tmp_path / "saved", save_backbone=True)
     layer.unmerge()
     peft.inject_adapter_in_model(

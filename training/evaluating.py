@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -105,13 +106,15 @@ class EvaluatingTrainer(SharingTrainer):
             embeddings[~inputs["readable"]] = torch.nan
         return None, embeddings, inputs["labels"]
 
+    def _embed_batch(self, pixel_values):
+        if self._backbone_only:
+            return self._compute(self.model.retriever.embed_with_backbone, pixel_values)
+        return self._compute(self.model.retriever, pixel_values).embeddings
+
     @torch.no_grad()
-    def _embed_batch(self, pixel_values, embed=None):
-        retriever = self.model.retriever
-        if embed is None:
-            embed = retriever.embed_with_backbone if self._backbone_only else lambda x: retriever(x).embeddings
+    def _compute(self, function, pixel_values):
         with self.accelerator.autocast():
-            return embed(pixel_values)
+            return function(pixel_values)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """Embeddings and labels as arrays, as `Trainer.predict`; metrics are times and those of `compute_metrics`.
@@ -171,10 +174,11 @@ class EvaluatingTrainer(SharingTrainer):
             options["collate_fn"] = _WithDigests(self.data_collator)
         loader = iter(DataLoader(dataset, batch_sampler=_OneTime(batches), **options))
         self.model.to(self.args.device).eval()
+        compute = self._embed_batch if embed is None else partial(self._compute, embed)
         columns = []
         embedded = embed_batches(
             ((len(batch["labels"]), batch) for batch in loader),
-            lambda batch: self._embed_batch(self.on_device(batch)["pixel_values"], embed),
+            lambda batch: compute(self.on_device(batch)["pixel_values"]),
             total=_share(dataset, world_size),
             description=description,
             hidden=self.args.disable_tqdm or rank > 0,

@@ -137,15 +137,15 @@ class _Report(TrainerCallback):
     """
 
     def __init__(self, trainer, trial, compute_objective):
-        self._trainer, self._trial, self._compute_objective = trainer, trial, compute_objective
+        self._trainer, self._optuna_trial, self._compute_objective = trainer, trial, compute_objective
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         if not self._trainer.is_in_train:
             return
         prune = False
-        if self._trial is not None:
-            self._trial.report(self._compute_objective(dict(metrics)), state.global_step)
-            prune = self._trial.should_prune()
+        if self._optuna_trial is not None:
+            self._optuna_trial.report(self._compute_objective(dict(metrics)), state.global_step)
+            prune = self._optuna_trial.should_prune()
         if args.world_size > 1:
             prune = broadcast_object_list([prune])[0]
         if prune:

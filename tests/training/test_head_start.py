@@ -89,9 +89,9 @@ def test_a_run_that_goes_on_keeps_its_head(backbone_folder, tmp_path, train_data
 
 
 def test_heads_that_can_not_start_so(backbone_folder, tmp_path, train_dataset):
-    with pytest.raises(ConfigError, match="embedding_dim must be == 24, .* with head_init identity, got 12"):
+    with pytest.raises(ConfigError, match=r"embedding_dim must be == 24, .* with head_init identity, got 12"):
         start(backbone_folder, tmp_path, train_dataset, "identity")
-    with pytest.raises(ConfigError, match="embedding_dim must be <= 24, .* with head_init pca, got 30"):
+    with pytest.raises(ConfigError, match=r"embedding_dim must be <= 24, .* with head_init pca, got 30"):
         start(backbone_folder, tmp_path, train_dataset, "pca", embedding_dim=30)
     with pytest.raises(ValueError, match="head_init must be one of xavier, identity, pca, got 'zero'"):
         make_args(tmp_path, head_init="zero")
@@ -106,7 +106,7 @@ def test_heads_that_can_not_start_so(backbone_folder, tmp_path, train_dataset):
 
 def test_axes_that_are_not_there():
     features = torch.randn(3, 8)
-    with pytest.raises(ConfigError, match="embedding_dim must be <= 2 with head_init pca, got 3: the 3 training"):
+    with pytest.raises(ConfigError, match=r"embedding_dim must be <= 2 with head_init pca, got 3: the 3 training"):
         principal_axes(features, 3)
     weight, _ = principal_axes(features, 2)
     torch.testing.assert_close(weight @ weight.T, torch.eye(2))

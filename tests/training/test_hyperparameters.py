@@ -1,13 +1,24 @@
 """`model_init`, and a search for hyperparameters whose trials are runs of their own."""
 
 import json
+import sys
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from accelerate import debug_launcher
 from test_trainer import make_args, make_model
 from transformers import EarlyStoppingCallback
 
-from vptsp import VPTSPTrainer
+from vptsp import (
+    EvalTransform,
+    ImageDataset,
+    TrainTransform,
+    VPTSPForMetricLearning,
+    VPTSPTrainer,
+    load_splits,
+)
 from vptsp.training.output_folder import OutputFolderError
 from vptsp.training.run_errors import ConfigError
 
@@ -23,8 +34,6 @@ class Counted:
         values = {"num_classes": 5, "embedding_dim": 12, "num_prompts": 3, "num_class_prompts": 2, **self.fields}
         if trial is not None:
             values["proxy_bias_ratio"] = trial.suggest_float("proxy_bias_ratio", 0.1, 0.9)
-        from vptsp import VPTSPForMetricLearning
-
         self.models.append(VPTSPForMetricLearning.from_backbone(self.backbone_folder, **values))
         return self.models[-1]
 
@@ -75,7 +84,7 @@ def test_models_that_can_not_be_made(backbone_folder, tmp_path, train_dataset):
         make_trainer(tmp_path, init, train_dataset, optimizers=(object(), None))
     with pytest.raises(ValueError, match="model_init must be a function of no argument or of a trial, got one of 2"):
         make_trainer(tmp_path, lambda one, other: None, train_dataset)
-    with pytest.raises(TypeError, match="model must be a VPTSPForMetricLearning, or .*, got NoneType"):
+    with pytest.raises(TypeError, match=r"model must be a VPTSPForMetricLearning, or .*, got NoneType"):
         make_trainer(tmp_path, lambda: None, train_dataset)
 
 
@@ -149,7 +158,11 @@ def test_pruned_trials(backbone_folder, tmp_path, train_dataset, eval_dataset):
 
 REFUSED = {
     "field": ({"hp_space": lambda trial: {"learning_rat": 1.0}}, ConfigError, "got learning_rat"),
-    "model field": ({"hp_space": lambda trial: {"num_prompts": 3}}, ConfigError, "got num_prompts. What the model is"),
+    "model field": (
+        {"hp_space": lambda trial: {"num_prompts": 3}},
+        ConfigError,
+        r"got num_prompts\. What the model is",
+    ),
     "folder": ({"hp_space": lambda trial: {"output_dir": "x"}}, ConfigError, "got output_dir"),
     "value": ({"hp_space": lambda trial: {"learning_rate": -1.0}}, ValueError, "learning_rate must be .* got -1.0"),
     "backend": ({"backend": "ray"}, ValueError, "backend must be optuna, got 'ray'"),
@@ -181,6 +194,42 @@ def test_what_a_search_needs(backbone_folder, tmp_path, train_dataset, eval_data
     plain = VPTSPTrainer(model=init(None), args=make_args(tmp_path), eval_dataset=eval_dataset)
     with pytest.raises(ValueError, match="hyperparameter_search needs a model_init"):
         plain.hyperparameter_search()
-    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ImportError, match="needs the package optuna: pip install optuna"):
         make_trainer(tmp_path, init, train_dataset, eval_dataset).hyperparameter_search()
+
+
+def search_on_ranks(folder, backbone_folder, data, cache):
+    """What a rank of two does: a search of three trials, of which one is pruned."""
+    torch.set_num_threads(1)
+    found = load_splits("folder", data, cache_dir=cache, train_classes=[f"class{c}" for c in range(5)])
+    train, test = ImageDataset(found["train"], TrainTransform(16)), ImageDataset(found["test"], EvalTransform(18, 16))
+    init = Counted(backbone_folder)
+    trainer = make_trainer(folder, init, train, test, per_device_train_batch_size=2, num_train_epochs=2)
+    best = trainer.hyperparameter_search(n_trials=3, pruner=Second(), sampler=optuna.samplers.RandomSampler(seed=0))
+    told = {"models": [float(model.proxies.original_proxies.sum()) for model in init.models]}
+    told["trials"] = [trial.params for trial in init.trials[1:]]
+    if best is not None:
+        told["states"] = [trial.state.name for trial in best.run_summary.trials]
+        told["values"] = [trial.value for trial in best.run_summary.trials]
+    (folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(told))
+
+
+class Second(optuna.pruners.BasePruner):
+    """Prunes the second trial."""
+
+    def prune(self, study, trial):
+        return trial.number == 1
+
+
+@pytest.mark.distributed
+def test_several_processes_share_the_trials(backbone_folder, tmp_path, splits):
+    """Every process trains the same models with the same settings, and all stop a pruned trial together."""
+    files = [row["image"]["path"] for row in splits["train"].cast_column("image", datasets.Image(decode=False))]
+    data = Path(files[0]).parents[1]
+    debug_launcher(search_on_ranks, (tmp_path, backbone_folder, data, tmp_path / "cache"), num_processes=2)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first["states"] == ["COMPLETE", "PRUNED", "COMPLETE"]
+    assert first["values"][0] is not None and first["values"][2] is not None
+    assert first["trials"] == second["trials"] and len(first["trials"]) == 3
+    assert first["models"] == second["models"] and len(first["models"]) == 4
