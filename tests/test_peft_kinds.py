@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel
+from vptsp.training.model_card import retriever_card
 from vptsp.training.run_arguments import parse_arguments
 
 
@@ -188,6 +189,14 @@ NOT_BUILT = {
 def test_configurations_that_peft_can_not_take(backbone_folder, values, message):
     with pytest.raises(ValueError, match=message):
         make_model(backbone_folder, peft_config=values)
+
+
+def test_the_card_says_what_loading_needs(backbone_folder):
+    for kind, needed in (("tuning", True), ("lora", True), ("none", False)):
+        fields = {"tuning": {}, "lora": {"lora_rank": 2}, "none": {}}[kind]
+        fields |= {} if kind == "tuning" else {"tuning": None, "peft_config": None}
+        text = str(retriever_card(make_model(backbone_folder, **fields), "ann/birds"))
+        assert ("`transformers` 5.18 or newer, `peft` and `pillow`" in text) == needed
 
 
 def test_without_peft_it_is_said(backbone_folder, tmp_path, monkeypatch):
