@@ -22,6 +22,7 @@ from .data_scripts.image_datasets import image_datasets as image_datasets
 from .data_scripts.image_datasets import make_transforms as make_transforms
 from .data_scripts.image_files import list_images as list_images
 from .data_scripts.images import open_image as open_image
+from .data_scripts.joining import join_datasets as join_datasets
 from .data_scripts.labels import check_labels as check_labels
 from .data_scripts.overlap import same_items as same_items
 from .data_scripts.preprocessing import build_image_processor as build_image_processor

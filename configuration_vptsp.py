@@ -1,8 +1,10 @@
 """Configuration of VPTSP models: what the model is, not how a run goes."""
 
 import difflib
+import json
 import math
 from dataclasses import fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import ClassVar, Literal, Union, get_args, get_origin
 
@@ -82,8 +84,10 @@ class VPTSPConfig(PreTrainedConfig):
         lora_alpha: Their product is scaled by `lora_alpha / lora_rank`.
         lora_targets: Names of the linear layers with LoRA; None for `q_proj` and `v_proj` (queries and values).
         use_dora: LoRA as DoRA: the norm of each row of the weights, LoRA's product added, is tuned by itself.
-        tuning: A further tuning method, one that `register_tuning` made known. None: none.
-        tuning_kwargs: Its keywords, as a mapping (on the command line: JSON).
+        tuning: A further tuning method: `peft`, or one that `register_tuning` made known. None: none.
+        tuning_kwargs: Keywords of one that was registered, as a mapping (on the command line: JSON).
+        peft_config: With `tuning` `peft`, PEFT's own configuration of what it tunes: a mapping with a `peft_type` (on
+            the command line: JSON), or the path of a file that holds one, such as `adapter_config.json`.
         num_classes: Number of training classes (C); only training needs it.
         num_class_prompts: Prompt tokens that each class has of its own in the first layer, for the semantic pass.
         class_prompt_depth: Number of layers with class prompts; None means all of them (`shallow`: the first).
@@ -147,6 +151,7 @@ class VPTSPConfig(PreTrainedConfig):
     use_dora: bool = False
     tuning: str | None = None
     tuning_kwargs: dict | None = None
+    peft_config: dict | None = None
 
     num_classes: int | None = None
     num_class_prompts: int = 3
@@ -178,6 +183,8 @@ class VPTSPConfig(PreTrainedConfig):
         _refuse_unknown(type(self), kwargs, "VPTSPConfig", "; was it saved by a newer vptsp?" if from_file else "")
         for name, value in (("dtype", self.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
             check_dtype(name, value)
+        if not from_file:  # where it is a mapping already
+            self.peft_config = _peft_mapping(self.peft_config)
         if isinstance(self.backbone_config, dict):
             self.backbone_config = _backbone_config_from_dict(self.backbone_config, from_file)
         check_field("backbone_config", self.backbone_config, PreTrainedConfig | None)
@@ -211,6 +218,7 @@ class VPTSPConfig(PreTrainedConfig):
             family_of(self.backbone_config).check_pooling(self.pooling)
             _require(self, "adapter_layers", self.adapter_layers <= layers, f"<= the backbone's {layers} layers")
         _require(self, "use_dora", self.lora_rank > 0 or not self.use_dora, "false without lora_rank")
+        self._check_peft()
         if self.prompt_mode == "shallow":
             for name in ("prompt_depth", "class_prompt_depth"):
                 _require(self, name, getattr(self, name) in (None, 0, 1), "None, 0 or 1 with prompt_mode shallow")
@@ -218,6 +226,20 @@ class VPTSPConfig(PreTrainedConfig):
         if self.tune_backbone:
             _require(self, "save_backbone", self.save_backbone, "true with tune_backbone")
             _require(self, "lora_rank", self.lora_rank == 0, "0 with tune_backbone")
+
+    def _check_peft(self):
+        if self.tuning != "peft":
+            _require(self, "peft_config", self.peft_config is None, "None without tuning peft")
+            return
+        _require(self, "peft_config", self.peft_config is not None, "a mapping or the path of a file with tuning peft")
+        _require(self, "tuning_kwargs", self.tuning_kwargs is None, "None with tuning peft, which has peft_config")
+        _require(self, "lora_rank", self.lora_rank == 0, "0 with tuning peft")
+        _require(self, "tune_backbone", not self.tune_backbone, "false with tuning peft")
+        if not isinstance(self.peft_config.get("peft_type"), str):
+            raise ValueError(f"peft_config must have a peft_type such as LORA, got {self.peft_config!r}")
+        for name, (accepted, instead) in _PEFT_FIELDS.items():
+            if (value := self.peft_config.get(name)) not in accepted:
+                raise ValueError(f"peft_config: {name} must be left out, got {value!r}: {instead}")
 
     def _refuse_newer_format(self):
         check_field("format_version", self.format_version, int, _RANGES["format_version"])
@@ -295,6 +317,21 @@ class VPTSPConfig(PreTrainedConfig):
         return self.backbone_config.hidden_size * (2 if self.pooling == "cls+mean" else 1)
 
 
+# Fields of PEFT's configurations that only these values will do of, and what to do instead.
+_PEFT_FIELDS = {
+    "modules_to_save": ((None, []), "the embedding head is tuned in any case, and bitfit tunes biases"),
+    "bias": ((None, "none"), "bitfit tunes biases"),
+    "init_lora_weights": ((None, True, False, "gaussian", "orthogonal"), "others change the backbone, or read data"),
+    "trainable_token_indices": ((None, []), "images have no tokens of a vocabulary"),
+    "layer_replication": ((None, []), "the layers are those of the backbone"),
+    "target_parameters": ((None, []), "name layers by target_modules"),
+}
+# What such a configuration says of a place, a task or a library, and not of what is tuned.
+_NOT_OF_TUNING = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+    "runtime_config",
+)
+
 # Bounds of numbers: `(low, high)`, both included, unless `_OPEN` says otherwise.
 _RANGES = {
     **dict.fromkeys(("num_prompts", "prompt_step", "num_class_prompts", "class_prompt_step"), (0, math.inf)),
@@ -350,6 +387,37 @@ def check_dtype(name, value, *words):
     known = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     if value is not None and value not in words and not isinstance(known, torch.dtype):
         raise ValueError(f"{name} must be None or a dtype of PyTorch such as float32, got {value!r}")
+
+
+def _peft_mapping(value):
+    """A configuration of PEFT (an object, a mapping, the path of a file, or None) as a mapping of JSON values."""
+    if isinstance(value, (str, Path)):
+        value = _read_peft_config(Path(value))
+    elif hasattr(value, "peft_type") and hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if not isinstance(value, dict):
+        return value  # which the check of fields refuses
+    kept = {name: item for name, item in value.items() if name not in _NOT_OF_TUNING}
+    plain = {name: sorted(item) if isinstance(item, (set, frozenset)) else item for name, item in kept.items()}
+    try:
+        return json.loads(json.dumps(plain, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"peft_config must hold what JSON can: {error}") from error
+
+
+def _read_peft_config(path):
+    if path.is_dir():
+        raise ValueError(
+            f"peft_config must be a file, got the folder {path}: give the adapter_config.json in it. What adapters "
+            "hold that somebody has trained is not read"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"peft_config must be a mapping or a file of JSON, got {str(path)!r}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"peft_config: {path} must hold a mapping, got {value!r}")
+    return value
 
 
 def _expectation(value, kind):

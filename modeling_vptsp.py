@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -226,66 +227,153 @@ def build_adapters(config) -> nn.ModuleList:
     )
 
 
-# ---- LoRA, through the package peft
+# ---- LoRA, and what else the package peft tunes
 
 
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 ADAPTER_NAME = "default"
-LORA_INSTEAD = "for LoRA set lora_rank in the configuration (from_backbone(..., lora_rank=8))"
+PEFT_INSTEAD = (
+    "for LoRA set lora_rank in the configuration (from_backbone(..., lora_rank=8)), for what else PEFT tunes "
+    "tuning='peft' with peft_config"
+)
+# Kinds of PEFT that are tested here: they come out of a checkpoint as they went into it.
+PEFT_TYPES = ("LORA", "IA3", "LOHA", "LOKR", "HRA", "LN_TUNING", "MISS", "FOURIERFT")
 
 
-def add_lora(backbone, rank, alpha, targets=None, use_dora=False):
-    """Put LoRA matrices (Hu et al., ICLR 2022) beside linear layers, in place: `W x + (alpha / rank) * B A x`.
+class PeftParts(NamedTuple):
+    """What PEFT has put into a backbone.
 
-    A is drawn Kaiming uniform and B is 0, so that the backbone starts as it was pretrained. DoRA (Liu et al., ICML
-    2024) gives each row of `V = W + (alpha / rank) * B A` a norm m of its own: `m V x / |V|`; see `start_dora`.
+    Attributes:
+        names: Of its tensors, in the backbone's `state_dict()`.
+        layers: By the name of each layer that it has wrapped, the factor on what it adds; None of kinds without.
+    """
 
-    They lie in the transformer's layers alone: what embeds patches or pools tokens may read weights without calling
-    the linear layer that holds them, as PyTorch's own attention does, so that LoRA beside it would never run.
+    names: frozenset[str]
+    layers: dict[str, float | None]
+
+
+NO_PEFT = PeftParts(frozenset(), {})
+
+
+def uses_peft(config) -> bool:
+    """Whether PEFT tunes the backbone, as a configuration says."""
+    return config.lora_rank > 0 or config.tuning == "peft"
+
+
+def add_peft(backbone, config) -> PeftParts:
+    """Put what PEFT tunes into a backbone, in place: LoRA and DoRA of `lora_rank`, or what `peft_config` says.
+
+    LoRA (Hu et al., ICLR 2022) adds matrices to linear layers, `W x + (alpha / rank) * B A x`. A is drawn Kaiming
+    uniform and B is 0, so that the backbone starts as it was pretrained. DoRA (Liu et al., ICML 2024) gives each row
+    of `V = W + (alpha / rank) * B A` a norm m of its own: `m V x / |V|`; see `start_peft`.
+
+    All lies in the transformer's layers: what embeds patches or pools tokens may read weights without calling the
+    layer that holds them, as PyTorch's own attention does, so that an adapter there would never run.
 
     Args:
         backbone: The vision transformer.
-        rank: Rows of A and columns of B.
-        alpha: Scale.
-        targets: Names of the linear layers, whole (`layers.0.attention.q_proj`) or their ends (`q_proj`); None for
-            `DEFAULT_TARGETS`, which layers of every family have.
-        use_dora: DoRA instead of plain LoRA.
+        config: The `VPTSPConfig`.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: a target is no linear layer of the backbone's layers.
+        ValueError: PEFT does not take the configuration for this backbone, or a target is none of its layers.
     """
-    try:  # not an import statement: transformers would ask for peft wherever this file is loaded as remote code
-        peft = importlib.import_module("peft")
-    except ImportError as error:
-        raise ImportError(f"lora_rank is {rank}, which needs the package peft: pip install peft") from error
-    targets = list(targets or DEFAULT_TARGETS)
+    before, modules = set(backbone.state_dict()), {name for name, _ in backbone.named_modules()}
+    values = _lora_values(backbone, config) if config.lora_rank else config.peft_config
+    peft, own = _peft_config(config, values)
+    try:
+        with torch.device("cpu"):  # in loading all else is on meta, but what PEFT keeps beside weights must be there
+            # in something, since PEFT looks for layers_to_transform in what has a name before `layers`
+            peft.inject_adapter_in_model(own, nn.ModuleDict({"backbone": backbone}), adapter_name=ADAPTER_NAME)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"peft_config: {' '.join(str(error).split())}") from error
+    layers = peft_layers(backbone)
+    if outside := [name for name in layers if layer_number(name) < 0]:
+        raise ValueError(f"peft_config must target parts of the backbone's layers, got {_listed(outside)}")
+    for name, module in backbone.named_modules():
+        if name.replace(".base_layer", "") not in modules:
+            module._is_hf_initialized = True  # or the backbone would draw its weights as it draws its own
+    names = frozenset(name for name in backbone.state_dict() if _without_peft(name) not in before)
+    return PeftParts(names, {name: _scaling(layer) for name, layer in layers.items()})
+
+
+def _lora_values(backbone, config):
+    """PEFT's values for `lora_rank` and the fields beside it."""
     linear = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
-    for target in targets:
-        if not any(_is_target(name, [target]) for name in linear):
-            ends = sorted({name.rpartition(".")[2] for name in linear if layer_number(name) >= 0})
+    linear = {name for name in linear if layer_number(name) >= 0}
+    targets = {}
+    for target in config.lora_targets or DEFAULT_TARGETS:
+        targets[target] = [name for name in linear if name == target or name.endswith(f".{target}")]
+        if not targets[target]:
+            ends = sorted({name.rpartition(".")[2] for name in linear})
             raise ValueError(
                 f"lora_targets must name linear layers of the backbone ({', '.join(ends)}), got {target!r}"
             )
-    targets = sorted(name for name in linear if _is_target(name, targets))
-    lora = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_dora=use_dora)
-    peft.inject_adapter_in_model(lora, backbone, adapter_name=ADAPTER_NAME)
-    for name, module in backbone.named_modules():
-        if is_lora(name):
-            module._is_hf_initialized = True  # or the backbone would draw A and B as it draws its own weights
+    names = sorted({name for found in targets.values() for name in found})
+    own = {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "use_dora": config.use_dora}
+    return {"peft_type": "LORA", "target_modules": names, **own}
+
+
+def _peft_config(config, values):
+    """The package peft, and its configuration object of some values."""
+    try:  # not an import statement: transformers would ask for peft wherever this file is loaded as remote code
+        peft = importlib.import_module("peft")
+    except ImportError as error:
+        asked = f"lora_rank is {config.lora_rank}" if config.lora_rank else "tuning is peft"
+        raise ImportError(f"{asked}, which needs the package peft: pip install peft") from error
+    known = [name for name in PEFT_TYPES if name in peft.PEFT_TYPE_TO_CONFIG_MAPPING]
+    if (kind := values["peft_type"]) not in known:
+        raise ValueError(f"peft_config: peft_type must be one of {', '.join(known)}, got {kind!r}")
+    config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    if unknown := set(values) - {item.name for item in fields(config_class)}:  # of which PEFT would only warn
+        raise ValueError(f"peft_config: {config_class.__name__} of peft {peft.__version__} has no {_listed(unknown)}")
+    try:
+        return peft, config_class(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"peft_config: {' '.join(str(error).split())}") from error
+
+
+def peft_layers(model) -> dict[str, nn.Module]:
+    """Layers of a model that PEFT has wrapped, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
+
+
+def _without_peft(name):
+    """Name that a backbone's tensor or module has where PEFT has not wrapped it."""
+    return name.replace(".base_layer", "")
 
 
 @torch.no_grad()
-def start_dora(backbone):
-    """Let DoRA's norms start as those of the pretrained weights' rows; to be called whenever these have come anew."""
-    for module in backbone.modules():
-        for norm in getattr(module, "lora_magnitude_vector", {}).values():
-            norm.weight.copy_(module.base_layer.weight.norm(dim=1))
+def start_peft(backbone, config, parts):
+    """Let what PEFT tunes start from the weights that a new backbone has now: DoRA's norms are those of their rows.
 
+    To be called whenever these have come anew.
 
-def is_lora(name) -> bool:
-    """Whether a module or tensor of a backbone is LoRA's."""
-    return any(part.startswith("lora_") for part in name.split("."))
+    Args:
+        backbone: The vision transformer.
+        config: The `VPTSPConfig`.
+        parts: What `add_peft` gave for it.
+
+    Raises:
+        ValueError: PEFT would change the backbone's own weights, which are saved nowhere.
+    """
+    if config.lora_rank:
+        for layer in peft_layers(backbone).values():
+            for norm in getattr(layer, "lora_magnitude_vector", {}).values():
+                norm.weight.copy_(layer.base_layer.weight.norm(dim=1))
+    if config.lora_rank or not parts.names or not all(map(_is_in_memory, backbone.state_dict().values())):
+        return
+    weights = {name: tensor for name, tensor in backbone.state_dict().items() if name not in parts.names}
+    with torch.random.fork_rng(devices=[]):  # PEFT has each kind start in a way of its own, once, when it is put in
+        started = family_of(config.backbone_config).build(config.backbone_config)
+        started.load_state_dict({_without_peft(name): tensor for name, tensor in weights.items()})
+        add_peft(started, config)
+    started = started.state_dict()
+    if changed := [name for name, tensor in weights.items() if not torch.equal(started[name], tensor)]:
+        raise ValueError(
+            f"peft_config must leave the backbone's own weights as they are, but {_listed(changed)} change"
+        )
+    backbone.load_state_dict(started)
 
 
 def refuse_other_adapters(model):
@@ -303,75 +391,88 @@ def refuse_other_adapters(model):
     if peft is None:  # then there is nothing of it
         return
     if isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
-        raise ValueError(f"got a {type(model).__name__} of PEFT, expected the model itself: {LORA_INSTEAD}")
-    config = model.config
-    targets = (config.lora_targets or DEFAULT_TARGETS) if config.lora_rank else ()
-    for name in model.state_dict():
-        module, wrapped, rest = name.partition(".base_layer")
-        if not wrapped:
-            module, wrapped, rest = name.partition(".lora_")
-        own = "backbone" in module.split(".") and _is_target(module, targets) and ".base_layer" not in rest
-        if wrapped and (not own or (wrapped == ".lora_" and rest.split(".")[1] != ADAPTER_NAME)):
-            raise ValueError(f"PEFT has put an adapter into the model ({name}), which is not saved: {LORA_INSTEAD}")
+        raise ValueError(f"got a {type(model).__name__} of PEFT, expected the model itself: {PEFT_INSTEAD}")
+    prefix, own = f"{model.retriever_prefix}backbone.", model.retriever.peft
+    known = {f"{prefix}{name}" for name in own.names}
+    for name, layer in peft_layers(model).items():
+        if name.removeprefix(prefix) in own.layers and name.startswith(prefix):
+            tensors = {f"{name}.{part}" for part in layer.state_dict() if not part.startswith("base_layer.")}
+        else:
+            tensors = {name}
+        if others := tensors - known:
+            raise ValueError(
+                f"PEFT has put an adapter into the model ({_listed(others)}), which is not saved: {PEFT_INSTEAD}"
+            )
 
 
-def refuse_merged_lora(model):
-    """Raise if PEFT has merged LoRA into weights that are to be saved beside it: loaded, it would count twice.
+def refuse_merged_peft(model):
+    """Raise if PEFT has merged what it tunes into weights that are saved beside it: loaded, it would count twice.
 
     Raises:
         ValueError: there are such weights.
     """
-    if merged := [name for name, module in model.named_modules() if getattr(module, "merged", False) is True]:
+    if merged := [name for name, layer in peft_layers(model).items() if layer.merged]:
+        what = "LoRA" if model.config.lora_rank else "what it tunes"
         raise ValueError(
-            f"PEFT has merged LoRA into {_listed(merged)}, where it would count twice: unmerge() it first"
+            f"PEFT has merged {what} into {_listed(merged)}, where it would count twice: unmerge() it first"
         )
 
 
 def refuse_other_scaling(model):
-    """Raise if PEFT has scaled a model's own LoRA or switched it off: loaded, it would count as configured again.
+    """Raise if PEFT has scaled a model's own adapters or switched them off: loaded, they would count as configured.
 
     Raises:
         ValueError: it has.
     """
-    config = model.config
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    for name, layer in layers.items():
-        scale = layer.scaling[ADAPTER_NAME]
+    config, layers = model.config, peft_layers(model.retriever.backbone)
+    for name, configured in model.retriever.peft.layers.items():
+        if (layer := layers.get(name)) is None:  # taken out, which whoever compares weights finds
+            continue
         is_off = layer.disable_adapters or ADAPTER_NAME not in layer.active_adapters
-        if is_off or not math.isclose(scale, config.lora_alpha / config.lora_rank):
-            found = "switched off" if is_off else f"scaled by {scale:g}"
-            raise ValueError(
-                f"LoRA of {name} must count as configured, lora_alpha / lora_rank = {config.lora_alpha:g} / "
-                f"{config.lora_rank}, got it {found} by PEFT, which is not saved: undo that first"
-            )
+        scale = _scaling(layer)
+        if not is_off and (scale is None or math.isclose(scale, configured)):
+            continue
+        found = "switched off" if is_off else f"scaled by {scale:g}"
+        what, expected = f"what PEFT tunes of backbone.{name}", f"a factor of {configured}"
+        if config.lora_rank:
+            what = f"LoRA of backbone.{name}"
+            expected = f"lora_alpha / lora_rank = {config.lora_alpha:g} / {config.lora_rank}"
+        raise ValueError(
+            f"{what} must count as configured, {expected}, got it {found} by PEFT, which is not saved: undo that first"
+        )
 
 
-def names_with_lora(weights, config):
-    """A pretrained backbone's tensors under the names that they have beside LoRA: peft wraps what it is put beside.
+def _scaling(layer):
+    scalings = getattr(layer, "scaling", None)
+    return scalings.get(ADAPTER_NAME) if isinstance(scalings, dict) else None
+
+
+def names_beside_peft(weights, config):
+    """A pretrained backbone's tensors under the names that they have beside PEFT's: it wraps what it tunes.
 
     Args:
         weights: `state_dict()` of the pretrained backbone.
         config: The `VPTSPConfig`.
     """
-    if not config.lora_rank:
+    if not uses_peft(config):
         return weights
-    named = {}
-    for name, tensor in weights.items():
-        module, _, kind = name.rpartition(".")
-        wrapped = _is_target(module, config.lora_targets or DEFAULT_TARGETS)
-        named[f"{module}.base_layer.{kind}" if wrapped else name] = tensor
-    return named
-
-
-def _is_target(module, targets) -> bool:
-    named = any(module == target or module.endswith(f".{target}") for target in targets)
-    return named and layer_number(module) >= 0
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            backbone = family_of(config.backbone_config).build(config.backbone_config)
+        own = add_peft(backbone, config).names
+    names = {_without_peft(name): name for name in backbone.state_dict() if name not in own}
+    return {names[name]: tensor for name, tensor in weights.items()}
 
 
 # ---- Tuning methods beside these, by name
 
 
-TUNINGS: dict[str, Callable] = {}  # the package registers them by `register_tuning` (training/model_registry.py)
+def _with_backbone(model):
+    """`tuning: peft`, which comes into a backbone as soon as there is one: see `add_peft`."""
+
+
+# The package registers further ones by `register_tuning` (training/model_registry.py).
+TUNINGS: dict[str, Callable] = {"peft": _with_backbone}
 
 
 def add_tuning(model):
@@ -593,12 +694,16 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         if not self.retriever.family.is_used(name, config.pooling):
             return False
         is_bias = name.endswith((".bias", "_bias"))  # the latter in PyTorch's own attention
-        return config.tune_backbone or (config.bitfit and is_bias) or bool(config.lora_rank and is_lora(name))
+        return config.tune_backbone or (config.bitfit and is_bias) or name in self.retriever.peft.names
 
     def train(self, mode: bool = True):
-        """Set the training mode; a backbone that is not tuned as a whole always computes as in evaluation."""
+        """Set the training mode; a backbone that is not tuned as a whole always computes as in evaluation, but for
+        what PEFT has put into it, which may have a dropout of its own."""
         super().train(mode)
         self.retriever.backbone.train(mode and self.config.tune_backbone)
+        for layer in peft_layers(self.retriever.backbone).values():
+            layer.train(mode)
+            layer.base_layer.train(mode and self.config.tune_backbone)
         return self
 
     # Under the name that this release of transformers has for it; the older one leads here in newer releases.
@@ -650,9 +755,9 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         weights = load_backbone(config, found=found, **hub_kwargs)
         model = cls(config)
         backbone = model.retriever.backbone
-        new = {name: tensor for name, tensor in backbone.state_dict().items() if is_lora(name)}
-        backbone.load_state_dict(names_with_lora(weights, config) | new, strict=True)
-        start_dora(backbone)
+        new = {name: backbone.state_dict()[name] for name in model.retriever.peft.names}
+        backbone.load_state_dict(names_beside_peft(weights, config) | new, strict=True)
+        start_peft(backbone, config, model.retriever.peft)
         model.note_frozen_weights()
         model.to(dtype or torch.float32)
         if dtype not in (None, torch.float32):  # rounded too, so that nobody has to open the backbone to compare
@@ -691,7 +796,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
     def _has_fingerprint(self) -> bool:
         """Whether the backbone's weights are, to the last bit, those of `config.backbone_fingerprint`."""
         weights = self.retriever.backbone.state_dict()
-        weights = {name: tensor for name, tensor in weights.items() if not is_lora(name)}
+        weights = {name: tensor for name, tensor in weights.items() if name not in self.retriever.peft.names}
         expected = self.config.backbone_fingerprint
         return all(map(_is_in_memory, weights.values())) and backbone_fingerprint(weights) == expected
 
@@ -719,7 +824,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         changed = lost_or_new or frozen.keys() - (self.unchanged_names() - merged)
         halves = (torch.float16, torch.bfloat16)
         if not lost_or_new and any(frozen[n].dtype in halves or n in loras for n in changed):
-            own = names_with_lora(load_backbone(copy.deepcopy(self.config)), self.config)
+            own = names_beside_peft(load_backbone(copy.deepcopy(self.config)), self.config)
             changed = {name for name in changed if not _is_of_backbone(frozen[name], own[name], loras.get(name))}
         if changed:
             raise ValueError(
@@ -734,7 +839,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: always.
         """
-        raise ValueError(f"{type(self).__name__} takes no adapters of PEFT, which would not be saved: {LORA_INSTEAD}")
+        raise ValueError(f"{type(self).__name__} takes no adapters of PEFT, which would not be saved: {PEFT_INSTEAD}")
 
     load_adapter = add_adapter
 
@@ -779,7 +884,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         save_backbone = self.config.save_backbone if save_backbone is None else save_backbone
         save_backbone = save_backbone or self.config.backbone is None
         if save_backbone:
-            refuse_merged_lora(self)
+            refuse_merged_peft(self)
         else:
             self.refuse_changed_backbone()
         self.config.save_backbone = save_backbone
@@ -970,6 +1075,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             **kwargs,
         )
         model._refuse_incomplete(saved, info, from_retriever, pretrained_model_name_or_path)
+        model.retriever.is_new = False
         model.freeze_backbone()
         if not config.save_backbone or model._has_fingerprint():  # saved along, they may be others than the backbone's
             model.note_frozen_weights()
@@ -997,7 +1103,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         elif backbone is None:
             refuse_local_backbone(config.backbone, source)
         hub_kwargs = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
-        weights = names_with_lora(load_backbone(config, folder=folder, **hub_kwargs), config)
+        weights = names_beside_peft(load_backbone(config, folder=folder, **hub_kwargs), config)
         return {f"{cls.retriever_prefix}backbone.{name}": tensor for name, tensor in weights.items()}
 
     def _refuse_incomplete(self, saved, info, from_retriever, source):
@@ -1053,16 +1159,16 @@ class VPTSPModel(VPTSPPreTrainedModel):
             raise ValueError("backbone_config must be set to build a model, got None; see from_backbone")
         self.family = family_of(config.backbone_config)
         self.backbone = self.family.build(config.backbone_config)
-        if config.lora_rank:
-            add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_targets, config.use_dora)
+        self.peft = add_peft(self.backbone, config) if uses_peft(config) else NO_PEFT
         self.adapters = build_adapters(config)
+        self.is_new = True  # nothing has been tuned since it came from a backbone or a configuration
         self.frozen_digests = {}  # name -> what the frozen weights may be; see `note_frozen_weights`
         self.prompts = Prompts(config.prompt_lengths, config.num_prompts, config.backbone_config.hidden_size)
         self.head = embedding_head(config)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         add_tuning(self)
         self.post_init()
-        start_dora(self.backbone)
+        start_peft(self.backbone, config, self.peft)
         self.freeze_backbone()
         self.backbone.train(config.tune_backbone)  # before anyone calls `train` or `eval`: DINOv3 draws positions anew
 
@@ -1200,6 +1306,36 @@ class VPTSPModel(VPTSPPreTrainedModel):
             return self.family.head(self.backbone, patches)
         mean = patches.mean(dim=1)
         return mean if pooling == "mean" else torch.cat([hidden[:, 0], mean], dim=-1)
+
+    def merged(self):
+        """A copy that needs no PEFT: what it tunes of the backbone is added to the backbone's own weights.
+
+        These are then nobody else's, and saved with it.
+
+        Returns:
+            [`VPTSPModel`], which embeds as this one does, up to rounding.
+
+        Raises:
+            ValueError: PEFT tunes nothing here, it has changed the model, or weights of this backbone can't hold it.
+        """
+        if not uses_peft(self.config):
+            raise ValueError("merged() is for what PEFT tunes (lora_rank, or tuning peft), but there is none of it")
+        refuse_other_adapters(self)
+        refuse_other_scaling(self)
+        copied = copy.deepcopy(self)
+        for name, layer in peft_layers(copied.backbone).items():
+            if not layer.merged:
+                layer.merge(safe_merge=True)
+            copied.backbone.set_submodule(name, layer.get_base_layer())
+        values = {"lora_rank": 0, "lora_targets": None, "use_dora": False, "peft_config": None}
+        values |= {"tuning": None if self.config.tuning == "peft" else self.config.tuning, "save_backbone": True}
+        values |= {"backbone": None, "backbone_revision": None, "backbone_fingerprint": None}
+        for name, value in values.items():
+            setattr(copied.config, name, value)
+        copied.config.validate_fields()
+        copied.peft, copied.frozen_digests = NO_PEFT, {}
+        copied.freeze_backbone()
+        return copied
 
     def embed_with_backbone(self, pixel_values, interpolate_pos_encoding=False):
         """Embeddings of the backbone alone, without prompts, adapters or head: the line to beat. `(B, pooled_dim)`.

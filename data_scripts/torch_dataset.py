@@ -144,6 +144,11 @@ class ImageDataset(Dataset):
         return names if names is not None else [str(i) for i in range(self.num_classes)]
 
     @property
+    def skips_corrupt(self) -> bool:
+        """Whether images that can't be read are skipped."""
+        return self._skipped is not None
+
+    @property
     def skipped(self) -> list[str]:
         """Names of the images skipped so far by this process and its workers, sorted; always empty without
         `skip_corrupt`."""

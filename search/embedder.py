@@ -47,6 +47,7 @@ _TUNING_FIELDS = (
     "lora_alpha",
     "tuning",
     "tuning_kwargs",
+    "peft_config",
 )
 
 

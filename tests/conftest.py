@@ -10,6 +10,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+from trainer_fixtures import eval_dataset, splits, train_dataset  # noqa: F401 (fixtures)
 from transformers import ViTConfig, ViTModel
 
 from vptsp import VPTSPModel, build_image_processor

@@ -31,13 +31,14 @@ TRAINING_BOUNDS = {
     **dict.fromkeys(("learning_rate", "proxy_learning_rate", "min_learning_rate", "weight_decay"), NOT_NEGATIVE),
     **dict.fromkeys(("max_grad_norm", "adam_epsilon", "warmup_steps", "eval_delay"), NOT_NEGATIVE),
     **dict.fromkeys(("dataloader_num_workers", "bootstrap_samples", "save_total_limit"), NOT_NEGATIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "sgd_momentum"), _SHARE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "sgd_momentum", "ema_decay"), _SHARE),
     **dict.fromkeys(("seed", "data_seed"), SEED),
     **dict.fromkeys(("cosine_epochs", "num_train_epochs"), POSITIVE),
     "local_rank": Bounds(-1),
 }
 TRAINING_CHOICES = {
     "eval_metrics": EVAL_METRICS,
+    "head_init": ("xavier", "identity", "pca"),
     **dict.fromkeys(("log_level", "log_level_replica"), tuple(trainer_log_levels)),
     "dataloader_multiprocessing_context": tuple(multiprocessing.get_all_start_methods()),
     "ddp_backend": ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl", "ccl"),

@@ -26,6 +26,11 @@ class VPTSPTrainingArguments(TrainingArguments):
         cosine_epochs: Epochs over which the learning rates fall to their minimum, where they stay; None for the whole
             run. Only with `lr_scheduler_type="cosine"`.
         min_learning_rate: The minimum, for both learning rates.
+        head_init: How the embedding head's projection starts in a new model: `xavier`, drawn at random; `identity`,
+            which takes an `embedding_dim` that is the width of the pooled features; or `pca`, the principal axes of
+            the training images' features, which one pass over them finds before training.
+        ema_decay: Evaluate and save an exponential moving average of the tuned weights, of this decay a step (0.99,
+            say), in their place; None for the weights themselves.
         recall_at: The K of Recall@K.
         class_prompt_folder: Folder on a fast local disk for class prompts in memory-mapped files, with
             `class_prompt_store="offloaded"`; None for memory, or `output_dir/class_prompts` where they would take more
@@ -80,6 +85,12 @@ class VPTSPTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Epochs of the cosine decay, after which the rates stay; default: all."}
     )
     min_learning_rate: float = field(default=0.0, metadata={"help": "Where the cosine decay ends, for both rates."})
+    head_init: str = field(
+        default="xavier", metadata={"help": "How the embedding head starts: xavier, identity or pca."}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Of an average of the tuned weights, to evaluate and save; default: none."}
+    )
     recall_at: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "The K of Recall@K."})
     class_prompt_folder: str | None = field(
         default=None, metadata={"help": "Folder for offloaded class prompts as memory-mapped files."}

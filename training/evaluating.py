@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -105,21 +106,32 @@ class EvaluatingTrainer(SharingTrainer):
             embeddings[~inputs["readable"]] = torch.nan
         return None, embeddings, inputs["labels"]
 
-    @torch.no_grad()
     def _embed_batch(self, pixel_values):
+        if self._backbone_only:
+            return self._compute(self.model.retriever.embed_with_backbone, pixel_values)
+        return self._compute(self.model.retriever, pixel_values).embeddings
+
+    @torch.no_grad()
+    def _compute(self, function, pixel_values):
         with self.accelerator.autocast():
-            if self._backbone_only:
-                return self.model.retriever.embed_with_backbone(pixel_values)
-            return self.model.retriever(pixel_values).embeddings
+            return function(pixel_values)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """Embeddings and labels as arrays, as `Trainer.predict`; metrics are times and those of `compute_metrics`.
 
+        Of a dict of data sets, such as `query` and `gallery`, as `evaluate` takes it, a dict of such by name, with
+        metrics of `{metric_key_prefix}_{name}`.
+
         Raises:
-            ValueError: `ignore_keys` is given; embeddings are the only output.
+            ValueError: `ignore_keys` is given; embeddings are the only output. Or a dict is none for `evaluate`.
         """
         refuse_given(ignore_keys=ignore_keys)
-        output = super().predict(self._evaluated(test_dataset), metric_key_prefix=metric_key_prefix)
+        if isinstance(test_dataset, dict):
+            named_sets(test_dataset)  # says what is wrong with it
+            prefixes = {name: f"{metric_key_prefix}_{name}" for name in test_dataset}
+            return {name: self.predict(part, None, prefixes[name]) for name, part in test_dataset.items()}
+        with self.shared_weights():
+            output = super().predict(self._evaluated(test_dataset), metric_key_prefix=metric_key_prefix)
         if self._extra_metrics is not None:
             readable = np.isfinite(output.predictions).all(1)
             pair = EvalPrediction(predictions=output.predictions[readable], label_ids=output.label_ids[readable])
@@ -140,8 +152,20 @@ class EvaluatingTrainer(SharingTrainer):
         """
         return _readable(*self._embed_all(self._evaluated(dataset), description))
 
-    def _embed_all(self, dataset, description="Embedding", with_digests=False):
-        """As `embed`, of all images, with `(n,)` bool: which could be read; on demand `pixel_digests` too."""
+    def _embed_all(self, dataset, description="Embedding", with_digests=False, embed=None):
+        """As `embed`, of all images, with `(n,)` bool: which could be read.
+
+        Args:
+            dataset: As for `embed`.
+            description: For the progress bar.
+            with_digests: Give `pixel_digests` too.
+            embed: Function of `(B, 3, S, S)` normalised pixels on the device, that gives something else than the
+                embeddings, `(B, width)`.
+        """
+        with self.shared_weights():
+            return self._embed_rows(dataset, description, with_digests, embed)
+
+    def _embed_rows(self, dataset, description, with_digests, embed):
         rank, world_size = self.args.process_index, self.args.world_size
         batches = islice(_evaluation_batches(dataset, self.args.eval_batch_size), rank, None, world_size)
         # tqdm asks a loader for two iterators, but these batches come once
@@ -150,10 +174,11 @@ class EvaluatingTrainer(SharingTrainer):
             options["collate_fn"] = _WithDigests(self.data_collator)
         loader = iter(DataLoader(dataset, batch_sampler=_OneTime(batches), **options))
         self.model.to(self.args.device).eval()
+        compute = self._embed_batch if embed is None else partial(self._compute, embed)
         columns = []
         embedded = embed_batches(
             ((len(batch["labels"]), batch) for batch in loader),
-            lambda batch: self._embed_batch(self.on_device(batch)["pixel_values"]),
+            lambda batch: compute(self.on_device(batch)["pixel_values"]),
             total=_share(dataset, world_size),
             description=description,
             hidden=self.args.disable_tqdm or rank > 0,
@@ -277,8 +302,12 @@ class EvaluatingTrainer(SharingTrainer):
         return embedding_metrics(*sets, **options, seed=self.args.seed)
 
     def evaluate_backbone(self, eval_dataset=None, metric_key_prefix="frozen"):
-        """Retrieval metrics of the backbone alone, without prompts or head: the line to beat. Before training."""
-        if self.model.config.changes_backbone and self.state.global_step > 0:
+        """Retrieval metrics of the backbone alone, without prompts or head: the line to beat. Before training.
+
+        Raises:
+            ValueError: the backbone has been tuned, here or before the model was saved.
+        """
+        if self.model.config.changes_backbone and not self.model.retriever.is_new:
             raise ValueError("the backbone itself has been tuned: evaluate_backbone must come before training")
         self._backbone_only = True
         try:

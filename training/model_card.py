@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_vptsp import LOWEST_TRANSFORMERS, VPTSPConfig
 from ..eval.metric_definitions import MetricDefinition, definition_of
+from ..modeling_vptsp import uses_peft
 from .backbone_licence import backbone_licence
 from .tuned_counts import tuned_counts
 
@@ -252,11 +253,12 @@ def _usage(model, repo_id, folder) -> str:
     what_runs = "`trust_remote_code` runs the code in it"
     if on_hub:
         what_runs = "`revision` fixes weights and the code that `trust_remote_code` runs"
+    peft = ", `peft`" if uses_peft(config) else ""
     missing = _backbone_on_hub(config) is None and not _saved_along(config)
     note = _LOCAL_BACKBONE.format(backbone=Path(config.backbone).name) if missing else ""
     return f"""## Use
 
-Needs `torch`, `transformers` {LOWEST_TRANSFORMERS} or newer and `pillow`. {what_runs}.
+Needs `torch`, `transformers` {LOWEST_TRANSFORMERS} or newer{peft} and `pillow`. {what_runs}.
 
 ```python
 import torch

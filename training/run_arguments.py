@@ -35,7 +35,7 @@ from .unsupported_arguments import NOT_OFFERED
 # Fields of VPTSPConfig that follow from the data or the backbone and so are nobody's to set.
 DERIVED = ("num_classes", "backbone_fingerprint", "format_version")
 # Mappings, which the command line gives as JSON.
-_MAPPINGS = ("backbone_config", "loss_kwargs", "miner_kwargs", "tuning_kwargs")
+_MAPPINGS = ("backbone_config", "loss_kwargs", "miner_kwargs", "tuning_kwargs", "peft_config")
 
 
 def model_arguments_class():
@@ -107,7 +107,8 @@ def parse_arguments(argv, prog="train.py"):
         raise ConfigError(str(error)) from error
     model_fields = vars(model_args)
     for name in _MAPPINGS:
-        if isinstance(model_fields[name], str):
+        is_path = name == "peft_config" and not str(model_fields[name]).lstrip().startswith("{")
+        if isinstance(model_fields[name], str) and not is_path:
             try:
                 model_fields[name] = json.loads(
                     model_fields[name], object_pairs_hook=without_duplicates, parse_constant=_no_number

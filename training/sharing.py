@@ -39,6 +39,10 @@ class SharingTrainer(ResumableTrainer):
     split_record = None
     """What `splits.json` of the saved retriever holds, see `record_splits`; it is not uploaded."""
 
+    def shared_weights(self):
+        """The weights to evaluate and to share in the model while a block runs, where training goes on with others."""
+        return nullcontext()
+
     def save_model(self, output_dir=None, _internal_call=False, results=None):
         """`save_retriever`; with `push_to_hub`, upload as well, as `Trainer.save_model` does."""
         self.save_retriever(output_dir, results)
@@ -182,7 +186,8 @@ class SharingTrainer(ResumableTrainer):
 
     def _write_retriever(self, folder, results, place=None, **metadata):
         """Retriever, image processor, results and card into a folder; `place` is where they will be moved to."""
-        self.model.retriever.save_pretrained(folder, place=place)
+        with self.shared_weights():
+            self.model.retriever.save_pretrained(folder, place=place)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         if results is not None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import operator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
+from transformers import set_seed
+from transformers.trainer_utils import number_of_arguments
 from transformers.utils import logging
 
 from ..data_scripts.image_datasets import images_of
@@ -25,10 +30,14 @@ from .class_prompts import CLASS_PROMPT_STATES_NAME
 from .evaluating import EvaluatingTrainer
 from .evaluation_checks import data_sets_in
 from .half_precision import frozen_weights_in
-from .offloading import BatchesAhead, prepare_class_prompts
+from .head_start import as_evaluated, check_head_init, head_inputs, start_head
+from .hyperparameters import search_hyperparameters
+from .offloading import BatchesAhead, ClassPromptCallback, prepare_class_prompts
 from .optimisation import build_optimizer, cosine_schedule
 from .output_folder import refuse_other_model
+from .run_errors import ConfigError
 from .unsupported_arguments import check_trainer_arguments
+from .weight_average import AveragedWeights
 
 
 logger = logging.get_logger(__name__)
@@ -46,8 +55,8 @@ class VPTSPTrainer(EvaluatingTrainer):
     give a retriever to share ([`SharingTrainer`]) with the scores of retrieval ([`EvaluatingTrainer`]).
 
     Args:
-        model: A `VPTSPForMetricLearning`.
-        args: A `VPTSPTrainingArguments`.
+        model: A `VPTSPForMetricLearning`; or a retriever (`VPTSPModel`), which can be evaluated, but not trained.
+        args: A `VPTSPTrainingArguments`; None for its defaults.
         train_dataset: An [`ImageDataset`] (or another map-style dataset with `labels`, a sequence of class indices)
             whose classes are 0..C-1, a `datasets.Dataset` with a column of images and one of labels, whose images are
             cut as `processing_class` does (else to the backbone's size), or a [`StreamedImages`].
@@ -56,6 +65,8 @@ class VPTSPTrainer(EvaluatingTrainer):
         processing_class: The image processor; what it does to pixels is done to the images, and it is saved along.
             Without one, pixels are treated as the backbone's own processor does, and none is saved.
         compute_metrics: Optional; gets embeddings as `predictions` and labels as `label_ids`, and adds to the metrics.
+        model_init: Function that gives the model in place of `model`, a new one for every training, seeded by `args`;
+            of no argument, or of the trial of a `hyperparameter_search` (else None).
         data_settings: As for [`ResumableTrainer`].
         kwargs: As for `Trainer`: `callbacks`, `data_collator`, `optimizers` and `optimizer_cls_and_kwargs`, whose
             `lr` and `weight_decay` are, unless given there, those of `args`.
@@ -63,15 +74,40 @@ class VPTSPTrainer(EvaluatingTrainer):
     Raises:
         OutputFolderError: `output_dir` holds a model that is no retriever, the backbone's for instance.
         ValueError: the training set does not fit the model or the batches; the image processor does what training
-            can't or cuts images in another way than evaluation; PEFT has changed the model; or `compute_loss_func`,
-            `model_init` or `preprocess_logits_for_metrics` is given, which can't be honoured. Before anything starts.
+            can't or cuts images in another way than evaluation; PEFT has changed the model; there is both a model and
+            `model_init`, or neither; or `compute_loss_func` or `preprocess_logits_for_metrics` is given, which can't
+            be honoured. Before anything starts.
+        TypeError: `model` or `args` is something else.
     """
 
-    def __init__(self, model, args, train_dataset=None, eval_dataset=None, **kwargs):
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        model_init=None,
+        data_settings=None,
+        **kwargs,
+    ):
         check_trainer_arguments(kwargs)
+        args = VPTSPTrainingArguments() if args is None else args
         if not isinstance(args, VPTSPTrainingArguments):
             raise TypeError(f"args must be a VPTSPTrainingArguments, got {type(args).__name__}")
         check_arguments(args)  # they may have been changed since they were made
+        if (model is None) == (model_init is None):
+            raise ValueError(f"VPTSPTrainer needs a model or a model_init, got {'none' if model is None else 'both'}")
+        if model_init is not None and any(kwargs.get("optimizers") or ()):
+            raise ValueError("optimizers must be left out with model_init: they are of another model's parameters")
+        given = {
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "data_settings": data_settings,
+            **kwargs,
+        }
+        self._given = {**given, "callbacks": copy.deepcopy(kwargs.get("callbacks"))} if model_init else None
+        model = new_model(model_init, args.seed) if model is None else model
+        _check_model(model, train_dataset)
         refuse_other_adapters(model)
         refuse_other_model(args.output_dir, model.config.backbone)
         kwargs["data_collator"] = kwargs.get("data_collator") or collate_images
@@ -80,18 +116,26 @@ class VPTSPTrainer(EvaluatingTrainer):
         eval_dataset = self._evaluated(eval_dataset)
         if args.push_to_hub:
             model.require_shareable()
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_settings": data_settings}
+        super().__init__(model=model, args=args, **data, **kwargs)
+        self._next_model, self.model_init = model, model_init
         if train_dataset is not None:
             self._check_train_dataset()
             self._check_loss()
+            check_head_init(args.head_init, model.config)
         if self.processing_class is not None:
             self._normalise = Normalisation.of(self.processing_class)
             for part in data_sets_in(self.eval_dataset):
                 check_geometry(self.processing_class, getattr(part, "transform", None))
         self._output = None
-        self._offloaded = model.offloaded_class_prompts
-        self._ahead = None
-        prepare_class_prompts(self)
+        self._averages = None
+        if args.ema_decay is not None:
+            self._averages = AveragedWeights(self, args.ema_decay)
+            self.add_callback(self._averages)
+        self._ahead = self._offloaded = None
+        if model.retriever_prefix:
+            self._offloaded = model.offloaded_class_prompts
+            prepare_class_prompts(self)
 
     def _check_train_dataset(self):
         dataset, num_classes = self.train_dataset, self.model.config.num_classes
@@ -146,13 +190,134 @@ class VPTSPTrainer(EvaluatingTrainer):
     # ---- Training
 
     def train(self, *args, **kwargs):
-        """As `Trainer.train`; with mixed precision, frozen weights are in the half precision meanwhile."""
+        """As `Trainer.train`; with mixed precision, frozen weights are in the half precision meanwhile.
+
+        With `model_init`, each training has a new model. With `ema_decay`, the model has the averages at the end.
+        """
+        if not self.model.retriever_prefix:
+            raise TypeError(
+                f"model is a {type(self.model).__name__}, which can be evaluated: training needs a "
+                "VPTSPForMetricLearning, whose from_pretrained takes a retriever too"
+            )
+        self._take_new_model()
+        if self.args.head_init != "xavier" and not self.model.retriever.is_new:
+            raise ConfigError(
+                f"head_init {self.args.head_init} is for a new model, but this one has been tuned: leave it out"
+            )
         self.model.refuse_unheard_hooks()
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         if self.model.config.save_backbone:  # checkpoints hold the backbone, in full precision
             dtype = None
+        if self._averages is not None:
+            self._averages.begin()
         with frozen_weights_in(dtype, self.model):
-            return super().train(*args, **kwargs)
+            outcome = super().train(*args, **kwargs)
+        if self._averages is not None:
+            self._averages.settle()
+        return outcome
+
+    def _take_new_model(self):
+        """With `model_init`, the first training has the model that the constructor made, each further one its own."""
+        if self.model_init is None or self._next_model is not None:
+            return
+        model = new_model(self.model_init, self.args.seed)
+        _check_model(model, self.train_dataset)
+        refuse_other_adapters(model)
+        self.model = self.model_wrapped = self._next_model = model
+        self.optimizer = self.lr_scheduler = None
+        if self.train_dataset is not None:
+            self._check_train_dataset()
+            self._check_loss()
+            check_head_init(self.args.head_init, model.config)
+        self._offloaded, self._ahead, self._normalise = model.offloaded_class_prompts, None, None
+        if self.processing_class is not None:
+            self._normalise = Normalisation.of(self.processing_class)
+        for callback in [c for c in self.callback_handler.callbacks if isinstance(c, ClassPromptCallback)]:
+            self.remove_callback(callback)
+        prepare_class_prompts(self)
+
+    def call_model_init(self, trial=None):
+        """The model of the training that begins, which `train` has made of `model_init` and checked."""
+        model, self._next_model = self._next_model, None
+        return super().call_model_init(trial) if model is None else model
+
+    def carry_on(self):
+        super().carry_on()
+        model = self.model.retriever
+        if self._resumed_from is None:
+            dataset = as_evaluated(self.train_dataset, self.processing_class)
+            start_head(model, self.args.head_init, lambda: self._head_inputs(dataset))
+        model.is_new = False
+
+    def _head_inputs(self, dataset):
+        columns = self._embed_all(
+            dataset, "Features for pca", embed=lambda pixel_values: head_inputs(self.model.retriever, pixel_values)
+        )
+        return columns[0][columns[2]]
+
+    def shared_weights(self):
+        return nullcontext() if self._averages is None else self._averages.in_place()
+
+    def hyperparameter_search(
+        self,
+        hp_space=None,
+        compute_objective=None,
+        n_trials=20,
+        direction=None,
+        backend="optuna",
+        hp_name=None,
+        **kwargs,
+    ):
+        """Train a model of `model_init` for each of several settings, and say which was best; by Optuna.
+
+        Each trial is a run of its own, with a trainer of its own in a folder of its own in `output_dir` (`run-0` and
+        so on). This trainer and its arguments stay as they are: give the best hyperparameters to another run.
+
+        Args:
+            hp_space: Function of an `optuna.Trial` that gives values of fields of `VPTSPTrainingArguments`; None for
+                both learning rates. What the model is, `model_init(trial)` says.
+            compute_objective: Function of the metrics of an evaluation; None for `metric_for_best_model`.
+            n_trials: Number of trials.
+            direction: `maximize` or `minimize`; None for what suits `metric_for_best_model`.
+            backend: `optuna`.
+            hp_name: Function of a trial that names its folder.
+            **kwargs: For `optuna.create_study` (`sampler`, `pruner`, `storage`, ...), and `timeout` and `catch` for
+                its `optimize`. Trials are pruned by the evaluations of their training.
+
+        Returns:
+            `transformers.trainer_utils.BestRun`, whose `run_summary` is the study; None on processes but the first.
+
+        Raises:
+            ImportError: Optuna is not installed.
+            OutputFolderError: a trial's folder holds an earlier run.
+            ValueError: there is no `model_init` or no `eval_dataset`; an argument is something else; or `hp_space`
+                gives what is no field, or no value of it.
+        """
+        if self.model_init is None:
+            raise ValueError("hyperparameter_search needs a model_init, which gives every trial a new model")
+        if self.eval_dataset is None:
+            raise ValueError("hyperparameter_search needs an eval_dataset, by which trials are compared")
+        if str(getattr(backend, "value", backend)) != "optuna":
+            raise ValueError(f"backend must be optuna, got {backend!r}")
+        metric = self.args.metric_for_best_model
+        if compute_objective is None:
+            name = f"eval_{metric.removeprefix('eval_')}"
+            compute_objective = operator.itemgetter(name)
+        direction = direction or ("maximize" if self.args.greater_is_better else "minimize")
+        if direction not in ("maximize", "minimize"):
+            raise ValueError(f"direction must be maximize or minimize, got {direction!r}")
+        if "n_jobs" in kwargs:
+            raise ValueError("n_jobs must be left out: trials in threads would share the random generators")
+
+        def make_trainer(model, args):
+            given = {**self._given, "callbacks": copy.deepcopy(self._given["callbacks"])}
+            return type(self)(model=model, args=args, **given)
+
+        def make_model(trial, seed):
+            return new_model(self.model_init, seed, trial)
+
+        options = (hp_space, compute_objective, n_trials, direction, hp_name, kwargs)
+        return search_hyperparameters(self.args, make_trainer, make_model, *options)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs, images_per_class=self.args.images_per_class, gather=self.args.world_size > 1)
@@ -232,7 +397,10 @@ class VPTSPTrainer(EvaluatingTrainer):
 
     def save_weights(self, folder):
         """Write what a checkpoint has of the model: all that training needs."""
-        self.model.save_pretrained(folder)
+        with self.shared_weights():
+            self.model.save_pretrained(folder)
+        if self._averages is not None and not self.args.save_only_model:
+            self._averages.save_raw(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         if self._offloaded is not None and not self.args.save_only_model:
@@ -240,12 +408,46 @@ class VPTSPTrainer(EvaluatingTrainer):
 
     def load_checkpoint(self, folder):
         self.model.load_saved(folder)
+        if self._averages is not None:
+            self._averages.load_raw(Path(folder))
         if self._offloaded is not None:
             self._offloaded.load_states(Path(folder) / CLASS_PROMPT_STATES_NAME)
 
     def load_best(self):
         check_files(self.state.best_model_checkpoint)
         self.model.load_saved(self.state.best_model_checkpoint)
+        if self._averages is not None:
+            self._averages.adopt()
+
+
+def new_model(model_init, seed, trial=None):
+    """A model of `model_init`, drawn with a seed.
+
+    Raises:
+        ValueError: the function takes more than a trial.
+    """
+    count = number_of_arguments(model_init)
+    if count > 1:
+        raise ValueError(f"model_init must be a function of no argument or of a trial, got one of {count}")
+    set_seed(seed)
+    return model_init(trial) if count else model_init()
+
+
+def _check_model(model, train_dataset):
+    """Refuse what is neither a training model nor a retriever, and a retriever that is to be trained.
+
+    A retriever may be of the code that came along with it, and so of a class of another module.
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) != "vptsp" or not hasattr(model, "retriever"):
+        kind = type(model).__name__
+        raise TypeError(f"model must be a VPTSPForMetricLearning, or a VPTSPModel to evaluate, got {kind}")
+    if not hasattr(model.retriever, "is_new"):
+        raise TypeError("model was loaded by code of another version: load it by VPTSPModel.from_pretrained")
+    if train_dataset is not None and not model.retriever_prefix:
+        raise TypeError(
+            f"model must be a VPTSPForMetricLearning where there is a train_dataset, got {type(model).__name__}; its "
+            "from_pretrained takes a retriever too, with num_classes=..."
+        )
 
 
 __all__ = ["VPTSPTrainer"]

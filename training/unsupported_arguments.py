@@ -46,14 +46,13 @@ NOT_OFFERED = {*REFUSED_FIELDS, "ddp_broadcast_buffers", "deepspeed", "fsdp", "f
 # Arguments of `Trainer.__init__` that can't be honoured.
 REFUSED_TRAINER_ARGUMENTS = {
     "compute_loss_func": "the loss is a field of the model's configuration, and own losses are registered",
-    "model_init": "give the model itself",
     "preprocess_logits_for_metrics": "compute_metrics gets embeddings, which nothing needs to be made of",
 }
 # Arguments of the Trainer's methods that can't be honoured.
 REFUSED_METHOD_ARGUMENTS = {
     "ignore_keys": "embeddings are the only output of an evaluation",
     "ignore_keys_for_eval": "embeddings are the only output of an evaluation",
-    "trial": "a search for hyperparameters needs a new model for each trial, and a folder",
+    "trial": "a search for hyperparameters gives each trial a trainer of its own, see hyperparameter_search",
 }
 _WITHOUT_WARMUP = {"constant": "constant_with_warmup", "reduce_lr_on_plateau": "another", "greedy": "another"}
 _UNSUPPORTED_OPTIM = ("galore", "apollo", "lomo", "schedule_free")

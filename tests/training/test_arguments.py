@@ -232,6 +232,7 @@ def test_options_of_another_schedule_are_said(tmp_path, caplog):
 
 TRAINER_ARGUMENTS = {
     "model": "needed",
+    "model_init": "test_hyperparameters.py::test_every_training_has_a_new_model",
     "args": "needed",
     "train_dataset": "every test of training",
     "eval_dataset": "every test of evaluation",
