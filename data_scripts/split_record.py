@@ -39,6 +39,7 @@ def record_splits(args: DataArguments, splits: Mapping[str, Any]) -> dict[str, A
         options["data_dir"] = str(Path(args.data_dir).expanduser().absolute())
     parts = {}
     for name, part in splits.items():
+        part = getattr(part, "as_given", part)  # clusters change
         table = getattr(part, "hf_dataset", None)
         classes: dict[str, list[str] | None] = dict.fromkeys(part.class_names)
         if table is not None:
