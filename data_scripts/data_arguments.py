@@ -116,7 +116,7 @@ class DataArguments(DatasetOptions, DatasetPlace):
             raise DataError(f"test_labels goes with labels none, got labels {self.labels}")
         if self.labels != "given" and self.streaming:
             raise DataError(
-                f"labels {self.labels} reads photos by row, and several times, which a stream can't: leave streaming out"
+                f"labels {self.labels} reads photos by row, several times, which a stream can't: leave streaming out"
             )
 
     def builder_options(self) -> dict[str, Any]:

@@ -6,8 +6,8 @@ Layouts (`layout="auto"` tells them by the names of the folders):
     train_test       root/train/<class>/..., root/test/<class>/...
     query_gallery    root/train/..., root/query/..., root/gallery/...
 
-With `labels="none"` the folders of training images say nothing, and images may lie anywhere below `root/train`; without
-splits, anywhere below `root`, and all train unless `test_labels` asks for a test of class folders.
+With `labels="none"` the folders of training images say nothing: they may lie anywhere below `root/train`, or without
+splits anywhere below `root`, and then all train unless `test_labels` asks for a test of class folders.
 
 A class may have a single image. In training it fills its places in a batch by repeating; in a test split it is a query
 that nothing can answer, which the metrics leave out and count. Class names sort by code point: `10` comes before `2`.

@@ -133,6 +133,15 @@ class ClusteredImages(ImageDataset):
         view.labels = np.zeros(len(self), dtype=np.int64)
         return view
 
+    @property
+    def skip_corrupt(self) -> bool:
+        """Whether photos that can't be read are skipped."""
+        return self._skipped is not None
+
+    def name_of(self, row: int) -> str:
+        """The name of a row's photo, as `skipped` has it."""
+        return self._stored(int(row))[1]
+
     def augmented_view(self, rows: np.ndarray, seed: int) -> "AugmentedView":
         """Some rows as training sees them, cropped and flipped by a seed."""
         return AugmentedView(self, rows, seed)

@@ -45,12 +45,10 @@ def split_unlabelled(found: Mapping[str, datasets.Dataset], config: ColumnsConfi
     }
     if layout != "classes":
         return split_given(parts, config, where)
-    every = "as they have no labels; " if config.labels == "partial" else "as they have no labels (or test_labels); "
-    config.refuse_split(f"classes, but with labels {config.labels} all rows of {where} train, {every}or name splits")
+    all_train = f"with labels {config.labels} all rows of {where} train, as nothing says which of them test"
+    config.refuse_split(f"classes, but {all_train}")
     if config.seen:
-        raise DataError(
-            f"class_split 'seen' splits labelled rows, but with labels {config.labels} all of {where} train"
-        )
+        raise DataError(f"class_split 'seen' splits labelled rows, but {all_train}")
     rows = joined_rows(list(parts.values()))
     return datasets.DatasetDict({"train": with_class_names(rows, where)})
 

@@ -95,7 +95,7 @@ def linked_groups(embeddings, groups=None, link_similarity=None):
     return _numbered(connected_components(graph, directed=False)[1])
 
 
-def cluster_photos(embeddings, plan, groups=None, given=None):
+def cluster_photos(embeddings, plan, groups=None, given=None, num_given=None):
     """Clusters of photos, beside classes that are given.
 
     Args:
@@ -103,6 +103,7 @@ def cluster_photos(embeddings, plan, groups=None, given=None):
         plan: [`ClusterPlan`].
         groups: As for [`linked_groups`].
         given: `(n,)` int64, the class of a photo whose class is known, else -1; None: no class is known.
+        num_given: Number of these classes; None: as many as occur.
 
     Returns:
         `(n,)` int64: classes as given, then the clusters, without a gap; -1 for photos that are left out.
@@ -130,7 +131,8 @@ def cluster_photos(embeddings, plan, groups=None, given=None):
     labels[chosen] = clusters[linked[chosen]]
     inside = chosen & (labels >= 0)
     if inside.any():
-        labels[inside] = _numbered(labels[inside]) + given.max(initial=-1) + 1
+        first = int(given.max(initial=-1)) + 1 if num_given is None else num_given
+        labels[inside] = _numbered(labels[inside]) + first
     return labels
 
 
