@@ -262,7 +262,8 @@ class _Table:
         if paths is None and rows.cache_files:
             fingerprint = hashlib.sha256(f"{self.name} {len(rows)} {rows.cache_files}".encode()).hexdigest()[:16]
         order = rows.column_names
-        rows = rows.remove_columns(image).add_column(
+        before = f"{image} before"  # removed last: a table without a column would have no rows
+        rows = rows.rename_column(image, before).add_column(
             image, stored, new_fingerprint=fingerprint, feature=datasets.Image(decode=False)
         )
         return rows.select_columns(order)

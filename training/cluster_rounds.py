@@ -181,8 +181,8 @@ def report_line(report) -> str:
 class ClusterRounds(TrainerCallback):
     """Begins the rounds of a trainer whose photos lack labels, each at an epoch, and keeps account of them.
 
-    Rounds begin at epochs `floor(E r / R)` of E, r = 0 ... R - 1. Rows of classes (proxies, their state, class prompts,
-    what an optimiser knows of them) follow the clusters that share most photos.
+    Rounds begin at epochs `floor(E r / R)` of E, r = 0 ... R - 1. Rows of classes (proxies, their state, class
+    prompts, what an optimiser knows of them) follow the clusters that share most photos.
 
     Args:
         trainer: A `VPTSPTrainer`, whose `train_dataset` is a `ClusteredImages` with the labels of the first round.

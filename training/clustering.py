@@ -12,6 +12,7 @@ import numpy as np
 
 CLUSTERINGS = ("kmeans", "hdbscan", "instances")
 _SILHOUETTE_PHOTOS = 2000
+_PHOTOS_PER_DIMENSION = 8
 _CANDIDATE_SIZES = (40, 28, 20, 14, 10, 7)  # mean photos of a cluster, among which `auto` chooses
 
 
@@ -48,7 +49,8 @@ def whitened(embeddings, dims):
 
     Args:
         embeddings: `(n, E)` float.
-        dims: D, at most; fewer where the embeddings don't have as many. 0 gives them as they are.
+        dims: D, at most; no more than one for 8 photos, since in as many directions as there are photos each is as far
+            from all others. 0 gives them as they are, and so do less than 16 photos.
 
     Returns:
         `(n, D)` float32, L2-normalised.
@@ -56,7 +58,8 @@ def whitened(embeddings, dims):
     from sklearn.decomposition import PCA
 
     values = np.asarray(embeddings, dtype=np.float32)
-    if dims:
+    dims = min(dims, len(values) // _PHOTOS_PER_DIMENSION)
+    if dims > 1:
         values = np.asarray(values, dtype=np.float64)
         most = np.linalg.matrix_rank(values - values.mean(axis=0))
         if most:
@@ -160,7 +163,7 @@ def _clusters_of(places, sizes, plan):
 
         if len(places) < plan.min_size:
             raise ValueError(
-                f"min_cluster_size must be at most the {len(places)} photos or groups, got {plan.min_size}"
+                f"min_cluster_size must be <= {len(places)}, the photos or groups, got {plan.min_size}"
             )
         return HDBSCAN(min_cluster_size=plan.min_size, cluster_selection_method="leaf", copy=True).fit_predict(places)
     count = plan.num_clusters or choose_number(places, sizes, plan.seed)
