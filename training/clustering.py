@@ -162,9 +162,7 @@ def _clusters_of(places, sizes, plan):
         from sklearn.cluster import HDBSCAN
 
         if len(places) < plan.min_size:
-            raise ValueError(
-                f"min_cluster_size must be <= {len(places)}, the photos or groups, got {plan.min_size}"
-            )
+            raise ValueError(f"min_cluster_size must be <= {len(places)}, the photos or groups, got {plan.min_size}")
         return HDBSCAN(min_cluster_size=plan.min_size, cluster_selection_method="leaf", copy=True).fit_predict(places)
     count = plan.num_clusters or choose_number(places, sizes, plan.seed)
     if count > len(places):

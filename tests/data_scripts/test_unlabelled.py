@@ -116,7 +116,7 @@ def test_partial_labels(load, root, tmp_path):
     with pytest.raises(DataError, match=r"1 classes of .* are in both training and test \('z'\)"):
         load("table", write_table(tmp_path / "d.csv", rows), labels="partial")
     rows[0][1] = "unlabelled"
-    with pytest.raises(DataError, match="row 0 has the class 'unlabelled', which stands for none"):
+    with pytest.raises(DataError, match="row 0 has the class 'unlabelled', a name that stands for no class"):
         load("table", write_table(tmp_path / "e.csv", rows), labels="partial")
     with pytest.raises(DataError, match="labels partial needs a column of labels"):
         load("table", write_table(tmp_path / "f.csv", [row[:1] for row in rows], ["image"]), labels="partial")
