@@ -43,22 +43,8 @@ def rounds_of(output):
     return json.loads((output / "rounds.json").read_text())
 
 
-WHOLE = [
-    "--clusters",
-    "6",
-    "--rounds",
-    "2",
-    "--test_labels",
-    "true",
-    "--save_strategy",
-    "steps",
-    "--save_steps",
-    "1",
-    "--save_total_limit",
-    "100",
-    "--rnn_dropout",
-    "0.2",
-]
+WHOLE = ["--clusters", "6", "--rounds", "2", "--test_labels", "true", "--save_strategy", "steps", "--save_steps", "1"]
+WHOLE += ["--save_total_limit", "100", "--rnn_dropout", "0.2"]
 
 
 @pytest.fixture(scope="module", params=["dense", "offloaded"])
