@@ -15,8 +15,8 @@ from transformers.training_args import trainer_log_levels
 
 from ..names.field_values import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SEED, Bounds, check_fields, check_value
 from ..names.registry import nearest
-from .clustering import CLUSTERINGS
 from .command_line import EVAL_METRICS
+from .photo_clusters import CLUSTERINGS
 from .unsupported_arguments import REFUSED_FIELDS, check_together, refuse_unsupported
 
 

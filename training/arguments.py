@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from .argument_values import EVAL_METRICS, check_arguments, check_packages
-from .clustering import CLUSTERINGS
+from .photo_clusters import CLUSTERINGS
 
 
 @dataclass
@@ -36,7 +36,7 @@ class VPTSPTrainingArguments(TrainingArguments):
         bootstrap_samples: Of the 95 % confidence intervals that come with `all`; 0 for no intervals.
         clustering: What takes the place of labels where photos lack them: clusters of `kmeans` or `hdbscan`, or
             `instances`, each photo a class.
-        clusters: How many of `kmeans`; None to choose by the silhouette, once.
+        clusters: How many of `kmeans`; None to choose by the silhouette, in the first round.
         min_cluster_size: Photos of a cluster of `hdbscan`, at least.
         cluster_dims: Whitened principal components that distances are measured in; 0 for embeddings as they are.
         cluster_keep: Share of the photos, those nearest the centre of their cluster, that take part with `kmeans`.

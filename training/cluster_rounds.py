@@ -17,7 +17,7 @@ from ..data_scripts.unlabelled import ClusterBatchSampler
 from ..files.atomic import write_json
 from .checkpoints import load_tree, random_state, save_tree, set_random_state
 from .class_rows import move_class_rows
-from .clustering import ClusterPlan, cluster_photos, follow_clusters, linked_groups
+from .photo_clusters import ClusterPlan, cluster_photos, follow_clusters, linked_groups
 from .run_errors import CheckpointError, ConfigError, TrainingError
 
 

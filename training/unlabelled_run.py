@@ -12,7 +12,7 @@ from ..eval.without_labels import cluster_stability, view_agreement
 from .arguments import VPTSPTrainingArguments
 from .checkpoints import check_files, last_checkpoint
 from .cluster_rounds import check_cluster_arguments, first_clusters, restore_clusters
-from .clustering import ClusterPlan, cluster_photos
+from .photo_clusters import ClusterPlan, cluster_photos
 from .run_errors import ConfigError
 from .trainer import VPTSPTrainer
 

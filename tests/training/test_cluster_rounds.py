@@ -192,7 +192,7 @@ def test_partial_labels_and_groups(images, arguments, tmp_path):
         ("--clustering hdbscan --clusters 4", "clusters is not read by clustering hdbscan, got 4"),
         ("--clustering instances --rounds 2", "rounds is not read by clustering instances, got 2"),
         ("--min_cluster_size 4", "min_cluster_size is not read by clustering kmeans, got 4"),
-        ("--clusters 1", "clusters must be an integer >= 2 or None, got 1"),
+        ("--clusters 1", "clusters must be an integer >= 2, got 1"),
         ("--labels given --rounds 2", "rounds is of training without labels, got 2 with labels given"),
         ("--clusters 5 --rounds 2 --loss pml.ProxyAnchorLoss --proxy_update none", "rounds must be 1 with the loss"),
     ],
