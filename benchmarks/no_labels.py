@@ -1,12 +1,12 @@
 """Photos without labels: clusters in rounds against what else costs the same, on several data sets and seeds.
 
     python benchmarks/no_labels.py --output runs/no_labels --backbone facebook/dinov2-small --seeds 0 1 2 \\
-        --data groceries=folder:photos/grocery cars=cars:photos/cars -- --image_size 112 --num_train_epochs 3
+        --data groceries=folder:photos/grocery cars=cars:photos/cars --image_size 112 --num_train_epochs 3
 
 A row is a way to do without labels (`METHODS`), and above them all the frozen backbone, below them all the same
 training with the labels. The labels of the classes that train are looked at by that last row alone; all are scored on
-the other classes. With `--curves` the number of clusters and of rounds are gone through as well, one at a time. What
-comes after `--` goes to `train.py`, and is the same for all.
+the other classes. With `--curves` the number of clusters and of rounds are gone through as well, one at a time. All
+other options go to `train.py`, and are the same for all.
 
 Each run is a process of its own and writes to `OUTPUT/<data>/<row>/seed-<n>/`, so the command can be stopped and given
 again: finished runs are kept, others go on from their last checkpoint, and failed ones are tried again.
@@ -14,7 +14,6 @@ again: finished runs are kept, others go on from their last checkpoint, and fail
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from compare_methods import check_earlier_run, finish, launch_process, markdown, summarise
@@ -126,8 +125,6 @@ def draw_curves(tables, path):
 
 
 def main(argv=None):
-    words = sys.argv[1:] if argv is None else list(argv)
-    options = words[words.index("--") + 1 :] if "--" in words else []
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -137,7 +134,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every row")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="rows; by default all")
     parser.add_argument("--curves", action="store_true", help="go through numbers of clusters too")
-    args = parser.parse_args(words[: words.index("--")] if "--" in words else words)
+    args, options = parser.parse_known_args(argv)
     try:
         data_sets = dict(map(data_options, args.data))
         methods = {name: METHODS[name] for name in args.methods} | (curve_methods() if args.curves else {})

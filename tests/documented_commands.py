@@ -131,7 +131,7 @@ def options_of(program) -> set[str]:
     return known | (options_of("vptsp train") if program in PASSED_ON else set())
 
 
-PASSED_ON = ("benchmarks/compare_methods.py", "benchmarks/choose_rates.py")
+PASSED_ON = ("benchmarks/compare_methods.py", "benchmarks/choose_rates.py", "benchmarks/no_labels.py")
 """What these don't know goes to `train.py`."""
 
 

@@ -14,7 +14,7 @@ CLUSTERINGS = ("kmeans", "hdbscan", "instances")
 _SILHOUETTE_PHOTOS = 2000
 _PHOTOS_PER_DIMENSION = 8
 _CANDIDATE_SIZES = (56, 40, 28, 20, 14, 10, 7, 5)  # mean photos of a cluster, among which one is chosen
-_GOOD_ENOUGH = 0.9  # of the best silhouette, which goes on rising slowly where clusters are blurred
+_GOOD_ENOUGH = 0.8  # of the best silhouette, which goes on rising slowly where clusters are blurred
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _kmeans(places, sizes, count, seed):
 
 
 def choose_number(places, sizes, seed=0):
-    """The least number of clusters at which k-means has nine tenths of the best silhouette (Rousseeuw, 1987).
+    """The least number of clusters at which k-means has four fifths of the best silhouette (Rousseeuw, 1987).
 
     Args:
         places: `(n, D)` float32, what is clustered.
