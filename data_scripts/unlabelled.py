@@ -62,6 +62,7 @@ class ClusteredImages(ImageDataset):
     Attributes:
         given: `(n,)` int64, the class that is given, -1 for none.
         given_names: Their names, position = class.
+        linked: As `groups`, with whatever else was found to belong together.
 
     Raises:
         DataError: as `ImageDataset`.
@@ -80,7 +81,7 @@ class ClusteredImages(ImageDataset):
         self.given_names = [name for name in names if name != UNLABELLED]
         number = np.array([self.given_names.index(name) if name != UNLABELLED else -1 for name in names])
         self.given = number[self.labels]
-        self.groups = groups
+        self.groups = self.linked = groups
         self.labels = self.given
         self._eval_transform = eval_transform
         self._capacity = len(self.given_names)
@@ -137,10 +138,6 @@ class ClusteredImages(ImageDataset):
     def skip_corrupt(self) -> bool:
         """Whether photos that can't be read are skipped."""
         return self._skipped is not None
-
-    def name_of(self, row: int) -> str:
-        """The name of a row's photo, as `skipped` has it."""
-        return self._stored(int(row))[1]
 
     def augmented_view(self, rows: np.ndarray, seed: int) -> "AugmentedView":
         """Some rows as training sees them, cropped and flipped by a seed."""

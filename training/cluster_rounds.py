@@ -72,7 +72,7 @@ def first_clusters(images, embeddings, readable, args):
     """Cluster photos by what the backbone alone makes of them, and set their labels for the first round.
 
     Args:
-        images: A `ClusteredImages`; also gets what always stays together as its `groups`.
+        images: A `ClusteredImages`; also gets what always stays together as its `linked`.
         embeddings: `(n, E)` float array, L2-normalised.
         readable: `(n,)` bool array: photos that could be read; the others are left out.
         args: `VPTSPTrainingArguments`.
@@ -86,7 +86,7 @@ def first_clusters(images, embeddings, readable, args):
         groups = None if images.groups is None else images.groups[rows]
         linked = np.full(len(images), -1, dtype=np.int64)
         linked[rows] = linked_groups(embeddings[rows], groups, args.link_similarity)
-        images.groups = linked
+        images.linked = linked
     try:
         labels = _agreed(args, images, embeddings, readable, args.clusters)
     except ValueError as error:
@@ -115,7 +115,7 @@ def _agreed(args, images, embeddings, readable, num_clusters):
             args.clustering, num_clusters, args.min_cluster_size, args.cluster_dims, args.cluster_keep, seed=args.seed
         )
         rows = np.flatnonzero(readable)
-        groups = None if images.groups is None else images.groups[rows]
+        groups = None if images.linked is None else images.linked[rows]
         labels = images.given.copy()
         try:
             labels[rows] = cluster_photos(embeddings[rows], plan, groups, images.given[rows], len(images.given_names))
@@ -148,7 +148,7 @@ def restore_clusters(images, folder):
         images.assign(saved["labels"], saved["capacity"])
     except ValueError as error:
         raise CheckpointError(f"{folder} has clusters of other photos: {error}") from error
-    images.groups = saved["groups"]
+    images.linked = saved["linked"]
     return saved["round"], saved["reports"]
 
 
@@ -252,7 +252,7 @@ class ClusterRounds(TrainerCallback):
         """Write round, labels and reports into a checkpoint."""
         images = self.images
         saved = {"round": self.number, "labels": images.labels, "capacity": images.num_classes}
-        save_tree(folder, CLUSTERS_NAME, {**saved, "groups": images.groups, "reports": self.reports})
+        save_tree(folder, CLUSTERS_NAME, {**saved, "linked": images.linked, "reports": self.reports})
 
     def load(self, folder):
         """Go on with those of a checkpoint.

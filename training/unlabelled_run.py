@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from torch.utils.data import Subset
 
 from ..data_scripts.preprocessing import build_image_processor
 from ..eval.without_labels import cluster_stability, view_agreement
@@ -58,18 +59,21 @@ def prepare_clusters(images, training_args, data_args, build):
         restore_clusters(images, folder)
         return
     options = {name: getattr(training_args, name) for name in _EMBEDDING_ARGUMENTS}
-    model = build(2)
-    trainer = VPTSPTrainer(
-        model=model,
-        args=VPTSPTrainingArguments(**options, eval_strategy="no", save_strategy="no"),
-        processing_class=build_image_processor(
-            data_args.image_size,
-            data_args.resize_size,
-            model.config.backbone,
-            model.config.backbone_revision,
-            token=training_args.hub_token,
-        ),
-    )
+    try:
+        model = build(2)
+        trainer = VPTSPTrainer(
+            model=model,
+            args=VPTSPTrainingArguments(**options, eval_strategy="no", save_strategy="no"),
+            processing_class=build_image_processor(
+                data_args.image_size,
+                data_args.resize_size,
+                model.config.backbone,
+                model.config.backbone_revision,
+                token=training_args.hub_token,
+            ),
+        )
+    except (ValueError, OSError, ImportError) as error:
+        raise ConfigError(str(error)) from error
     with trainer.backbone_alone():
         embeddings, _, readable = trainer.embed(images.eval_view, "Embedding to cluster", with_unreadable=True)
     first_clusters(images, embeddings.numpy(), readable.numpy(), training_args)
@@ -83,9 +87,8 @@ def scores_without_labels(trainer, prefix):
     images, args = trainer.train_dataset, trainer.args
     rows = np.unique(np.linspace(0, len(images) - 1, min(len(images), MOST_PHOTOS)).astype(int))
     if images.skip_corrupt:  # in a view, another photo would take its place
-        skipped = set(images.skipped)
-        names = [images.name_of(row) for row in rows]
-        rows = np.array([row for row, name in zip(rows, names, strict=True) if name not in skipped], dtype=int)
+        _, _, readable = trainer.embed(Subset(images.eval_view, rows.tolist()), "Embedding photos", True)
+        rows = rows[readable.numpy()]
     views = [trainer.embed(images.augmented_view(rows, seed), "Embedding views")[0] for seed in (1, 2)]
     clusters = max(min(trainer.rounds.reports[0]["clusters"], len(rows) // 2), 2)
     seeds = (args.seed, args.seed + 1)

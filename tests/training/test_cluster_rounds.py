@@ -75,6 +75,7 @@ def test_a_run_in_rounds(whole):
         assert saved["round"] == report["round"]
         assert (len(sizes), sizes.min(), sizes.max()) == (6, report["smallest"], report["largest"])
         assert np.median(sizes) == report["median"]
+    assert "Training had no labels: 6 clusters of its photos took the place" in (output / "README.md").read_text()
     splits = json.loads((output / "splits.json").read_text())["splits"]
     assert {name: len(files) for name, files in splits["train"]["classes"].items()} == {"unlabelled": 24}
     assert set(splits["test"]["classes"]) == {"class4", "class5", "class6", "class7"}
@@ -144,6 +145,31 @@ def test_without_any_test(arguments, tmp_path, capsys):
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert not [name for name in results if "recall" in name]
     assert results["dataset"]["train_images"] == 48
+
+
+def test_photos_that_can_not_be_read_are_left_out(images, arguments, tmp_path):
+    photos = shutil.copytree(images, tmp_path / "photos")
+    (photos / "class3" / "2.png").write_bytes(b"no image")
+    words = [*arguments, "--data_dir", str(photos), "--clusters", "5", "--rounds", "2", "--skip_corrupt", "true"]
+    train.main([*words, "--output_dir", str(tmp_path / "run"), "--num_train_epochs", "2"])
+    assert [report["left_out"] for report in rounds_of(tmp_path / "run")] == [1, 1]
+    saved = load_tree(tmp_path / "run" / "checkpoint-24", "clusters")
+    assert np.flatnonzero(saved["labels"] < 0).tolist() == [3 * 6 + 2]
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert results["dataset"]["skipped_images"] == [str(photos / "class3" / "2.png")]
+
+
+def test_likeness_keeps_photos_together(arguments, tmp_path):
+    words = [*arguments, "--link_similarity", "0.97", "--clusters", "5", "--rounds", "2", "--num_train_epochs", "2"]
+    train.main([*words, "--output_dir", str(tmp_path / "run")])
+    saved = load_tree(tmp_path / "run" / "checkpoint-24", "clusters")
+    linked, labels = saved["linked"], saved["labels"]
+    assert 5 < linked.max() + 1 < 48
+    for number in range(linked.max() + 1):
+        assert len(set(labels[linked == number])) == 1
+    again = shutil.copytree(tmp_path / "run" / "checkpoint-12", tmp_path / "again" / "checkpoint-12").parent
+    train.main([*words, "--output_dir", str(again), "--resume_from_checkpoint", "true"])
+    assert rounds_of(again) == rounds_of(tmp_path / "run")
 
 
 def test_hdbscan_leaves_photos_out_and_keeps_room(arguments, tmp_path):
