@@ -34,6 +34,7 @@ from .data_scripts.torch_dataset import ImageDataset as ImageDataset
 from .data_scripts.torch_dataset import collate_images as collate_images
 from .data_scripts.transforms import EvalTransform as EvalTransform
 from .data_scripts.transforms import TrainTransform as TrainTransform
+from .data_scripts.unlabelled import ClusteredImages as ClusteredImages
 from .eval.attention import cls_attention as cls_attention
 from .eval.attention import save_attention as save_attention
 from .eval.clustering import clustering_metrics as clustering_metrics
@@ -77,6 +78,8 @@ from .eval.proxy_curves import save_proxy_movement as save_proxy_movement
 from .eval.summary import compute_retrieval_metrics as compute_retrieval_metrics
 from .eval.summary import embedding_metrics as embedding_metrics
 from .eval.summary import metric_folder as metric_folder
+from .eval.without_labels import cluster_stability as cluster_stability
+from .eval.without_labels import view_agreement as view_agreement
 from .losses.loss_registry import LOSSES as LOSSES
 from .losses.loss_registry import register_loss as register_loss
 from .modeling_vptsp import VPTSPModel as VPTSPModel
@@ -108,6 +111,7 @@ from .search.sync import update_index as update_index
 from .search.vector_index import Hit as Hit
 from .search.vector_index import IndexMismatchError as IndexMismatchError
 from .training.arguments import VPTSPTrainingArguments as VPTSPTrainingArguments
+from .training.cluster_rounds import first_clusters as first_clusters
 from .training.model import VPTSPForMetricLearning as VPTSPForMetricLearning
 from .training.model_registry import FAMILIES as FAMILIES
 from .training.model_registry import TUNINGS as TUNINGS

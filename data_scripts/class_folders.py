@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..files.marks import written_as
 from .data_errors import DataError, some
 from .image_files import SLOW_SECONDS, ImageFile, LeftOut, is_hidden, is_image_name, list_images, refuse_own_folder
+from .labels import UNLABELLED
 
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "class_of_path",
     "detect_layout",
     "existing_folder",
+    "has_split_folders",
     "say_loose",
     "scan_class_folders",
     "scan_split_folders",
@@ -206,6 +208,14 @@ def detect_layout(root: Path, layout: str = "auto") -> str:
     return "classes"
 
 
+def has_split_folders(root: Path, layout: str = "auto") -> bool:
+    """Whether a folder has those of a layout with splits, or is said to have them."""
+    if layout != "auto":
+        return layout in LAYOUT_SPLITS
+    names = {name.lower() for name in visible_folders(root)}
+    return any(names.issuperset(needed) for needed in LAYOUT_SPLITS.values())
+
+
 def _refuse_splits_as_classes(root: Path, folders: Collection[str], fitting: list[str]) -> None:
     splits = sorted(split_folders(folders))
     if splits:
@@ -217,12 +227,16 @@ def _refuse_splits_as_classes(root: Path, folders: Collection[str], fitting: lis
         )
 
 
-def scan_split_folders(root: Path, layout: str) -> dict[str, tuple[Path, dict[str, list[ImageFile]]]]:
+def scan_split_folders(
+    root: Path, layout: str, labelled: bool = True
+) -> dict[str, tuple[Path, dict[str, list[ImageFile]]]]:
     """Scan the split folders of the layouts `train_test` and `query_gallery`.
 
     Args:
         root: Folder that `detect_layout` gave `layout` for.
         layout: `train_test` or `query_gallery`.
+        labelled: Whether the folder train holds class folders; else its images may lie anywhere in it, and are of the
+            class `UNLABELLED`.
 
     Returns:
         Per split, its folder and `scan_class_folders` of it.
@@ -250,7 +264,16 @@ def scan_split_folders(root: Path, layout: str) -> dict[str, tuple[Path, dict[st
     left_out = LeftOut()
     for folder in _all_folders(root).values():
         left_out.takes(folder)
-    scanned = {split: (found[split], scan_class_folders(found[split], left_out)) for split in needed}
+    scanned = {
+        split: (found[split], scan_class_folders(found[split], left_out))
+        for split in needed
+        if labelled or split != "train"
+    }
+    if not labelled:
+        files = list_images(found["train"], left_out)
+        if not files:
+            raise DataError(f"no images in {found['train']}, which is to train")
+        scanned = {"train": (found["train"], {UNLABELLED: files}), **scanned}
     left_out.say(root)
     return scanned
 

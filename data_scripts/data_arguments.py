@@ -10,7 +10,7 @@ from .archives import archive_kind
 from .class_folders import LAYOUTS, detect_layout, existing_folder
 from .class_split import check_class_split, class_list_file
 from .data_errors import DataError
-from .dataset_options import DatasetOptions, option_names
+from .dataset_options import LABELS, DatasetOptions, LabelOptions, option_names
 from .dataset_registry import DATASETS, find_dataset, load_splits, refuse_unknown_options
 from .hub_places import hub_places
 from .image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
@@ -62,6 +62,10 @@ class DataArguments(DatasetOptions, DatasetPlace):
     skip_corrupt: bool = field(
         default=False, metadata={"help": "Leave out images that can't be read, and list them, instead of stopping."}
     )
+    group_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of a table without labels: photos of one value (a listing, a video) stay together."},
+    )
     image_size: int = field(default=224, metadata={"help": "Side in pixels of what the model sees."})
     resize_size: int | None = field(
         default=None,
@@ -91,6 +95,7 @@ class DataArguments(DatasetOptions, DatasetPlace):
         if self.layout not in LAYOUTS:
             raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         check_class_split(self.train_classes, self.test_classes, self.test_share, self.class_split)
+        self._check_labels()
         if self.digit_size < 8:
             raise DataError(f"digit_size must be >= 8, got {self.digit_size}")
         if self.image_size < 1:
@@ -103,19 +108,40 @@ class DataArguments(DatasetOptions, DatasetPlace):
         if not 0 < self.crop_scale_min <= 1:
             raise DataError(f"crop_scale_min must be above 0 and at most 1, got {self.crop_scale_min}")
 
+    def _check_labels(self) -> None:
+        if self.labels not in LABELS:
+            raise DataError(f"labels must be one of {', '.join(LABELS)}, got {self.labels!r}")
+        if self.labels == "given" and self.group_column is not None:
+            raise DataError(f"group_column is of training without labels, got {self.group_column!r} with labels given")
+        if self.test_labels and self.labels != "none":
+            raise DataError(f"test_labels goes with labels none, got labels {self.labels}")
+        if self.labels != "given" and self.streaming:
+            raise DataError(
+                f"labels {self.labels} reads photos by row, several times, which a stream can't: leave streaming out"
+            )
+
     def builder_options(self) -> dict[str, Any]:
         """The options for `load_splits`: those that differ from their defaults.
 
         An option that the data set does not take is in it too, so that it is refused and not silently ignored.
         """
         defaults = {item.name: item.default for item in fields(self) if item.default is not MISSING}
-        return {name: getattr(self, name) for name in BUILDER_OPTIONS if getattr(self, name) != defaults[name]}
+        given = {name: getattr(self, name) for name in BUILDER_OPTIONS if getattr(self, name) != defaults[name]}
+        takes_labels = set(option_names(LabelOptions)) <= set(find_dataset(self.dataset_name).options)
+        if self.labels == "none" and not takes_labels:  # every image has one, which `load_splits` puts away
+            del given["labels"]
+        return given
 
     def load_splits(self):
-        """`load_splits` with these arguments; see there."""
-        return load_splits(
+        """`load_splits` with these arguments; see there. With `labels` `none`, those of `train` are put away."""
+        splits = load_splits(
             self.dataset_name, self.data_dir, self.data_cache_dir, streaming=self.streaming, **self.builder_options()
         )
+        if self.labels == "none":
+            from .unlabelled_tables import without_labels  # slow to load
+
+            splits["train"] = without_labels(splits["train"])
+        return splits
 
 
 @cache

@@ -11,16 +11,21 @@ from .class_split import CLASS_SPLITS
 
 
 __all__ = [
+    "LABELS",
     "BenchmarkOptions",
     "ClassSplitOptions",
     "ColumnOptions",
     "DatasetOptions",
     "DigitsOptions",
     "HubOptions",
+    "LabelOptions",
     "LayoutOptions",
     "TableOptions",
     "option_names",
 ]
+
+
+LABELS = ("given", "none", "partial")
 
 
 @dataclass
@@ -60,6 +65,26 @@ class LayoutOptions(ClassSplitOptions):
     layout: str = field(
         default="auto",
         metadata={"help": f"Layout of class folders, or splits of a table: {', '.join(LAYOUTS)}."},
+    )
+
+
+@dataclass
+class LabelOptions:
+    """Options of data sets whose training images may lack labels.
+
+    Attributes:
+        labels: `given`; `none`: folders or columns say nothing of the classes of training images, which may lack them;
+            `partial`: rows with an empty cell have no class.
+        test_labels: Without training labels, split classes off as with them, and test on these.
+    """
+
+    labels: str = field(
+        default="given",
+        metadata={"help": f"Labels of training images: {', '.join(LABELS)} (some cells are empty)."},
+    )
+    test_labels: bool = field(
+        default=False,
+        metadata={"help": "With labels none, still split classes off (test_share, ...) to score on their labels."},
     )
 
 
@@ -112,7 +137,7 @@ class ColumnOptions(LayoutOptions):
 
 
 @dataclass
-class TableOptions(ColumnOptions):
+class TableOptions(ColumnOptions, LabelOptions):
     """Options of `TableImages`."""
 
     split_column: str | None = field(

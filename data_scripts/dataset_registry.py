@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..names.registry import Registry, nearest
 from .data_errors import DataError
-from .dataset_options import BenchmarkOptions, DigitsOptions, HubOptions, LayoutOptions, TableOptions, option_names
+from .dataset_options import (
+    BenchmarkOptions,
+    DigitsOptions,
+    HubOptions,
+    LabelOptions,
+    LayoutOptions,
+    TableOptions,
+    option_names,
+)
 from .sources import tar_names
 
 
@@ -56,7 +64,7 @@ DATASETS: Registry[DatasetEntry] = Registry(
         "folder": DatasetEntry(
             "folder:ImageFolders",
             "any folder of class folders; classes split here, or train/test, or train/query/gallery folders",
-            option_names(LayoutOptions),
+            (*option_names(LayoutOptions), *option_names(LabelOptions)),
         ),
         "cub": DatasetEntry(
             "benchmarks.cub:CUB200",

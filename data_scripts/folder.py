@@ -6,21 +6,32 @@ Layouts (`layout="auto"` tells them by the names of the folders):
     train_test       root/train/<class>/..., root/test/<class>/...
     query_gallery    root/train/..., root/query/..., root/gallery/...
 
+With `labels="none"` the folders of training images say nothing: they may lie anywhere below `root/train`, or without
+splits anywhere below `root`, and then all train unless `test_labels` asks for a test of class folders.
+
 A class may have a single image. In training it fills its places in a batch by repeating; in a test split it is a query
 that nothing can answer, which the metrics leave out and count. Class names sort by code point: `10` comes before `2`.
 """
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .builder import ClassSplitConfig, ImageDatasetBuilder
-from .class_folders import detect_layout, existing_folder, scan_class_folders, scan_split_folders
+from .class_folders import (
+    detect_layout,
+    existing_folder,
+    has_split_folders,
+    scan_class_folders,
+    scan_split_folders,
+)
 from .data_errors import DataError, some
-from .dataset_options import LayoutOptions
-from .image_files import say_shared_files
-from .listing import SplitListing, make_listing
+from .dataset_options import LabelOptions, LayoutOptions
+from .image_files import ImageFile, list_images, say_shared_files
+from .labels import UNLABELLED
+from .listing import FileRow, SplitListing, make_listing, make_row_listing
 from .table_files import refuse_table
 
 
@@ -30,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ImageFoldersConfig(LayoutOptions, ClassSplitConfig):
+class ImageFoldersConfig(LayoutOptions, LabelOptions, ClassSplitConfig):
     """What `ImageFolders` is configured by."""
 
 
@@ -60,8 +71,12 @@ class ImageFolders(ImageDatasetBuilder):
     def _list_layout(cls, config: ImageFoldersConfig) -> SplitListing:
         refuse_table(config.data_dir)
         root = existing_folder(config.data_dir)
+        if config.labels == "partial":
+            raise DataError(f"labels partial is of tables with empty cells, but {root} is a folder: give a table")
+        if config.labels == "none" and not has_split_folders(root, config.layout) and not config.test_labels:
+            return _everything_trains(root, config, str(cls.VERSION))
         layout = detect_layout(root, config.layout)
-        options = {"dataset": "folder", "layout": layout, "version": str(cls.VERSION)}
+        options = {"dataset": "folder", "layout": layout, "labels": config.labels, "version": str(cls.VERSION)}
         if layout == "classes":
             classes = scan_class_folders(root)
             if len(classes) == 1:
@@ -77,7 +92,10 @@ class ImageFolders(ImageDatasetBuilder):
             f"the classes of the layout 'classes', but {root} has the layout {layout!r}, whose folders already say "
             "which classes train and which test"
         )
-        found = scan_split_folders(root, layout)
+        if config.labels == "none" and (config.seen or config.test_labels):
+            option = "class_split 'seen'" if config.seen else "test_labels"
+            raise DataError(f"{option} splits labelled images, but with labels none {root} has a test of its own")
+        found = scan_split_folders(root, layout, labelled=config.labels != "none")
         if config.seen and layout == "train_test":
             found = {"train": found["train"], "query": found["test"], "gallery": found["train"]}
         class_names = {
@@ -95,9 +113,31 @@ class ImageFolders(ImageDatasetBuilder):
             _check_queries(found["query"][1], found["gallery"][1], str(root))
         else:
             _warn_of_few_classes(class_names["test"], str(root))
+        if config.labels == "none":
+            rows = {split: _rows(folder, classes) for split, (folder, classes) in found.items()}
+            return make_row_listing(rows, class_names, options)
         return make_listing(
             {split: (str(folder), classes) for split, (folder, classes) in found.items()}, class_names, options
         )
+
+
+def _rows(folder: Path, classes: Mapping[str, Sequence[ImageFile]]) -> Iterator[FileRow]:
+    """The images of a split folder; those of no class lie directly in it, or anywhere."""
+    for class_name, files in classes.items():
+        place = folder if class_name == UNLABELLED else folder / class_name
+        for file in files:
+            yield FileRow(class_name, f"{place}/{file.path}", file.size, file.mtime_ns)
+
+
+def _everything_trains(root: Path, config: ImageFoldersConfig, version: str) -> SplitListing:
+    """All images below a folder, of no class, to train on; there is no test."""
+    config.refuse_split(f"classes, but with labels none all images of {root} train; test_labels true splits them off")
+    files = list_images(root)
+    if not files:
+        raise DataError(f"no images in {root}; expected files ending in .jpg, .png or another known image extension")
+    class_names = {"train": [UNLABELLED], "test": []}
+    options = {"dataset": "folder", "layout": "classes", "labels": config.labels, "version": version}
+    return make_row_listing({"train": _rows(root, {UNLABELLED: files})}, class_names, options)
 
 
 def _check_queries(query: Mapping[str, Sequence], gallery: Mapping[str, Sequence], root: str) -> None:

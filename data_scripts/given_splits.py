@@ -26,9 +26,11 @@ from .table_columns import IMAGE_NAMES, LABEL_NAMES, choose_column, free_name
 __all__ = [
     "ColumnsConfig",
     "LazySplits",
+    "choose_layout",
+    "choose_splits",
     "further_columns",
     "image_column_of",
-    "joined",
+    "joined_rows",
     "labels_of",
     "named_columns",
     "split_given",
@@ -90,8 +92,8 @@ def split_given(found: Mapping[str, Any], config: ColumnsConfig, where: str):
     """
     if config.layout not in LAYOUTS:
         raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {config.layout!r}")
-    layout = _choose_layout(found, config, where)
-    chosen = _choose_splits(found, config, where, layout)
+    layout = choose_layout(found, config, where)
+    chosen = choose_splits(found, config, where, layout)
     wanted = [name for names in chosen.values() for name in names]
     left = [name for name in found if name not in wanted]
     if left:
@@ -100,7 +102,7 @@ def split_given(found: Mapping[str, Any], config: ColumnsConfig, where: str):
     labels = {name: labels_of(split, f"{where}, split {name}") for name, split in splits.items()}
     names = _ordered_names(splits, labels, where)
     parts = {
-        role: _Part(joined([splits[name] for name in of_role]), [x for name in of_role for x in labels[name]])
+        role: _Part(joined_rows([splits[name] for name in of_role]), [x for name in of_role for x in labels[name]])
         for role, of_role in chosen.items()
     }
     if layout == "classes":
@@ -210,7 +212,8 @@ def _with_same_columns(splits: dict[str, Any], where: str) -> dict[str, Any]:
 # ---- splits
 
 
-def _choose_layout(splits: Mapping[str, Any], config: ColumnsConfig, where: str) -> str:
+def choose_layout(splits: Mapping[str, Any], config: ColumnsConfig, where: str) -> str:
+    """The layout that splits of these names have: `classes` where nothing says which rows test."""
     if config.layout != "auto":
         layout = config.layout
     elif config.test_split is not None:
@@ -234,7 +237,7 @@ def _choose_layout(splits: Mapping[str, Any], config: ColumnsConfig, where: str)
     return layout
 
 
-def _choose_splits(splits: Mapping[str, Any], config: ColumnsConfig, where: str, layout: str) -> dict[str, list[str]]:
+def choose_splits(splits: Mapping[str, Any], config: ColumnsConfig, where: str, layout: str) -> dict[str, list[str]]:
     """The splits that a layout takes, by what they are for; of the layout `classes`, `train` are all of them."""
     if layout == "classes" and config.train_split is None:
         if len(splits) > 1:
@@ -265,8 +268,8 @@ def split_names(option: str | None, default: str) -> list[str]:
     return [name.strip() for name in (default if option is None else option).split("+")]
 
 
-def joined(splits: list):
-    """The rows of several splits, of the same columns, one after another."""
+def joined_rows(splits: list):
+    """The rows of several splits as one data set."""
     return splits[0] if len(splits) == 1 else datasets.concatenate_datasets(splits)
 
 

@@ -23,7 +23,7 @@ import datasets
 from .class_folders import LAYOUTS
 from .data_errors import DataError, some
 from .dataset_options import HubOptions
-from .given_splits import ColumnsConfig, LazySplits, joined, named_columns, split_given, split_names
+from .given_splits import ColumnsConfig, LazySplits, joined_rows, named_columns, split_given, split_names
 from .hub_places import HubPlace, hub_places
 from .label_names import labels_by_name
 from .retrieval_sets import read_retrieval_set, retrieval_parts
@@ -125,7 +125,7 @@ def _splits_for(role: str, splits: Mapping[str, Any], config: HubImagesConfig, w
     if left := [name for name in splits if name not in wanted]:
         logger.warning("%s: of its splits, %s is taken, and not %s", where, some(wanted), some(left))
     return {
-        part: joined([named_columns(splits[name], config, f"{where}, split {name}") for name in names])
+        part: joined_rows([named_columns(splits[name], config, f"{where}, split {name}") for name in names])
         for part, names in chosen.items()
     }
 

@@ -9,6 +9,7 @@ from .preprocessing import geometry_of
 from .streaming import StreamedImages
 from .torch_dataset import ImageDataset
 from .transforms import EvalTransform, TrainTransform
+from .unlabelled import ClusteredImages, group_numbers
 
 
 __all__ = ["image_datasets", "images_of", "make_transforms"]
@@ -23,18 +24,21 @@ def make_transforms(args: DataArguments) -> tuple[TrainTransform, EvalTransform]
 
 
 def image_datasets(args: DataArguments) -> dict[str, ImageDataset | StreamedImages]:
-    """All splits, with the transforms that the arguments ask for: that of training for `train`."""
+    """All splits, with the transforms that the arguments ask for: that of training for `train`, which is a
+    `ClusteredImages` where photos lack labels."""
     train_transform, eval_transform = make_transforms(args)
     dataset_class = StreamedImages if args.streaming else ImageDataset
-    return {
-        name: dataset_class(
-            split,
-            train_transform if name == "train" else eval_transform,
-            skip_corrupt=args.skip_corrupt,
-            max_image_pixels=args.max_image_pixels,
-        )
-        for name, split in args.load_splits().items()
+    options = {"skip_corrupt": args.skip_corrupt, "max_image_pixels": args.max_image_pixels}
+    splits = args.load_splits()
+    images = {
+        name: dataset_class(split, train_transform if name == "train" else eval_transform, **options)
+        for name, split in splits.items()
+        if name != "train" or args.labels == "given"
     }
+    if args.labels == "given":
+        return images
+    groups = group_numbers(splits["train"], args.group_column, f"the data set {args.dataset_name!r}")
+    return {"train": ClusteredImages(splits["train"], train_transform, eval_transform, groups, **options), **images}
 
 
 def images_of(dataset, where: str, processor=None, image_size: int | None = None, training: bool = False):

@@ -11,10 +11,12 @@ import numpy as np
 from .data_errors import DataError
 
 
-__all__ = ["NO_CLASS", "check_class_name", "check_label", "check_labels"]
+__all__ = ["NO_CLASS", "UNLABELLED", "check_class_name", "check_label", "check_labels"]
 
 NO_CLASS = ("nan", "NaN", "null", "NULL", "None", "<NA>")
 """What tools write in place of nothing: no names of classes."""
+UNLABELLED = "unlabelled"
+"""The class of images whose class nobody knows, in prepared tables and in the record of a run's splits."""
 _NEGATIVE = re.compile(r"-\d+")
 
 

@@ -42,6 +42,7 @@ def record_splits(args: DataArguments, splits: Mapping[str, Any]) -> dict[str, A
             options[name] = str(Path(options[name]).expanduser().absolute())
     parts = {}
     for name, part in splits.items():
+        part = getattr(part, "as_given", part)  # clusters change
         table = getattr(part, "hf_dataset", None)
         classes: dict[str, list[str] | None] = dict.fromkeys(part.class_names)
         if table is not None:

@@ -24,12 +24,13 @@ from .builder import quiet_progress
 from .class_folders import class_of_path, split_folders
 from .data_errors import DataError, some
 from .dataset_options import TableOptions
-from .given_splits import ColumnsConfig, LazySplits, image_column_of, named_columns, split_given
+from .given_splits import ColumnsConfig, LazySplits, choose_layout, image_column_of, named_columns, split_given
 from .hub import load_saved
 from .image_files import LeftOut, list_images, say_shared_files
 from .labels import check_class_name, check_label
 from .table_columns import IMAGE_NAMES, LABEL_NAMES, SPLIT_NAMES, choose_column, plain_value, typed_column
 from .table_files import metadata_files, missing_text, read_text_table, shortened, table_kind
+from .unlabelled_tables import split_unlabelled
 
 
 __all__ = ["TableImages", "TableImagesConfig", "read_tables"]
@@ -66,10 +67,13 @@ class TableImages:
         """
         is_frame = hasattr(data_dir, "columns")
         config = TableImagesConfig(data_dir=None if is_frame else data_dir, **options)
-        where, splits = read_tables(data_dir, config, cache_dir)
+        labelled = config.labels == "given" or config.test_labels
+        where, splits = read_tables(data_dir, config, cache_dir, labelled)
         if streaming:
             splits = LazySplits(splits, lambda name, split: split.to_iterable_dataset())
-        result = split_given(splits, config, where)
+        if config.test_labels and choose_layout(splits, config, where) != "classes":
+            raise DataError(f"test_labels splits classes off, but {where} already says which rows test: leave it out")
+        result = split_given(splits, config, where) if labelled else split_unlabelled(splits, config, where)
         sides = {name: _paths(split) for name, split in result.items() if name != "gallery" or not config.seen}
         say_shared_files(where, sides.pop("train"), itertools.chain(*sides.values()))
         return result
@@ -258,7 +262,8 @@ class _Table:
         if paths is None and rows.cache_files:
             fingerprint = hashlib.sha256(f"{self.name} {len(rows)} {rows.cache_files}".encode()).hexdigest()[:16]
         order = rows.column_names
-        rows = rows.remove_columns(image).add_column(
+        before = f"{image} before"  # removed last: a table without a column would have no rows
+        rows = rows.rename_column(image, before).add_column(
             image, stored, new_fingerprint=fingerprint, feature=datasets.Image(decode=False)
         )
         return rows.select_columns(order)

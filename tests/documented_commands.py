@@ -131,7 +131,9 @@ def options_of(program) -> set[str]:
     return known | (options_of("vptsp train") if program in PASSED_ON else set())
 
 
-PASSED_ON = tuple(f"benchmarks/{name}.py" for name in ("compare_methods", "choose_rates", "peers", "dependence"))
+PASSED_ON = tuple(
+    f"benchmarks/{name}.py" for name in ("compare_methods", "choose_rates", "peers", "dependence", "no_labels")
+)
 """What these don't know goes to `train.py`."""
 
 

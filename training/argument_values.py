@@ -16,6 +16,7 @@ from transformers.training_args import trainer_log_levels
 from ..names.field_values import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SEED, Bounds, check_fields, check_value
 from ..names.registry import nearest
 from .command_line import EVAL_METRICS
+from .photo_clusters import CLUSTERINGS
 from .unsupported_arguments import REFUSED_FIELDS, check_together, refuse_unsupported
 
 
@@ -35,6 +36,12 @@ TRAINING_BOUNDS = {
     **dict.fromkeys(("seed", "data_seed"), SEED),
     **dict.fromkeys(("cosine_epochs", "num_train_epochs"), POSITIVE),
     "local_rank": Bounds(-1),
+    "clusters": Bounds(2),
+    "min_cluster_size": Bounds(2),
+    "rounds": AT_LEAST_ONE,
+    "cluster_dims": NOT_NEGATIVE,
+    "cluster_keep": Bounds(0, 1, open_low=True),
+    "link_similarity": Bounds(-1, 1),
 }
 TRAINING_CHOICES = {
     "eval_metrics": EVAL_METRICS,
@@ -43,6 +50,7 @@ TRAINING_CHOICES = {
     "dataloader_multiprocessing_context": tuple(multiprocessing.get_all_start_methods()),
     "ddp_backend": ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl", "ccl"),
     "hub_strategy": ("end", "every_save"),
+    "clustering": CLUSTERINGS,
 }
 # Mappings, which the command line gives as JSON.
 JSON_FIELDS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from .argument_values import EVAL_METRICS, check_arguments, check_packages
+from .photo_clusters import CLUSTERINGS
 
 
 @dataclass
@@ -38,6 +39,15 @@ class VPTSPTrainingArguments(TrainingArguments):
         eval_metrics: What evaluations compute: `retrieval` (Recall@K, MAP@R, R-precision), or `all`: mAP@1000, NMI
             and F1 of k-means, distances and spectral decay as well, and confidence intervals.
         bootstrap_samples: Of the 95 % confidence intervals that come with `all`; 0 for no intervals.
+        clustering: What takes the place of labels where photos lack them: clusters of `kmeans` or `hdbscan`, or
+            `instances`, each photo a class.
+        clusters: How many of `kmeans`; None to choose by the silhouette, in the first round.
+        min_cluster_size: Photos of a cluster of `hdbscan`, at least.
+        cluster_dims: Whitened principal components that distances are measured in; 0 for embeddings as they are.
+        cluster_keep: Share of the photos, those nearest the centre of their cluster, that take part with `kmeans`.
+        rounds: How often photos are clustered; after the first time, by what has been tuned.
+        link_similarity: Photos at least as similar by the backbone alone (cosine) always share a cluster; None for
+            none.
         stream_buffer_size: Rows that the class-balanced batches of a stream are drawn from; None for enough.
         hub_strategy: With `push_to_hub`, upload the retriever at the `end`, or at `every_save` too. Checkpoints are
             never uploaded.
@@ -98,6 +108,23 @@ class VPTSPTrainingArguments(TrainingArguments):
     eval_metrics: str = field(default="retrieval", metadata={"help": "What evaluations compute: retrieval or all."})
     bootstrap_samples: int = field(
         default=2000, metadata={"help": "Of the confidence intervals that come with all metrics; 0 for none."}
+    )
+    clustering: str = field(
+        default="kmeans", metadata={"help": f"Of photos without labels: {', '.join(CLUSTERINGS)} (each a class)."}
+    )
+    clusters: int | None = field(
+        default=None, metadata={"help": "How many clusters kmeans makes; by default chosen by the silhouette."}
+    )
+    min_cluster_size: int = field(default=5, metadata={"help": "Photos of a cluster of hdbscan at least."})
+    cluster_dims: int = field(
+        default=64, metadata={"help": "Whitened principal components to cluster by; 0: embeddings as they are."}
+    )
+    cluster_keep: float = field(
+        default=1.0, metadata={"help": "Share of the photos, those nearest their centre, that kmeans leaves in."}
+    )
+    rounds: int = field(default=1, metadata={"help": "How often photos without labels are clustered in a run."})
+    link_similarity: float | None = field(
+        default=None, metadata={"help": "Photos as similar as this (cosine, backbone alone) share a cluster."}
     )
     stream_buffer_size: int | None = field(
         default=None, metadata={"help": "Rows that a stream's batches are drawn from; by default enough."}

@@ -27,6 +27,8 @@ data
   --test_classes NAME ...           classes that test, likewise
   --test_share SHARE                of the classes that test, where nothing says which; 0: all train [0.5]
   --class_split HOW                 first, alternate, random, or seen: all train, asked by other images [first]
+  --labels none                     training images have no labels; or partial: some cells are empty [given]
+  --clusters N                      that take the place of classes then; by default found by the silhouette
   --streaming true                  read the data as a stream, write no tables
   --skip_corrupt true               leave out images that can't be read, and list them
   --image_size PIXELS               side of what the model sees [224]
@@ -44,8 +46,6 @@ proxies and loss
   --num_class_prompts N             prompt tokens that each class has of its own [3]
   --class_prompt_store WHERE        dense, offloaded or auto [auto]
   --loss NAME                       proxy_anchor, proxy_nca, recall_at_k, hyperbolic, pml.NAME [proxy_anchor]
-  --loss_alpha X                    scale of proxy losses [32.0]
-  --loss_delta X                    margin of proxy losses [0.1]
 training
   --num_train_epochs N              passes over the training images [3.0]
   --per_device_train_batch_size N   images in a batch [64]

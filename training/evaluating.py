@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -138,19 +139,22 @@ class EvaluatingTrainer(SharingTrainer):
             output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self._extra_metrics(pair).items()})
         return output
 
-    def embed(self, dataset, description="Embedding"):
+    def embed(self, dataset, description="Embedding", with_unreadable=False):
         """Embed a data set, each image once whatever the number of processes.
 
         Args:
             dataset: An `ImageDataset`, a `StreamedImages`, or another with rows and a length, or with
                 `evaluation_batches(batch_size)`.
             description: For the progress bar.
+            with_unreadable: Keep the places of images that could not be read and were to be skipped.
 
         Returns:
             Embeddings `(n, E)` float32 and labels `(n,)` int64 on the CPU, in the data set's order, the same on every
-            process. Images that could not be read and were to be skipped are not among them.
+            process. Images that could not be read and were to be skipped are not among them, unless they keep their
+            places; then a third tensor, `(n,)` bool, says which could be read.
         """
-        return _readable(*self._embed_all(self._evaluated(dataset), description))
+        embedded = self._embed_all(self._evaluated(dataset), description)
+        return embedded if with_unreadable else _readable(*embedded)
 
     def _embed_all(self, dataset, description="Embedding", with_digests=False, embed=None):
         """As `embed`, of all images, with `(n,)` bool: which could be read.
@@ -309,9 +313,15 @@ class EvaluatingTrainer(SharingTrainer):
         """
         if self.model.config.changes_backbone and not self.model.retriever.is_new:
             raise ValueError("the backbone itself has been tuned: evaluate_backbone must come before training")
+        with self.backbone_alone():
+            return self.evaluate(eval_dataset, metric_key_prefix=metric_key_prefix)
+
+    @contextlib.contextmanager
+    def backbone_alone(self):
+        """Whatever is embedded meanwhile is what the backbone alone makes of it, without prompts or head."""
         self._backbone_only = True
         try:
-            return self.evaluate(eval_dataset, metric_key_prefix=metric_key_prefix)
+            yield
         finally:
             self._backbone_only = False
 

@@ -9,6 +9,7 @@ import numpy as np
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..data_scripts.streaming import StreamedImages
+from ..data_scripts.unlabelled import ClusteredImages
 from .run_errors import ConfigError
 
 
@@ -30,15 +31,19 @@ def fit_to_data(training_args, images, final_metrics="all"):
     Raises:
         ConfigError: there are too few classes to train on, or to test on.
     """
-    num_classes = images["train"].num_classes
+    clustered = isinstance(images["train"], ClusteredImages)
+    num_classes = images["train"].num_active if clustered else images["train"].num_classes
     if num_classes < 2:
         raise ConfigError(
             f"training needs at least two classes, got {num_classes} ({', '.join(images['train'].class_names)}): give "
             "more classes, another --test_share, or --test_share 0 to train on all of them"
         )
     notes = [_fit_batch(training_args, num_classes)]
+    if clustered:
+        notes.append(_without_choice(training_args))
     if set(images) == {"train"}:
-        notes.append(_without_test(training_args, num_classes))
+        kind = "no labelled images to test on" if clustered else f"all {num_classes} classes train"
+        notes.append(_without_test(training_args, kind))
     else:
         _check_answered(images, final_metrics)
     return [note for note in notes if note is not None]
@@ -61,13 +66,21 @@ def _fit_batch(args, num_classes):
     )
 
 
-def _without_test(args, num_classes):
+def _without_choice(args):
+    """Without labels the last model is the result: one chosen by test labels would have been trained on them."""
+    if not args.load_best_model_at_end:
+        return None
+    args.load_best_model_at_end = False
+    return "chosen            the last model: labels of test images choose none where training has no labels"
+
+
+def _without_test(args, kind):
     if args.save_strategy == SaveStrategy.BEST:
         raise ConfigError("save_strategy must be epoch, steps or no where nothing is tested (test_share 0), got best")
     args.eval_strategy = IntervalStrategy.NO
     args.do_eval = False
     args.load_best_model_at_end = False
-    return f"evaluation        none: all {num_classes} classes train"
+    return f"evaluation        none: {kind}"
 
 
 def _check_answered(images, final_metrics):

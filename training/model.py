@@ -194,9 +194,8 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
 
     def _loss(self, embeddings, similarity, groups):
         config, proxies = self.config, self.proxies
-        num_others = config.num_classes - len(groups.classes) if config.proxy_range == "all" else 0
-        state = proxies.state if config.proxy_update != "none" else None
-        with_others = (proxies.original_proxies, state, config.proxy_bias_ratio, groups.classes)
+        num_others = proxies.num_active - len(groups.classes) if config.proxy_range == "all" else 0
+        with_others = (*proxies.active(), config.proxy_bias_ratio, groups.classes)
         scale = (config.loss_alpha, config.loss_delta)
         if config.loss == "proxy_nca":
             others = others_per_image(embeddings, *with_others, *scale) if num_others else None

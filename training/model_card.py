@@ -322,6 +322,9 @@ def _scores(results, training_args) -> str | None:
             f" The checkpoint is the best of the run by {training_args.metric_for_best_model} on these same images, "
             "which flatters the tuned scores."
         )
+    if rounds := results.get("rounds"):
+        text += f" Training had no labels: {rounds[-1]['clusters']:,} clusters of its photos took the place of classes"
+        text += " beside those that some photos have." if rounds[-1]["given_classes"] else "."
     if with_intervals:
         text += " Intervals are those of a percentile bootstrap over classes."
     head = ["metric", "backbone alone", "tuned", *(["95 % interval"] if with_intervals else []), "what it is"]

@@ -95,7 +95,8 @@ class GRUUpdate(nn.Module):
 class SemanticProxies(nn.Module):
     """Original proxies O, the proxy state S and its update, and the proxies Q that the loss sees (paper section 3.2).
 
-    `original_proxies` (C, E) is a parameter; `state` (C, E) a buffer that only `commit` changes.
+    `original_proxies` (C, E) is a parameter; `state` (C, E) a buffer that only `commit` changes. Losses compare with
+    the first `num_active` of them, all unless somebody says less.
     """
 
     def __init__(self, config):
@@ -105,6 +106,7 @@ class SemanticProxies(nn.Module):
         self.keep = config.proxy_keep
         self.bias_ratio = config.proxy_bias_ratio
         shape = (config.num_classes, config.embedding_dim)
+        self.num_active = config.num_classes  # the first of them; more may be kept ready for clusters to come
         self.original_proxies = nn.Parameter(torch.empty(shape))
         if self.update != "none":
             self.register_buffer("state", torch.empty(shape))
@@ -189,10 +191,18 @@ class SemanticProxies(nn.Module):
         if proxy_range == "batch":
             original, state = original.index_select(0, classes), rows
         else:
-            state = None if rows is None else self.state.index_copy(0, classes, rows)
+            original, state = self.active()
+            state = None if rows is None else state.index_copy(0, classes, rows)
         if state is None:
             return F.normalize(original, dim=-1)
         return F.normalize(torch.lerp(state, original, self.bias_ratio), dim=-1)
+
+    def active(self):
+        """Original proxies and state (None without semantic proxies) of the classes that take part, `(A, E)` each."""
+        state = self.state if self.update != "none" else None
+        if self.num_active == len(self.original_proxies):
+            return self.original_proxies, state
+        return self.original_proxies[: self.num_active], None if state is None else state[: self.num_active]
 
     @torch.no_grad()
     def commit(self, classes, rows):

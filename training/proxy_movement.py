@@ -55,6 +55,19 @@ class ProxyMovement(TrainerCallback):
             self.records.append({"step": state.global_step, "epoch": state.epoch, **summary})
             self._before = now
 
+    def on_classes_moved(self, source, model):
+        """Compare each class with what it was under its earlier number; a new one with what it is now."""
+        now = _proxies(model)
+        taken = torch.full((len(now["Q"]),), -1, dtype=torch.int64)
+        taken[: len(source)] = torch.as_tensor(source)
+
+        def followed(name, rows):
+            kept = (taken >= 0).to(rows.device)[:, None]
+            return torch.where(kept, rows[taken.clamp(min=0).to(rows.device)], now[name])
+
+        self._start = {name: followed(name, rows) for name, rows in self._start.items()}
+        self._before = {name: followed(name, rows) for name, rows in self._before.items()}
+
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self._write(Path(args.output_dir))

@@ -23,8 +23,10 @@ from ..data_scripts.hub_places import hub_places
 from ..data_scripts.image_datasets import image_datasets
 from ..data_scripts.preprocessing import build_image_processor
 from ..data_scripts.split_record import SPLITS_NAME, has_seen_classes, record_splits
+from ..data_scripts.unlabelled import ClusteredImages
 from ..eval.evaluated_images import EvaluatedImages
 from ..loading_vptsp import resized_config
+from .cluster_rounds import report_line
 from .fitting import fit_to_data
 from .model import VPTSPForMetricLearning
 from .offloading import describe_class_prompts
@@ -36,6 +38,7 @@ from .run_pictures import draw_run
 from .run_record import record_data_arguments
 from .trainer import VPTSPTrainer
 from .tuned_counts import tuned_counts
+from .unlabelled_run import prepare_clusters, scores_line, scores_without_labels, warn_if_no_gain
 
 
 def build_model(model_fields, num_classes, image_size, token=None):
@@ -245,6 +248,15 @@ def run(model_fields, training_args, data_args, run_args, command):
     training_args.disable_tqdm |= not sys.stderr.isatty()  # in a log, bars are noise
     with _hub_token(training_args.hub_token):
         images = image_datasets(data_args)
+        if isinstance(images["train"], ClusteredImages):
+            fields = {**model_fields, "proxy_update": "none"}  # whose class prompts nobody needs yet
+            token = training_args.hub_token
+            prepare_clusters(
+                images["train"],
+                training_args,
+                data_args,
+                lambda num_classes: build_model(fields, num_classes, data_args.image_size, token),
+            )
         notes = fit_to_data(training_args, images, run_args.final_metrics)
         return _run(model_fields, training_args, data_args, run_args, command, images, notes)
 
@@ -291,6 +303,12 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
     frozen_evaluated = trainer.last_evaluated
     if tests and run_args.final_metrics == "all":
         check_classes_answered(trainer)
+    if trainer.rounds is not None:
+        with trainer.backbone_alone():
+            frozen |= scores_without_labels(trainer, "frozen")
+        table.say(scores_line("frozen backbone", frozen, "frozen"))
+        trainer.rounds.say = table.say
+        table.say(report_line(trainer.rounds.reports[0]))
     table.header()
     if tests:
         table.rows("frozen backbone", without_prefix(frozen, "frozen"))
@@ -298,6 +316,12 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
     final = trainer.evaluate(metric_key_prefix="final", eval_metrics=run_args.final_metrics) if tests else {}
     if tests:
         print_comparison(table, frozen, final, trainer)
+    if trainer.rounds is not None:
+        final |= scores_without_labels(trainer, "final") | {"rounds": trainer.rounds.reports}
+        table.say(scores_line("frozen backbone", frozen, "frozen"))
+        table.say(scores_line("tuned", final, "final"))
+        if is_main:
+            warn_if_no_gain({**frozen, **final})
     results = {
         **summary,
         **frozen,
@@ -337,6 +361,7 @@ def described_data(data_args, images):
     train = places.pop("train", None)
     dataset = {
         "name": data_args.dataset_name,
+        "labels": data_args.labels,
         "repo": None if train is None or train.is_folder else train.name,
         "revision": None if train is None else train.revision,
         "tested_on": [  # of a folder the last part alone, as results are shared

@@ -21,12 +21,14 @@ from ..data_scripts.preprocessing import check_geometry
 from ..data_scripts.sampler import ClassBalancedBatchSampler
 from ..data_scripts.streaming import StreamedImages
 from ..data_scripts.torch_dataset import collate_images
+from ..data_scripts.unlabelled import ClusteredImages
 from ..losses.loss_registry import find_loss
 from ..modeling_vptsp import refuse_other_adapters
 from .argument_values import check_arguments
 from .arguments import VPTSPTrainingArguments
 from .checkpoints import check_files
 from .class_prompts import CLASS_PROMPT_STATES_NAME
+from .cluster_rounds import ClusterRounds, refuse_cluster_arguments
 from .evaluating import EvaluatingTrainer
 from .evaluation_checks import data_sets_in
 from .half_precision import frozen_weights_in
@@ -136,6 +138,10 @@ class VPTSPTrainer(EvaluatingTrainer):
         if model.retriever_prefix:
             self._offloaded = model.offloaded_class_prompts
             prepare_class_prompts(self)
+        self.rounds = None
+        if isinstance(train_dataset, ClusteredImages):
+            self.rounds = ClusterRounds(self)
+            self.add_callback(self.rounds)
 
     def _check_train_dataset(self):
         dataset, num_classes = self.train_dataset, self.model.config.num_classes
@@ -150,6 +156,12 @@ class VPTSPTrainer(EvaluatingTrainer):
                 f"stream_buffer_size is of streams, got {self.args.stream_buffer_size} with a train_dataset that is "
                 "a table: leave it out"
             )
+        elif isinstance(dataset, ClusteredImages):
+            if not 0 < dataset.num_active <= dataset.num_classes == num_classes:
+                raise ValueError(
+                    f"num_classes of the model must be that of train_dataset, which has {dataset.num_active} clusters "
+                    f"of {dataset.num_classes} at most, got {num_classes}; first_clusters makes those of a first round"
+                )
         elif not hasattr(dataset, "labels"):
             raise ValueError("train_dataset must have `labels`, the class of every image; see ImageDataset")
         else:
@@ -157,6 +169,8 @@ class VPTSPTrainer(EvaluatingTrainer):
                 raise ValueError("train_dataset is empty")
             rule = f"labels of train_dataset must be in 0..{num_classes - 1} (num_classes of the model)"
             check_labels(dataset.labels, num_classes, rule)
+        if not isinstance(dataset, ClusteredImages):
+            refuse_cluster_arguments(self.args)
         self._train_batch_sampler()  # says so now if batches can't be drawn
 
     def _check_loss(self):
@@ -164,17 +178,23 @@ class VPTSPTrainer(EvaluatingTrainer):
         if images_per_class < (least := find_loss(loss).min_images_per_class):
             raise ValueError(f"images_per_class must be >= {least} with the loss {loss!r}, got {images_per_class}")
 
-    def _train_batch_sampler(self):
-        args, dataset = self.args, self.train_dataset
-        options = {
+    def sampler_options(self):
+        """What of the arguments decides which images are drawn for batches."""
+        args = self.args
+        return {
             "batch_size": args.train_batch_size * args.world_size,
             "images_per_class": args.images_per_class,
             "seed": args.seed if args.data_seed is None else args.data_seed,
             "rank": args.process_index,
             "world_size": args.world_size,
         }
+
+    def _train_batch_sampler(self):
+        dataset, options = self.train_dataset, self.sampler_options()
         if isinstance(dataset, StreamedImages):
-            return dataset.batch_sampler(**options, buffer_size=args.stream_buffer_size)
+            return dataset.batch_sampler(**options, buffer_size=self.args.stream_buffer_size)
+        if isinstance(dataset, ClusteredImages):
+            return dataset.batch_sampler(**options)
         return ClassBalancedBatchSampler(dataset.labels, **options)
 
     def get_train_dataloader(self):
@@ -406,12 +426,17 @@ class VPTSPTrainer(EvaluatingTrainer):
         if self._offloaded is not None and not self.args.save_only_model:
             self._offloaded.save_states(folder / CLASS_PROMPT_STATES_NAME)
 
+        if self.rounds is not None:
+            self.rounds.save(folder)
+
     def load_checkpoint(self, folder):
         self.model.load_saved(folder)
         if self._averages is not None:
             self._averages.load_raw(Path(folder))
         if self._offloaded is not None:
             self._offloaded.load_states(Path(folder) / CLASS_PROMPT_STATES_NAME)
+        if self.rounds is not None:
+            self.rounds.load(folder)
 
     def load_best(self):
         check_files(self.state.best_model_checkpoint)
