@@ -32,6 +32,7 @@ from ..eval.embedding_loop import embed_batches
 from ..loading_vptsp import name_today
 from ..modeling_vptsp import VPTSPModel, refuse_other_adapters
 from .model_names import check_model_name
+from .views import VIEWS, average_views, check_views, corner_crops
 
 
 # Entries of a saved image processor that say how it is run, not what it computes.
@@ -57,11 +58,13 @@ class ImagePreprocessor:
         processor: Image processor of transformers, as saved beside a model.
         image_size: Side S that the model takes.
         max_image_pixels: An image of more can't be read.
+        views: Of `VIEWS`: those with several crops give all of them.
     """
 
-    def __init__(self, processor, image_size, max_image_pixels=MAX_IMAGE_PIXELS):
+    def __init__(self, processor, image_size, max_image_pixels=MAX_IMAGE_PIXELS, views="one"):
         self.processor = processor
         self.image_size = image_size
+        self.num_crops, _ = VIEWS[check_views(views, processor)]
         self.max_image_pixels = check_pixel_limit(max_image_pixels)
 
     def __call__(self, image, name=None, channel_order="rgb"):
@@ -73,31 +76,52 @@ class ImagePreprocessor:
             channel_order: As for [`read_image`].
 
         Returns:
-            `(3, S, S)` float32.
+            `(3, S, S)` float32; of several crops `(crops, 3, S, S)`.
 
         Raises:
             ImageError: the image can't be read; the message names it.
-            TypeError, ValueError: not an image in one of these forms.
+            TypeError, ValueError: not an image in one of these forms; or preprocessed already, where several crops
+                are to be cut.
         """
         if isinstance(image, torch.Tensor) and image.is_floating_point():
+            if self.num_crops > 1:
+                raise ValueError(
+                    "a preprocessed image can't be cropped at other places: views must be 'one' or 'flip'"
+                )
             expected = (3, self.image_size, self.image_size)
             if tuple(image.shape) != expected:
                 raise ValueError(f"a preprocessed image must have shape {expected}, got {tuple(image.shape)}")
             return image.float()
-        image, options = self._shorten(read_image(image, name, self.max_image_pixels, channel_order))
-        # copied: a small tensor that keeps a view of numpy's memory can't be shared with the main process
-        return torch.tensor(self.processor(images=image, return_tensors="np", **options)["pixel_values"][0])
+        image = read_image(image, name, self.max_image_pixels, channel_order)
+        elongated = self._is_elongated(image)
+        centre = self._central(image, elongated)
+        if self.num_crops == 1:
+            return centre
+        size = self.processor.crop_size["height"]
+        return torch.stack([centre, *corner_crops(image, self._resized, size, elongated)])
 
-    def _shorten(self, image):
-        """An elongated image, cut as the processor would cut it once it had resized all of it; what is left to do."""
+    def _is_elongated(self, image):
+        """Whether all of an image, resized, would be many times what the processor then cuts out."""
         processor = self.processor
         short = dict(processor.size).get("shortest_edge") if processor.do_resize and processor.do_center_crop else None
         if short is None or max(self.image_size, processor.crop_size["height"]) > short:
-            return image, {}
-        if not is_elongated(*image.size, short, processor.crop_size["height"]):
-            return image, {}
-        image = central_crop(image, short, processor.crop_size["height"], Image.Resampling(processor.resample))
-        return image, {"do_resize": False, "do_center_crop": False}
+            return False
+        return is_elongated(*image.size, short, processor.crop_size["height"])
+
+    def _central(self, image, elongated):
+        """`(3, S, S)`; an elongated image is cut as the processor would cut it once it had resized all of it."""
+        if not elongated:
+            return self._process(image)
+        size, short = self.processor.crop_size["height"], self.processor.size["shortest_edge"]
+        image = central_crop(image, short, size, Image.Resampling(self.processor.resample))
+        return self._process(image, do_resize=False, do_center_crop=False)
+
+    def _resized(self, image):
+        return self._process(image, do_center_crop=False)
+
+    def _process(self, image, **options):
+        # copied: a small tensor that keeps a view of numpy's memory can't be shared with the main process
+        return torch.tensor(self.processor(images=image, return_tensors="np", **options)["pixel_values"][0])
 
 
 def read_image(image, name=None, max_image_pixels=MAX_IMAGE_PIXELS, channel_order="rgb"):
@@ -161,6 +185,8 @@ class Embedder:
         dtype: To compute in.
         batch_size: Images at a time.
         max_image_pixels: An image of more can't be read.
+        views: Whose embeddings are averaged: `one` (the central square), `flip` (and its mirror image), `five_crops`
+            (the centre and the corners), `ten_crops` (and their mirror images). Part of the fingerprint.
 
     Attributes:
         embedding_dim: E.
@@ -177,6 +203,7 @@ class Embedder:
         dtype=torch.float32,
         batch_size=64,
         max_image_pixels=MAX_IMAGE_PIXELS,
+        views="one",
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
@@ -185,12 +212,13 @@ class Embedder:
         config = model.config
         self.name = str(name)
         self.backbone_only = backbone_only
+        self.views = views
         self.batch_size = batch_size
         self.dtype = dtype
         self.device = torch.device(device) if device is not None else default_device()
-        self.preprocess = ImagePreprocessor(processor, config.backbone_config.image_size, max_image_pixels)
+        self.preprocess = ImagePreprocessor(processor, config.backbone_config.image_size, max_image_pixels, views)
         self.embedding_dim = config.pooled_dim if backbone_only else config.embedding_dim
-        self._fingerprint = model_fingerprint(model, processor, backbone_only)
+        self._fingerprint = model_fingerprint(model, processor, backbone_only, views)
         self.model = model.to(device=self.device, dtype=dtype).eval()
         self._running = threading.Lock()
         self._weights = self._fingerprint if dtype == torch.float32 else self._digest()
@@ -209,7 +237,7 @@ class Embedder:
         return self._fingerprint
 
     def _digest(self):
-        return model_fingerprint(self.model, self.preprocess.processor, self.backbone_only)
+        return model_fingerprint(self.model, self.preprocess.processor, self.backbone_only, self.views)
 
     @classmethod
     def from_pretrained(cls, name, *, revision=None, backbone=None, image_size=None, resize_size=None, **options):
@@ -227,7 +255,7 @@ class Embedder:
                 weights must be the same.
             image_size: Side in pixels of what the model sees, of a backbone only; None for the checkpoint's.
             resize_size: Short side in pixels, of a backbone only; None for 256 / 224 of its image size.
-            **options: `device`, `dtype`, `batch_size` and `max_image_pixels`, as for [`Embedder`].
+            **options: `device`, `dtype`, `batch_size`, `max_image_pixels` and `views`, as for [`Embedder`].
 
         Raises:
             DataError: the name is that of a folder, which is not there.
@@ -262,12 +290,18 @@ class Embedder:
 
     @torch.inference_mode()
     def embed_pixels(self, pixel_values):
-        """`(B, 3, S, S)` preprocessed images -> `(B, E)` float32 on the CPU, L2-normalised. Threads take turns."""
-        pixel_values = pixel_values.to(self.device, self.dtype, non_blocking=True)
+        """`(B, 3, S, S)` preprocessed images -> `(B, E)` float32 on the CPU, L2-normalised. Threads take turns.
+
+        Of several crops, `(B, crops, 3, S, S)`.
+        """
         with self._running:
-            if self.backbone_only:
-                return self.model.embed_with_backbone(pixel_values).float().cpu()
-            return self.model(pixel_values).embeddings.float().cpu()
+            return average_views(self._embed_view, pixel_values, self.views)
+
+    def _embed_view(self, pixel_values):
+        pixel_values = pixel_values.to(self.device, self.dtype, non_blocking=True)
+        if self.backbone_only:
+            return self.model.embed_with_backbone(pixel_values).float().cpu()
+        return self.model(pixel_values).embeddings.float().cpu()
 
     def embed_images(
         self, images, *, batch_size=None, num_workers=0, progress=False, channel_order="rgb", failed=None
@@ -323,12 +357,13 @@ class Embedder:
             return torch.cat([torch.empty(0, self.embedding_dim), *(embeddings for _, embeddings in embedded)])
 
     def description(self):
-        """Who made embeddings, for the files that hold them: dict of name, kind, fingerprint and dtype."""
+        """Who made embeddings, for the files that hold them: dict of name, kind, fingerprint, dtype and views."""
         return {
             "name": str(Path(self.name).resolve()) if Path(self.name).is_dir() else self.name,
             "kind": "backbone" if self.backbone_only else "retriever",
             "fingerprint": self.fingerprint,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "views": self.views,
         }
 
 
@@ -380,7 +415,7 @@ def default_device():
     return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def model_fingerprint(model, processor, backbone_only=False):
+def model_fingerprint(model, processor, backbone_only=False, views="one"):
     """Digest of everything that an embedding depends on beside the image.
 
     All values of all weights that take part (prompts, head, backbone), the layout of the prompts, the pooling, and the
@@ -390,6 +425,7 @@ def model_fingerprint(model, processor, backbone_only=False):
         model: `VPTSPModel` in float32.
         processor: Image processor of transformers.
         backbone_only: Whether prompts and head take no part.
+        views: Whose embeddings are averaged, of `VIEWS`.
 
     Returns:
         64 hexadecimal digits.
@@ -405,6 +441,8 @@ def model_fingerprint(model, processor, backbone_only=False):
     rotary = (name for name in _ROTARY_FIELDS if hasattr(config.backbone_config, name))
     architecture |= {name: getattr(config.backbone_config, name) for name in rotary}
     architecture |= {"pooling": config.pooling, "preprocessing": preprocessing}
+    if views != "one":  # which older versions, that knew no other, didn't say
+        architecture["views"] = views
     if not backbone_only:
         architecture["prompts"] = list(config.prompt_lengths)
         architecture |= {name: getattr(config, name) for name in _TUNING_FIELDS}

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data_scripts.data_errors import DataError, some
@@ -25,6 +24,7 @@ from ..files.locks import LOCK_FILE, locked
 from ..files.marks import INDEX_FILE
 from .index_factory import inverted_lists
 from .model_names import near_folders
+from .projection import unwrapped, wrapped
 from .records import check_files, load_record, save_record
 
 
@@ -55,6 +55,9 @@ class IndexInfo:
         format_version: Of this layout.
         files: Name -> `bytes` and `sha256` of the two; None where an older version saved.
         sources: Where items come from; see [`VectorIndex`].
+        projection: What is done to embeddings before they are compared: `kind` and `dim` of a [`Projection`],
+            `num_items` that it was learned from, `variance` that it keeps; None for nothing.
+        quantise: `int8` or `binary`, how vectors are kept; None for as they are, or as `factory` says.
     """
 
     factory: str
@@ -70,6 +73,8 @@ class IndexInfo:
     format_version: int = FORMAT_VERSION
     files: dict | None = field(default=None, metadata={"optional": True})
     sources: list[dict] | None = field(default=None, metadata={"optional": True})
+    projection: dict | None = field(default=None, metadata={"optional": True})
+    quantise: str | None = field(default=None, metadata={"optional": True})
 
     def __post_init__(self):
         self.sources = self.sources or []
@@ -108,13 +113,14 @@ def find_info(folder):
     return None
 
 
-def write_index(folder, index, table, info):
+def write_index(folder, index, table, info, projection=None):
     """Write a generation, make it the folder's, and delete the one before. The caller holds the lock.
 
     Args:
         folder: Existing folder, of an index or empty.
         index, table: As of [`RetrievalIndex`].
         info: Its generation, number of items and records of files are set anew.
+        projection: [`Projection`] that goes into the index's file, or None.
 
     Returns:
         The [`IndexInfo`] of what was written.
@@ -126,7 +132,7 @@ def write_index(folder, index, table, info):
     before = find_info(folder)
     info = replace(info, num_items=len(table), generation=0 if before is None else before.generation + 1, files=None)
     with atomic_path(folder / info.index_name) as path:
-        faiss.write_index(index, str(path))
+        faiss.write_index(wrapped(index, projection), str(path))
     with atomic_path(folder / info.metadata_name) as path:
         pq.write_table(table, path, compression="zstd")
     info.files = {name: file_record(folder / name) for name in (info.index_name, info.metadata_name)}
@@ -139,7 +145,7 @@ def write_index(folder, index, table, info):
 
 
 def read_index(folder, mmap, verify):
-    """Index, table and [`IndexInfo`] of a folder.
+    """Index, its [`Projection`] (or None), table and [`IndexInfo`] of a folder.
 
     Args:
         folder: Where it was saved.
@@ -181,7 +187,8 @@ def _read_generation(folder, info, mmap, verify):
         index = faiss.read_index(str(folder / info.index_name), flags)
         with pq.ParquetFile(folder / info.metadata_name) as file:
             table = file.read()
-    except (OSError, RuntimeError, pa.ArrowInvalid) as error:
+        index, projection = (index, None) if info.projection is None else _checked(*unwrapped(index), info)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the index in {folder} can't be read: {error}") from error
     if not index.ntotal == len(table) == info.num_items:
         raise DataError(
@@ -193,7 +200,16 @@ def _read_generation(folder, info, mmap, verify):
             check_tied(index, table, f"the index in {folder}")
         except ValueError as error:
             raise DataError(str(error)) from error
-    return index, table
+    return index, projection, table
+
+
+def _checked(index, projection, info):
+    """Index and projection, if they are those that `index.json` describes."""
+    shape = projection.transform.d_in, projection.dim, index.d
+    expected = info.embedding_dim, info.projection["dim"], info.projection["dim"]
+    if shape != expected:
+        raise ValueError(f"its projection has the widths {shape}, {INDEX_FILE} says {expected}")
+    return index, projection
 
 
 def check_tied(index, table, what):
