@@ -5,8 +5,9 @@
 
 The photos are those that a run kept apart (of classes that training has not seen), or with `--images` others. Each is
 asked as a query among the others, through an index as `vptsp index` builds it. R@1 and MAP@R are in percent; a query's
-time is the median over `--queries` of them asked one by one, in one thread; bytes are those of the index's file of
-vectors, a photo. Embeddings are made once and kept in the cache; `embed` is what one photo takes, once decoded.
+time is the processor's, the median over `--queries` of them asked one by one in one thread; bytes are what a photo
+more adds to the index's file of vectors. Embeddings are made once and kept in the cache; `embed_milliseconds` is what
+one photo takes, once decoded.
 """
 
 import argparse
@@ -61,9 +62,9 @@ def scores(results, class_names):
 def milliseconds(index, ids, order):
     times = []
     for name in ids:
-        begin = time.perf_counter()
+        begin = time.process_time()
         index.search_ids([name], 10, **order)
-        times.append(1000 * (time.perf_counter() - begin))
+        times.append(1000 * (time.process_time() - begin))
     return statistics.median(times)
 
 
@@ -77,15 +78,15 @@ def measured(store, build, order, num_queries):
         results += index.search_ids(store.ids[start : start + 64], deepest, **order)
     recall, precision = scores(results, class_names)
     asked = store.ids[:: max(1, len(store) // num_queries)]
-    with tempfile.TemporaryDirectory() as folder:
-        index.save(folder)
-        size = (Path(folder) / index.info.index_name).stat().st_size
-    return {
-        "recall_at_1": recall,
-        "map_at_r": precision,
-        "milliseconds": milliseconds(index, asked, order),
-        "bytes": size / len(store),
-    }
+    row = {"recall_at_1": recall, "map_at_r": precision, "milliseconds": milliseconds(index, asked, order)}
+    sizes, half = [], store.ids[::2]
+    for _ in range(2):
+        with tempfile.TemporaryDirectory() as folder:
+            index.save(folder)
+            sizes.append((Path(folder) / index.info.index_name).stat().st_size)
+        if len(sizes) == 1:
+            index.remove(half)
+    return row | {"bytes": (sizes[0] - sizes[1]) / len(half), "effort": index.info.effort}
 
 
 def embedding_milliseconds(embedder):
@@ -95,9 +96,9 @@ def embedding_milliseconds(embedder):
     pixels = torch.zeros(1, *crops, 3, size, size)
     times = []
     for _ in range(15):
-        begin = time.perf_counter()
+        begin = time.process_time()
         embedder.embed_pixels(pixels)
-        times.append(1000 * (time.perf_counter() - begin))
+        times.append(1000 * (time.process_time() - begin))
     return statistics.median(times)
 
 

@@ -44,13 +44,13 @@ from .index_factory import (
     graph_of,
     inverted_lists,
     quantised_factory,
-    rescoring_of,
     tune_effort,
 )
 from .index_files import INDEX_FILE, IndexChangedError, IndexInfo, find_info, index_lock, read_index, write_index
 from .item_table import as_table, passes, with_hidden, with_rows
 from .projection import learn_projection
 from .records import check_model, load_record
+from .rescoring import remove_keys, rescoring_of, search_rescoring
 from .vector_index import Hit, VectorIndex
 
 
@@ -178,7 +178,7 @@ class RetrievalIndex(VectorIndex):
             keys = np.arange(len(self))
             info.recall_at_10 = tune_effort(self._index, vectors, keys, target_recall, RECALL_AT, seed=seed)
             name, effort = effort_of(self._index)
-            info.effort = None if name is None else f"{name} {effort}"
+            info.effort = None if name is None else f"{name} {effort:g}"
         return self
 
     @property
@@ -232,7 +232,7 @@ class RetrievalIndex(VectorIndex):
             )
         table = self._table.filter(pc.invert(pc.is_in(self._table.column("key"), pa.array(keys))))
         try:
-            _remove_keys(self._index, keys)
+            remove_keys(self._index, keys)
         except RuntimeError as error:
             raise ValueError(f"{self.info.factory} can't remove items ({error}); build the index anew") from error
         self._set_table(table)
@@ -272,21 +272,10 @@ class RetrievalIndex(VectorIndex):
             similarity, found = faiss.knn(queries, self._vectors(keys), k, metric=faiss.METRIC_INNER_PRODUCT)
             return similarity, keys[found]
         if rescoring_of(self._index) is not None:
-            return self._search_rescoring(queries, k, keys)
+            return search_rescoring(self._index, queries, k, keys)
         # faiss's additions for torch, which other packages import, replace `search` by one without `params`
         search = getattr(self._index, "search_numpy", self._index.search)
         return search(queries, k, params=self._parameters(faiss.IDSelectorBatch(keys)))
-
-    def _search_rescoring(self, queries, k, keys):
-        """As `_search_keys`; this index of faiss takes a selector of its own places, not of keys."""
-        known = faiss.vector_to_array(self._index.id_map)
-        places = np.flatnonzero(np.isin(known, keys))
-        inner = faiss.SearchParameters(sel=faiss.IDSelectorBatch(places))
-        rescoring = rescoring_of(self._index)
-        parameters = faiss.IndexRefineSearchParameters(k_factor=rescoring.k_factor, base_index_params=inner)
-        search = getattr(rescoring, "search_numpy", rescoring.search)
-        similarity, found = search(queries, k, params=parameters)
-        return similarity, np.where(found < 0, -1, known[found])
 
     def _parameters(self, selector):
         """Search parameters of the index's type that carry a selector and leave its effort as it is."""
@@ -494,20 +483,6 @@ def _factory(factory, num_items, width, memory_gb, quantise):
     if factory == "auto":
         factory, reason = choose_factory(num_items, width, memory_gb, quantise)
     return quantised_factory(factory, quantise), reason
-
-
-def _remove_keys(index, keys):
-    rescoring = rescoring_of(index)
-    if rescoring is None:
-        index.remove_ids(keys)
-        return
-    known = faiss.vector_to_array(index.id_map)  # faiss removes from both of its parts, but not from the whole
-    places = np.flatnonzero(np.isin(known, keys))
-    for part in (rescoring.base_index, rescoring.refine_index):
-        faiss.downcast_index(part).remove_ids(places)
-    faiss.copy_array_to_vector(np.delete(known, places), index.id_map)
-    index.ntotal = rescoring.ntotal = len(known) - len(places)
-    index.construct_rev_map()
 
 
 def _empty_index(factory, embedding_dim):

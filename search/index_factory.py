@@ -13,6 +13,7 @@ import faiss
 import numpy as np
 
 from ..names.registry import nearest
+from .rescoring import rescoring_of
 
 
 EXACT_UP_TO = 50_000
@@ -130,14 +131,6 @@ def graph_of(index):
     return index if isinstance(index, faiss.IndexHNSW) else None
 
 
-def rescoring_of(index):
-    """The part of an index (below its keys) that finds by bits and scores anew, or None."""
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexIDMap):
-        index = faiss.downcast_index(index.index)
-    return index if isinstance(index, faiss.IndexRefine) else None
-
-
 def effort_of(index):
     """Name and value of what trades time for recall, or None twice where there is no such thing.
 
@@ -212,6 +205,5 @@ __all__ = [
     "graph_of",
     "inverted_lists",
     "quantised_factory",
-    "rescoring_of",
     "tune_effort",
 ]

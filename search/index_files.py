@@ -187,7 +187,7 @@ def _read_generation(folder, info, mmap, verify):
         index = faiss.read_index(str(folder / info.index_name), flags)
         with pq.ParquetFile(folder / info.metadata_name) as file:
             table = file.read()
-        index, projection = (index, None) if info.projection is None else _checked(*unwrapped(index), info)
+        index, projection = _unwrapped(index, info)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the index in {folder} can't be read: {error}") from error
     if not index.ntotal == len(table) == info.num_items:
@@ -203,8 +203,14 @@ def _read_generation(folder, info, mmap, verify):
     return index, projection, table
 
 
-def _checked(index, projection, info):
-    """Index and projection, if they are those that `index.json` describes."""
+def _unwrapped(index, info):
+    """Index and projection (or None), if they are those that `index.json` describes; else a ValueError."""
+    if info.projection is None:
+        lists = inverted_lists(index)
+        if isinstance(index, faiss.IndexPreTransform) and (lists is None or info.factory.startswith("IVF")):
+            raise ValueError(f"it holds a projection, of which {INDEX_FILE} says nothing")
+        return index, None
+    index, projection = unwrapped(index)
     shape = projection.transform.d_in, projection.dim, index.d
     expected = info.embedding_dim, info.projection["dim"], info.projection["dim"]
     if shape != expected:

@@ -180,7 +180,7 @@ def _build(place, store: EmbeddingStore, all_ids, columns, replace, lock_timeout
     changes = IndexChanges(added=len(ids), total=len(ids), skipped=list(info.skipped))
     if is_milvus(place):
         if build:
-            raise ValueError(f"build: {some(build)} are for faiss, Milvus chooses its index itself")
+            raise ValueError(f"build must be empty for Milvus, which chooses its index itself, got {some(build)}")
         MilvusIndex.build(place, ids, store.embeddings, metadata, replace=replace, **options).close()
     else:
         index = RetrievalIndex.build(ids, store.embeddings, metadata, **options, **(build or {}))

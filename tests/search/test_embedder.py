@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoModel
 from vptsp import Embedder, ImageError, VPTSPModel
 from vptsp.data_scripts.preprocessing import build_image_processor
 from vptsp.loading_vptsp import name_before
-from vptsp.search.embedder import model_fingerprint
+from vptsp.search.fingerprints import model_fingerprint
 
 
 @pytest.fixture

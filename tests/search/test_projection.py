@@ -98,7 +98,7 @@ def test_saved_opened_added_to_removed_from(quantise, mmap, tmp_path):
     assert IDS[5] in {hit.id for hit in index.search(POINTS[5:6], 3)[0]}
     learned = Projection.learn("whiten", POINTS[:100], 6)  # what is added later changes nothing of it
     torch.testing.assert_close(
-        opened.embeddings_of(IDS[110:112]), learned(POINTS[110:112]), atol=0.03 if quantise else 1e-5, rtol=0
+        opened.embeddings_of(IDS[110:112]), learned(POINTS[110:112]), atol=0.1 if quantise else 1e-5, rtol=0
     )
 
 
@@ -125,7 +125,7 @@ def test_binary_rescores_what_it_finds_by_the_int8_values(monkeypatch):
     similarity = QUERIES.numpy() @ int8_codes(POINTS, POINTS).T
     found = index.search(QUERIES, 7)
     for hits, values in zip(found, similarity, strict=True):
-        expected = {name: value for name, value in zip(IDS, values.tolist(), strict=True)}
+        expected = dict(zip(IDS, values.tolist(), strict=True))
         assert [hit.similarity for hit in hits] == pytest.approx([expected[hit.id] for hit in hits], abs=1e-5)
         assert sorted(hits, key=lambda hit: -hit.similarity) == hits
     assert factor > 1  # bits alone don't find them
@@ -242,5 +242,5 @@ def test_an_evaluation_projects_alike():
 
 
 def test_milvus_refuses_what_is_for_faiss(tmp_path):
-    with pytest.raises(ValueError, match="build: quantise are for faiss"):
+    with pytest.raises(ValueError, match=r"build must be empty for Milvus.* got 'quantise'"):
         update_index_from_store(f"{tmp_path}/a.db", Store(), build={"quantise": "int8"})

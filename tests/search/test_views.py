@@ -25,7 +25,7 @@ def picture(size, seed=0):
 def squares(image, short=18, size=16):
     """The central square and the corners of an image that PIL has resized as a whole: uint8, centre first."""
     width, height = image.size
-    wide = (round(width * short / height), short) if width > height else (short, round(height * short / width))
+    wide = (int(width * short / height), short) if width > height else (short, int(height * short / width))
     image = image.resize(wide, Image.Resampling.BILINEAR)
     right, low = wide[0] - size, wide[1] - size
     places = [(right // 2, low // 2), (0, 0), (right, 0), (0, low), (right, low)]
@@ -74,7 +74,7 @@ def test_embeddings_are_the_normalised_mean(retriever_folder, views, crops, mirr
 
 
 def test_what_is_refused(retriever_folder):
-    with pytest.raises(ValueError, match="views must be one of one, flip, five_crops, ten_crops, got 'flipp'.*flip"):
+    with pytest.raises(ValueError, match=r"views must be one of one, flip, five_crops, ten_crops, got 'flipp'.*flip"):
         Embedder.from_pretrained(retriever_folder, views="flipp")
     processor = build_image_processor(16, 18)
     processor.do_center_crop = False
