@@ -75,6 +75,8 @@ from .eval.neighbours import nearest_neighbours as nearest_neighbours
 from .eval.pictures import choose_queries as choose_queries
 from .eval.pictures import save_neighbour_grid as save_neighbour_grid
 from .eval.proxy_curves import save_proxy_movement as save_proxy_movement
+from .eval.reranking import QueryExpansion as QueryExpansion
+from .eval.reranking import Reranking as Reranking
 from .eval.summary import compute_retrieval_metrics as compute_retrieval_metrics
 from .eval.summary import embedding_metrics as embedding_metrics
 from .eval.summary import metric_folder as metric_folder
@@ -100,6 +102,7 @@ from .search.milvus import MilvusIndex as MilvusIndex
 from .search.mteb_model import MTEBModel as MTEBModel
 from .search.open_index import edit_index as edit_index
 from .search.open_index import open_index as open_index
+from .search.projection import Projection as Projection
 from .search.report import compare_stores as compare_stores
 from .search.report import evaluate_stores as evaluate_stores
 from .search.report import write_report as write_report

@@ -22,7 +22,20 @@ FURTHER = frozenset(
         *("dataset_repo", "dataset_config", "dataset_revision", "test_repo", "query_repo", "gallery_repo"),
         *("embeddings_cache", "shard_size", "embedding_dtype", "lock_timeout", "resize_size", "dtype"),
         *("max_image_pixels", "revision", "resample", "target_recall", "memory_gb", "mmap", "no_verify"),
-        *("gpu", "no_clustering", "no_geometry", "max_classes", "max_upload_mb", "share"),
+        *(
+            "gpu",
+            "views",
+            "projection",
+            "dim",
+            "quantise",
+            "rerank",
+            "expand",
+            "no_clustering",
+            "no_geometry",
+            "max_classes",
+            "max_upload_mb",
+            "share",
+        ),
     )
 )
 

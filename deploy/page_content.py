@@ -218,8 +218,7 @@ class SearchPage:
 
     def _item(self, name):
         """The item of an id, with its columns."""
-        embedding = self.index.embeddings_of([name])
-        return self.index.search(embedding, 1, where={"id": [name]})[0][0]
+        return self.index.find_items([name])[0]
 
     def _heading(self, name, hits, item, view):
         wanted = None if item is None else item.metadata.get(CLASS_COLUMN)

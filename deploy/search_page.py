@@ -42,6 +42,7 @@ def open_page(
 
     from vptsp.search.embedder import Embedder
     from vptsp.search.open_index import open_index
+    from vptsp.search.views import views_of
 
     logging.disable_progress_bar()  # loading weights takes a second
 
@@ -50,7 +51,7 @@ def open_page(
     if name is None:
         raise DataError(f"{index} doesn't say which model made its embeddings: give --model")
     page = SearchPage(opened, image_root, max_megapixels)
-    opened.use_embedder(Embedder.from_pretrained(name, backbone=backbone))
+    opened.use_embedder(Embedder.from_pretrained(name, backbone=backbone, views=views_of(opened.model)))
     if compare_backbone:
         from .backbone_view import backbone_index
 

@@ -31,6 +31,7 @@ import torch
 
 from .checks import as_tensor, check_labels, refuse_same_sets
 from .neighbours import BlockedSimilarity, check_block_size
+from .reranking import check_reordering, reordered_rows
 from .ties import rank_with_ties
 
 
@@ -81,6 +82,8 @@ def retrieval_scores(
     device=None,
     map_at=(),
     excluded=None,
+    rerank=None,
+    expand=None,
 ):
     """The scores of every single query, whose means are [`retrieval_metrics`]; same arguments, formulas in the module.
 
@@ -99,6 +102,7 @@ def retrieval_scores(
     recall_at, map_at = _check_ranks(recall_at, "recall_at"), _check_ranks(map_at, "map_at")
     num_relevant = count_relevant(query_labels, None if blocks.excludes_self else gallery_labels, blocks.excluded)
     check_block_size(block_size)
+    check_reordering(rerank, expand)
     names = [*(f"recall_at_{k}" for k in recall_at), "map_at_r", "map_at_r_published", "r_precision"]
     names += [f"map_at_{k}" for k in map_at]
     if not blocks.excludes_self:
@@ -114,7 +118,13 @@ def retrieval_scores(
     for rows in order.split(block_size or blocks.block_size(deepest)):
         here = rows.to(blocks.device)
         block = _block_scores(
-            blocks.rows(rows), query_labels[here], gallery_labels, num_relevant[here], recall_at, map_at, blocks
+            reordered_rows(blocks, rows, rerank, expand),
+            query_labels[here],
+            gallery_labels,
+            num_relevant[here],
+            recall_at,
+            map_at,
+            blocks,
         )
         for name, values in scores.items():
             values[rows] = block[name].cpu()
@@ -131,6 +141,8 @@ def retrieval_metrics(
     device=None,
     map_at=(),
     excluded=None,
+    rerank=None,
+    expand=None,
 ):
     """Recall@K, MAP@R and R-precision of embeddings, exactly, by cosine similarity.
 
@@ -154,6 +166,9 @@ def retrieval_metrics(
         map_at: The K of mAP@K, each >= 1 (1000 is customary), from the same similarities; none by default.
         excluded: `(n, 2)` integer, pairs of a query and a gallery item that it may not find, of
             `same_items(query_ids, gallery_ids)`; None: there are none.
+        rerank: [`Reranking`] of what each query finds; None: the order is that of the similarities. Among items that
+            are tied at the end of its shortlist, those of the lower rows belong to it.
+        expand: [`QueryExpansion`] of each query, before that; None: queries as they are.
 
     Returns:
         Dict with `recall_at_K` for each K, `map_at_r`, `map_at_r_published`, `r_precision` and `map_at_K` for each K
@@ -176,7 +191,7 @@ def retrieval_metrics(
         (0.5, 0.375)
     """
     sets = (query_embeddings, query_labels, gallery_embeddings, gallery_labels)
-    scores = retrieval_scores(*sets, recall_at, block_size, device, map_at, excluded)
+    scores = retrieval_scores(*sets, recall_at, block_size, device, map_at, excluded, rerank, expand)
     return mean_scores(scores) | count_in_gallery(excluded)
 
 

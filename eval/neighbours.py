@@ -42,6 +42,7 @@ class BlockedSimilarity:
     Attributes:
         num_queries: Q.
         num_gallery: G.
+        gallery: `(G, E)`, the gallery's embeddings.
         num_retrievable: Gallery items that a query can find: G, or Q - 1 where the queries are the gallery. Those that
             are excluded for it are among them, and come last.
         excluded: As above.
@@ -66,10 +67,8 @@ class BlockedSimilarity:
         self.num_queries, self.num_gallery = len(query_embeddings), len(gallery_embeddings)
         self.num_retrievable = self.num_gallery - int(self.excludes_self)
         self._queries = query_embeddings.detach().to(self.device, self.dtype)
-        self._gallery = (
-            self._queries if self.excludes_self else gallery_embeddings.detach().to(self.device, self.dtype)
-        )
-        self._copies, self._originals = _find_copies(self._gallery)
+        self.gallery = self._queries if self.excludes_self else gallery_embeddings.detach().to(self.device, self.dtype)
+        self._copies, self._originals = _find_copies(self.gallery)
         self.excluded = None if excluded is None else self._check_excluded(excluded)
         self._buffer = None
 
@@ -96,12 +95,17 @@ class BlockedSimilarity:
         per_query = self.num_gallery * (3 * self.dtype.itemsize + 8) + 96 * k
         return max(1, min(self.num_queries, num_bytes // per_query))
 
+    def queries(self, indices):
+        """`(b, E)` embeddings of some queries."""
+        return self._queries[indices.to(self.device)]
+
     @torch.no_grad()
-    def rows(self, indices):
+    def rows(self, indices, queries=None):
         """Similarities of some queries with the whole gallery.
 
         Args:
             indices: `(b,)` int64, which queries.
+            queries: `(b, E)` to take in place of their embeddings, expanded ones say; None: their embeddings.
 
         Returns:
             `(b, G)` in [-1, 1] up to rounding; -inf where a query meets what it may not find. The memory is used again
@@ -112,7 +116,7 @@ class BlockedSimilarity:
         similarity = self._buffer[: len(indices)]
         indices = indices.to(self.device)
         with _full_precision():  # and `out` keeps autocast away
-            torch.mm(self._queries[indices], self._gallery.T, out=similarity)
+            torch.mm(self.queries(indices) if queries is None else queries, self.gallery.T, out=similarity)
         if len(self._copies):
             similarity.index_copy_(1, self._copies, similarity.index_select(1, self._originals))
         if self.excludes_self:  # after the copies, or a copy of the query would be masked with it
@@ -167,7 +171,7 @@ def nearest_neighbours(query_embeddings, k, gallery_embeddings=None, *, block_si
     similarity = torch.empty(blocks.num_queries, k, dtype=blocks.dtype, device=query_embeddings.device)
     index = torch.empty(blocks.num_queries, k, dtype=torch.int64, device=query_embeddings.device)
     for rows in torch.arange(blocks.num_queries).split(check_block_size(block_size) or blocks.block_size(k)):
-        best, where = _stable_top_k(blocks.rows(rows), k)
+        best, where = stable_top_k(blocks.rows(rows), k)
         similarity[rows[0] : rows[-1] + 1] = best.to(similarity.device)
         index[rows[0] : rows[-1] + 1] = where.to(index.device)
     return similarity, index
@@ -180,7 +184,7 @@ def check_block_size(block_size):
     return block_size
 
 
-def _stable_top_k(similarity, k):
+def stable_top_k(similarity, k):
     """Top k of each row, the lower column first among equals; `topk` alone leaves that open."""
     values, columns = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
     tied = (values[:, 1:] == values[:, :-1]).any(1).nonzero().squeeze(1)
@@ -236,4 +240,4 @@ def _full_precision():
                 switch.fp32_precision = value
 
 
-__all__ = ["NORM_TOLERANCE", "BlockedSimilarity", "check_block_size", "nearest_neighbours"]
+__all__ = ["NORM_TOLERANCE", "BlockedSimilarity", "check_block_size", "nearest_neighbours", "stable_top_k"]

@@ -49,6 +49,7 @@ def backbone_alone(embedder):
         dtype=embedder.dtype,
         batch_size=embedder.batch_size,
         max_image_pixels=embedder.preprocess.max_image_pixels,
+        views=embedder.views,
     )
 
 

@@ -9,7 +9,16 @@ from ..eval.evaluated_images import draw_before_after
 from .backbone_alone import backbone_alone
 from .embed import cached_store
 from .evaluated_stores import evaluated_stores
-from .inputs import choose_sets, is_main_rank, load_embedder, load_sources, model_or_store, store_options, stores_of
+from .inputs import (
+    choose_sets,
+    is_main_rank,
+    load_embedder,
+    load_sources,
+    model_or_store,
+    orders_of,
+    store_options,
+    stores_of,
+)
 from .report import evaluate_stores, write_report
 
 
@@ -20,6 +29,10 @@ def run(options):
         raise DataError("--gallery_store goes with --store; a data set brings its own gallery")
     if options.before_after and options.store is not None:
         raise DataError("--before_after goes with --model: a store doesn't have the backbone that it needs")
+    orders = orders_of(options)
+    changed = [name for name in ("rerank", "expand", "projection") if getattr(options, name) is not None]
+    if options.before_after and changed:
+        raise DataError(f"--before_after is drawn of embeddings as they are: give it without --{changed[0]}")
     queries, gallery = stores_of(name, options, options.gallery_store)
     frozen = backbone_stores(name, options) if options.before_after else None
     if is_main_rank():
@@ -33,6 +46,9 @@ def run(options):
             confidence=options.confidence,
             resample=options.resample,
             seed=options.seed,
+            projection=options.projection,
+            dim=options.dim,
+            **orders,
         )
         print(write_report(options.output, report), end="")
         if frozen is not None:

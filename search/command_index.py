@@ -14,26 +14,27 @@ from .inputs import (
     store_options,
 )
 from .open_index import edit_index, index_exists, is_milvus, open_index
+from .projection import projection_text
 from .store import EmbeddingStore
 from .sync import update_index, update_index_from_store
 
 
-_BUILD_OPTIONS = ("factory", "target_recall", "memory_gb")
+_BUILD_OPTIONS = ("factory", "target_recall", "memory_gb", "projection", "dim", "quantise")
 
 
 def run(options):
     """Build or change an index, and print what was done and what it is."""
-    if is_milvus(options.index) and options.factory is not None:
-        raise DataError("--factory is for faiss: Milvus chooses its index itself")
+    build = {name: value for name in _BUILD_OPTIONS if (value := getattr(options, name)) is not None}
+    if is_milvus(options.index) and build:
+        raise DataError(f"--{next(iter(build))} is for faiss: Milvus chooses its index itself")
     if options.remove is not None:
-        _remove(options)
+        _remove(options, build)
         return
     if options.where:
         raise DataError("--where goes with --remove")
     if options.add and options.replace:
         raise DataError("give either --add or --replace, got both")
     exists = index_exists(options.index)
-    build = {name: value for name in _BUILD_OPTIONS if (value := getattr(options, name)) is not None}
     if exists and not options.replace and build:
         raise DataError(
             f"{options.index} holds an index, which stays of its kind: --{next(iter(build))} goes with --replace"
@@ -43,7 +44,9 @@ def run(options):
         print(_summary(options.index, changes, new=options.replace or not exists))
 
 
-def _remove(options):
+def _remove(options, build):
+    if build:
+        raise DataError(f"--remove goes without --{next(iter(build))}, which is for new indexes")
     if options.model is not None or options.store is not None or options.add or options.replace:
         raise DataError("--remove goes without --model, --store and --add or --replace")
     if options.images is not None or options.data:
@@ -68,7 +71,7 @@ def _update(options, exists, build):
         "lock_timeout": options.lock_timeout,
         "build": build,
     }
-    if exists and options.model is None and options.store is None:  # it says which model it is of
+    if exists and options.store is None and (options.model is None or not options.replace):  # it says of which model
         index = open_index(options.index)
         options.model = model_of(index, options)
         if is_milvus(options.index):
@@ -88,6 +91,8 @@ def _summary(place, changes, new):
         info = changes.built
         kind = "" if info is None else f", {info.factory} ({info.reason})"
         lines.append(f"{place}: {changes.total:,} items{kind}")
+        if info is not None and info.projection is not None:
+            lines.append(projection_text(info.projection))
         if not changes.exact:
             effort = "" if info.effort is None else f" with {info.effort}"
             lines.append(f"recall@10 against exact search {info.recall_at_10:.3f}{effort}")

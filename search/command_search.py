@@ -10,7 +10,7 @@ from ..data_scripts.data_errors import DataError
 from ..data_scripts.image_files import list_images
 from .filters import parse_words
 from .image_sources import list_source
-from .inputs import load_embedder, model_of, refuse_model_options
+from .inputs import load_embedder, model_of, orders_of, refuse_model_options
 from .open_index import is_milvus, open_index
 from .worker_counts import choose_workers
 
@@ -33,6 +33,7 @@ def run(options):
         "containing": options.containing,
         "min_similarity": options.min_similarity,
         "group_by": options.group_by,
+        **orders_of(options),
     }
     results, failed = {}, {}
     if options.id:
@@ -64,6 +65,7 @@ def _check(options):
     if options.min_similarity is not None and not -1 <= options.min_similarity <= 1:
         raise DataError(f"--min_similarity must be in [-1, 1], got {options.min_similarity}")
     parse_words(options.where)
+    orders_of(options)
     if is_milvus(options.index) and (options.mmap or options.gpu or options.no_verify):
         raise DataError("--mmap, --gpu and --no_verify are for faiss: Milvus decides that itself")
 

@@ -79,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_index_options(parts["index"])
     _add_search_options(parts["search"])
+    for name in ("search", "evaluate"):
+        _add_order_options(parts[name])
+    for name in ("index", "evaluate"):
+        _add_projection_options(parts[name])
     for name in ("evaluate", "compare"):
         parts[name].add_argument("--output", required=True, metavar="FOLDER", help="where JSON and Markdown go")
         parts[name].add_argument("--split", help="split; default: test, or query against gallery where there are")
@@ -110,10 +114,26 @@ def _add_index_options(index):
     index.add_argument("--factory", help="faiss's name of a new index; default auto: chooses by size, says why")
     index.add_argument("--target_recall", type=float, help="of a new approximate index (default 0.95)")
     index.add_argument("--memory_gb", type=float, help="what auto may take (default 16)")
+    index.add_argument("--quantise", choices=("int8", "binary"), help="keep a new index's vectors in fewer bytes")
     index.add_argument("--add", action="store_true", help="only add what is new: replace and remove nothing")
     index.add_argument("--replace", action="store_true", help="build anew, of these images alone")
     index.add_argument("--remove", nargs="*", metavar="ID", help="remove these items, or those of --where, instead")
     _add_where(index, "what --remove removes, such as class_name=mug")
+
+
+def _add_projection_options(parser):
+    parser.add_argument(
+        "--projection", choices=("pca", "whiten", "truncate"), help="shorten or whiten embeddings, learned from these"
+    )
+    parser.add_argument("--dim", type=int, help="width that --projection leaves")
+
+
+def _add_order_options(parser):
+    for name, text, values in (
+        ("rerank", "re-rank the nearest by k-reciprocal neighbours", "depth=100 k1=20 k2=6 weight=0.3"),
+        ("expand", "expand queries by their nearest neighbours", "neighbours=10 alpha=3"),
+    ):
+        parser.add_argument(f"--{name}", nargs="*", metavar="NAME=VALUE", help=f"{text}; defaults {values}")
 
 
 def _add_where(parser, text):
@@ -185,6 +205,11 @@ def _add_model_options(parser):
     )
     group.add_argument("--resize_size", type=int, help="short side in pixels before the crop, of a bare backbone")
     group.add_argument("--batch_size", type=int, default=64)
+    group.add_argument(
+        "--views",
+        help="average the embeddings of views of an image: one, flip, five_crops, ten_crops (default: the index's, or "
+        "one)",
+    )
     group.add_argument("--device", help="such as cuda:1; default: the accelerator, or the CPU")
     group.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     group.add_argument(

@@ -8,8 +8,6 @@ Shapes: B images of a batch, S side of what the model sees, E embedding width.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import threading
 from collections import deque
@@ -29,26 +27,10 @@ from ..data_scripts.normalisation import Normalisation
 from ..data_scripts.preprocessing import build_image_processor, load_image_processor
 from ..data_scripts.transforms import central_crop, is_elongated
 from ..eval.embedding_loop import embed_batches
-from ..loading_vptsp import name_today
 from ..modeling_vptsp import VPTSPModel, refuse_other_adapters
+from .fingerprints import model_fingerprint
 from .model_names import check_model_name
-
-
-# Entries of a saved image processor that say how it is run, not what it computes.
-_NOT_PREPROCESSING = ("image_processor_type", "processor_class", "return_tensors", "device", "backend")
-# Fields of configurations that change embeddings without changing tensors.
-_BACKBONE_FIELDS = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "image_size", "patch_size")
-_ROTARY_FIELDS = ("rope_theta", "rope_parameters")
-_TUNING_FIELDS = (
-    "prompt_mode",
-    "adapter_mode",
-    "adapter_norm",
-    "adapter_scale",
-    "lora_alpha",
-    "tuning",
-    "tuning_kwargs",
-    "peft_config",
-)
+from .views import VIEWS, average_views, check_views, corner_crops
 
 
 class ImagePreprocessor:
@@ -58,11 +40,13 @@ class ImagePreprocessor:
         processor: Image processor of transformers, as saved beside a model.
         image_size: Side S that the model takes.
         max_image_pixels: An image of more can't be read.
+        views: Of `VIEWS`: those with several crops give all of them.
     """
 
-    def __init__(self, processor, image_size, max_image_pixels=MAX_IMAGE_PIXELS):
+    def __init__(self, processor, image_size, max_image_pixels=MAX_IMAGE_PIXELS, views="one"):
         self.processor = processor
         self.image_size = image_size
+        self.num_crops, _ = VIEWS[check_views(views, processor)]
         self.max_image_pixels = check_pixel_limit(max_image_pixels)
 
     def __call__(self, image, name=None, channel_order="rgb"):
@@ -74,31 +58,52 @@ class ImagePreprocessor:
             channel_order: As for [`read_image`].
 
         Returns:
-            `(3, S, S)` float32.
+            `(3, S, S)` float32; of several crops `(crops, 3, S, S)`.
 
         Raises:
             ImageError: the image can't be read; the message names it.
-            TypeError, ValueError: not an image in one of these forms.
+            TypeError, ValueError: not an image in one of these forms; or preprocessed already, where several crops
+                are to be cut.
         """
         if isinstance(image, torch.Tensor) and image.is_floating_point():
+            if self.num_crops > 1:
+                raise ValueError(
+                    "a preprocessed image can't be cropped at other places: views must be 'one' or 'flip'"
+                )
             expected = (3, self.image_size, self.image_size)
             if tuple(image.shape) != expected:
                 raise ValueError(f"a preprocessed image must have shape {expected}, got {tuple(image.shape)}")
             return image.float()
-        image, options = self._shorten(read_image(image, name, self.max_image_pixels, channel_order))
-        # copied: a small tensor that keeps a view of numpy's memory can't be shared with the main process
-        return torch.tensor(self.processor(images=image, return_tensors="np", **options)["pixel_values"][0])
+        image = read_image(image, name, self.max_image_pixels, channel_order)
+        elongated = self._is_elongated(image)
+        centre = self._central(image, elongated)
+        if self.num_crops == 1:
+            return centre
+        size = self.processor.crop_size["height"]
+        return torch.stack([centre, *corner_crops(image, self._resized, size, elongated)])
 
-    def _shorten(self, image):
-        """An elongated image, cut as the processor would cut it once it had resized all of it; what is left to do."""
+    def _is_elongated(self, image):
+        """Whether all of an image, resized, would be many times what the processor then cuts out."""
         processor = self.processor
         short = dict(processor.size).get("shortest_edge") if processor.do_resize and processor.do_center_crop else None
         if short is None or max(self.image_size, processor.crop_size["height"]) > short:
-            return image, {}
-        if not is_elongated(*image.size, short, processor.crop_size["height"]):
-            return image, {}
-        image = central_crop(image, short, processor.crop_size["height"], Image.Resampling(processor.resample))
-        return image, {"do_resize": False, "do_center_crop": False}
+            return False
+        return is_elongated(*image.size, short, processor.crop_size["height"])
+
+    def _central(self, image, elongated):
+        """`(3, S, S)`; an elongated image is cut as the processor would cut it once it had resized all of it."""
+        if not elongated:
+            return self._process(image)
+        size, short = self.processor.crop_size["height"], self.processor.size["shortest_edge"]
+        image = central_crop(image, short, size, Image.Resampling(self.processor.resample))
+        return self._process(image, do_resize=False, do_center_crop=False)
+
+    def _resized(self, image):
+        return self._process(image, do_center_crop=False)
+
+    def _process(self, image, **options):
+        # copied: a small tensor that keeps a view of numpy's memory can't be shared with the main process
+        return torch.tensor(self.processor(images=image, return_tensors="np", **options)["pixel_values"][0])
 
 
 def read_image(image, name=None, max_image_pixels=MAX_IMAGE_PIXELS, channel_order="rgb"):
@@ -162,6 +167,8 @@ class Embedder:
         dtype: To compute in.
         batch_size: Images at a time.
         max_image_pixels: An image of more can't be read.
+        views: Whose embeddings are averaged: `one` (the central square), `flip` (and its mirror image), `five_crops`
+            (the centre and the corners), `ten_crops` (and their mirror images). Part of the fingerprint.
 
     Attributes:
         embedding_dim: E.
@@ -178,6 +185,7 @@ class Embedder:
         dtype=torch.float32,
         batch_size=64,
         max_image_pixels=MAX_IMAGE_PIXELS,
+        views="one",
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
@@ -186,12 +194,13 @@ class Embedder:
         config = model.config
         self.name = str(name)
         self.backbone_only = backbone_only
+        self.views = views
         self.batch_size = batch_size
         self.dtype = dtype
         self.device = torch.device(device) if device is not None else default_device()
-        self.preprocess = ImagePreprocessor(processor, config.backbone_config.image_size, max_image_pixels)
+        self.preprocess = ImagePreprocessor(processor, config.backbone_config.image_size, max_image_pixels, views)
         self.embedding_dim = config.pooled_dim if backbone_only else config.embedding_dim
-        self._fingerprint = model_fingerprint(model, processor, backbone_only)
+        self._fingerprint = model_fingerprint(model, processor, backbone_only, views)
         self.model = model.to(device=self.device, dtype=dtype).eval()
         self._running = threading.Lock()
         self._weights = self._fingerprint if dtype == torch.float32 else self._digest()
@@ -210,7 +219,7 @@ class Embedder:
         return self._fingerprint
 
     def _digest(self):
-        return model_fingerprint(self.model, self.preprocess.processor, self.backbone_only)
+        return model_fingerprint(self.model, self.preprocess.processor, self.backbone_only, self.views)
 
     @classmethod
     def from_pretrained(cls, name, *, revision=None, backbone=None, image_size=None, resize_size=None, **options):
@@ -228,7 +237,7 @@ class Embedder:
                 weights must be the same.
             image_size: Side in pixels of what the model sees, of a backbone only; None for the checkpoint's.
             resize_size: Short side in pixels, of a backbone only; None for 256 / 224 of its image size.
-            **options: `device`, `dtype`, `batch_size` and `max_image_pixels`, as for [`Embedder`].
+            **options: `device`, `dtype`, `batch_size`, `max_image_pixels` and `views`, as for [`Embedder`].
 
         Raises:
             DataError: the name is that of a folder, which is not there.
@@ -263,12 +272,18 @@ class Embedder:
 
     @torch.inference_mode()
     def embed_pixels(self, pixel_values):
-        """`(B, 3, S, S)` preprocessed images -> `(B, E)` float32 on the CPU, L2-normalised. Threads take turns."""
-        pixel_values = pixel_values.to(self.device, self.dtype, non_blocking=True)
+        """`(B, 3, S, S)` preprocessed images -> `(B, E)` float32 on the CPU, L2-normalised. Threads take turns.
+
+        Of several crops, `(B, crops, 3, S, S)`.
+        """
         with self._running:
-            if self.backbone_only:
-                return self.model.embed_with_backbone(pixel_values).float().cpu()
-            return self.model(pixel_values).embeddings.float().cpu()
+            return average_views(self._embed_view, pixel_values, self.views)
+
+    def _embed_view(self, pixel_values):
+        pixel_values = pixel_values.to(self.device, self.dtype, non_blocking=True)
+        if self.backbone_only:
+            return self.model.embed_with_backbone(pixel_values).float().cpu()
+        return self.model(pixel_values).embeddings.float().cpu()
 
     def embed_images(
         self, images, *, batch_size=None, num_workers=0, progress=False, channel_order="rgb", failed=None
@@ -324,12 +339,13 @@ class Embedder:
             return torch.cat([torch.empty(0, self.embedding_dim), *(embeddings for _, embeddings in embedded)])
 
     def description(self):
-        """Who made embeddings, for the files that hold them: dict of name, kind, fingerprint and dtype."""
+        """Who made embeddings, for the files that hold them: dict of name, kind, fingerprint, dtype and views."""
         return {
             "name": str(Path(self.name).resolve()) if Path(self.name).is_dir() else self.name,
             "kind": "backbone" if self.backbone_only else "retriever",
             "fingerprint": self.fingerprint,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "views": self.views,
         }
 
 
@@ -381,54 +397,11 @@ def default_device():
     return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def model_fingerprint(model, processor, backbone_only=False):
-    """Digest of everything that an embedding depends on beside the image.
-
-    All values of all weights that take part (prompts, head, backbone), the layout of the prompts, the pooling, and the
-    preprocessing. Two seconds per gigabyte of weights at most.
-
-    Args:
-        model: `VPTSPModel` in float32.
-        processor: Image processor of transformers.
-        backbone_only: Whether prompts and head take no part.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    config = model.config
-    preprocessing = {
-        key: value
-        for key, value in processor.to_dict().items()
-        if not key.startswith("_") and key not in _NOT_PREPROCESSING and value is not None
-    }
-    # what changes the embeddings, but neither names nor values of tensors
-    architecture = {name: getattr(config.backbone_config, name) for name in _BACKBONE_FIELDS}
-    rotary = (name for name in _ROTARY_FIELDS if hasattr(config.backbone_config, name))
-    architecture |= {name: getattr(config.backbone_config, name) for name in rotary}
-    architecture |= {"pooling": config.pooling, "preprocessing": preprocessing}
-    if not backbone_only:
-        architecture["prompts"] = list(config.prompt_lengths)
-        architecture |= {name: getattr(config, name) for name in _TUNING_FIELDS}
-    digest = hashlib.blake2b(digest_size=32)
-    digest.update(json.dumps(architecture, sort_keys=True, default=str).encode())
-    model_type = config.backbone_config.model_type  # whose tensors transformers has renamed
-    state_dict = {
-        name_today(name, model_type): tensor
-        for name, tensor in (model.backbone if backbone_only else model).state_dict().items()
-    }
-    for name in sorted(state_dict):
-        tensor = state_dict[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 __all__ = [
     "Embedder",
     "ImageError",
     "ImagePreprocessor",
     "default_device",
     "is_retriever",
-    "model_fingerprint",
     "read_image",
 ]

@@ -39,7 +39,14 @@ from .columns import (
     kind_of,
     kind_of_arrow,
 )
-from .index_factory import choose_factory, effort_of, graph_of, inverted_lists, tune_effort
+from .index_factory import (
+    choose_factory,
+    effort_of,
+    graph_of,
+    inverted_lists,
+    quantised_factory,
+    tune_effort,
+)
 from .index_files import (
     INDEX_FILE,
     IndexChangedError,
@@ -52,7 +59,9 @@ from .index_files import (
 )
 from .item_table import as_table, passes, with_hidden, with_rows
 from .journal import JOURNAL_FILE, apply_change
+from .projection import learn_projection
 from .records import check_model, load_record
+from .rescoring import remove_keys, rescoring_of, search_rescoring
 from .vector_index import Hit, VectorIndex
 
 
@@ -70,11 +79,13 @@ class RetrievalIndex(VectorIndex):
         table: Columns `key` (int64, ascending), `id`, and the metadata.
         info: [`IndexInfo`].
         mapped: Whether the vectors stay on disk, so that nothing can be changed.
+        projection: [`Projection`] of embeddings before they are added or compared, or None.
     """
 
-    def __init__(self, index, table, info, mapped=False):
+    def __init__(self, index, table, info, mapped=False, projection=None):
         self.info = info
         self._index = index
+        self._projection = projection
         self._mapped = mapped
         self._gpu_index = None
         self._states = {}  # of the folders that this index was opened from or saved to: what they held then
@@ -124,6 +135,9 @@ class RetrievalIndex(VectorIndex):
         source=None,
         target_recall=0.95,
         memory_gb=16.0,
+        projection=None,
+        dim=None,
+        quantise=None,
         seed=0,
     ):
         """A new index.
@@ -138,9 +152,13 @@ class RetrievalIndex(VectorIndex):
             image_root: Folder that the ids are relative to.
             contents: As for `add`.
             source: Where the items come from, as in `sources`; None where nobody will bring the index in step with it.
-            target_recall: Recall@10 that an approximate index's effort (`nprobe`, `efSearch`) is raised to. What it
-                reached is in `info.recall_at_10`.
+            target_recall: Recall@10 that an approximate index's effort (`nprobe`, `efSearch`, `k_factor`) is raised
+                to. What it reached is in `info.recall_at_10`, against exact search of what is projected.
             memory_gb: What `auto` may take.
+            projection: `pca`, `whiten` or `truncate`: embeddings are made shorter, or whitened, before they are
+                added or compared, queries alike; see [`Projection.learn`]. Similarities are those of what comes out.
+            dim: Width of what comes out.
+            quantise: `int8` or `binary`: vectors are kept in fewer bytes; see [`quantised_factory`].
             seed: Of the queries that recall is measured with.
 
         Raises:
@@ -153,25 +171,25 @@ class RetrievalIndex(VectorIndex):
         check_model(model, "an index")
         embeddings = check_embeddings(embeddings, "embeddings")
         ids, columns = check_items(ids, embeddings, metadata)
-        reason = "as asked for"
-        if factory == "auto":
-            factory, reason = choose_factory(len(embeddings), embeddings.shape[1], memory_gb)
-        info = IndexInfo(factory, reason, embeddings.shape[1], model, None if image_root is None else str(image_root))
-        info.sources = [] if source is None else [source]
+        info = IndexInfo("", "", embeddings.shape[1], model, None if image_root is None else str(image_root))
+        info.sources, info.quantise = [] if source is None else [source], quantise
+        learned, info.projection = learn_projection(projection, dim, embeddings)
+        width = embeddings.shape[1] if learned is None else learned.dim
+        info.factory, info.reason = _factory(factory, len(embeddings), width, memory_gb, quantise)
         empty = as_table([], [], {name: arrow_column([], kind_of(values)) for name, values in columns.items()})
-        self = cls(_empty_index(factory, embeddings.shape[1]), empty, info)
-        vectors = self._check_width(embeddings).numpy()
+        self = cls(_empty_index(info.factory, width), empty, info, projection=learned)
+        vectors = self._project(self._check_width(embeddings)).numpy()
         try:
             self._index.train(vectors)
         except RuntimeError as error:
-            raise ValueError(f"faiss can't train {factory!r} with {len(vectors)} embeddings: {error}") from error
+            raise ValueError(f"faiss can't train {info.factory!r} with {len(vectors)} embeddings: {error}") from error
         self.add(ids, embeddings, columns, contents=contents, source=None if source is None else 0)
         info.recall_at_10 = 1.0
         if not self.is_exact and len(self) > RECALL_AT:
             keys = np.arange(len(self))
             info.recall_at_10 = tune_effort(self._index, vectors, keys, target_recall, RECALL_AT, seed=seed)
             name, effort = effort_of(self._index)
-            info.effort = None if name is None else f"{name} {effort}"
+            info.effort = None if name is None else f"{name} {effort:g}"
         return self
 
     @property
@@ -183,11 +201,11 @@ class RetrievalIndex(VectorIndex):
         """Add items; see [`VectorIndex.add`]. Centroids and codebooks stay as they were learned by `build`."""
         self._refuse_mapped("add to")
         ids, embeddings, columns = self._check_added(ids, embeddings, metadata)
+        vectors = self._project(embeddings).numpy()
         keys = np.arange(self.info.next_key, self.info.next_key + len(ids))
         columns |= {CONTENT_COLUMN: contents or [None] * len(ids), SOURCE_COLUMN: [source] * len(ids)}
         table = with_rows(self._table, keys, ids, columns).combine_chunks()
         self.info.next_key += len(ids)  # first: a key is never given again, whatever happens now
-        vectors = embeddings.numpy()
         for start in range(0, len(ids), _ADD_ROWS):
             self._index.add_with_ids(vectors[start : start + _ADD_ROWS], keys[start : start + _ADD_ROWS])
         self._set_table(table)
@@ -221,7 +239,7 @@ class RetrievalIndex(VectorIndex):
         self.check_removable()
         table = self._table.filter(pc.invert(pc.is_in(self._table.column("key"), pa.array(keys))))
         try:
-            self._index.remove_ids(keys)
+            remove_keys(self._index, keys)
         except RuntimeError as error:
             raise ValueError(f"{self.info.factory} can't remove items ({error}); build the index anew") from error
         self._set_table(table)
@@ -254,6 +272,9 @@ class RetrievalIndex(VectorIndex):
 
     # ---- Searching
 
+    def _project(self, embeddings):
+        return embeddings if self._projection is None else self._projection(embeddings)
+
     def _nearest(self, queries, k, conditions, containing):
         """See [`VectorIndex.search`]. Among equal similarities the item that was added first comes first."""
         queries, k = queries.numpy(), min(k, len(self))
@@ -274,6 +295,8 @@ class RetrievalIndex(VectorIndex):
         if not self.is_exact and len(keys) <= _COMPARE_ALL:
             similarity, found = faiss.knn(queries, self._vectors(keys), k, metric=faiss.METRIC_INNER_PRODUCT)
             return similarity, keys[found]
+        if rescoring_of(self._index) is not None:
+            return search_rescoring(self._index, queries, k, keys)
         # faiss's additions for torch, which other packages import, replace `search` by one without `params`
         search = getattr(self._index, "search_numpy", self._index.search)
         return search(queries, k, params=self._parameters(faiss.IDSelectorBatch(keys)))
@@ -321,7 +344,7 @@ class RetrievalIndex(VectorIndex):
         return [self.path_of(name, source) for name, source in zip(ids, sources, strict=True)]
 
     def embeddings_of(self, ids):
-        """See [`VectorIndex.embeddings_of`]."""
+        """See [`VectorIndex.embeddings_of`]; of an index with a projection those of its space, `(n, dim)`."""
         return F.normalize(torch.from_numpy(self._vectors(self._keys(ids))), dim=1)
 
     def _vectors(self, keys):
@@ -395,7 +418,7 @@ class RetrievalIndex(VectorIndex):
     def save_held(self, folder):
         """[`save`][RetrievalIndex.save] to a folder whose lock the caller holds."""
         folder = Path(folder)
-        self.info = write_index(folder, self._index, self._table, self.info)
+        self.info = write_index(folder, self._index, self._table, self.info, self._projection)
         self._states[folder.resolve()] = folder_state(folder, self.info)
 
     @classmethod
@@ -427,8 +450,8 @@ class RetrievalIndex(VectorIndex):
             DataError: there is no index, its files are damaged or don't belong together.
             IndexMismatchError: the embedder is not the model that made the embeddings.
         """
-        index, table, info, changes, state = read_index(folder, mmap, verify)
-        self = cls(index, table, info, mapped=mmap)
+        index, projection, table, info, changes, state = read_index(folder, mmap, verify)
+        self = cls(index, table, info, mapped=mmap, projection=projection)
         if mmap and changes:
             raise ValueError(
                 f"{folder} holds {len(changes)} changes that a service took and that are not in its files yet "
@@ -481,6 +504,18 @@ class RetrievalIndex(VectorIndex):
     def _refuse_mapped(self, verb):
         if self._mapped:
             raise ValueError(f"can't {verb} a memory-mapped index: open it with mmap=False")
+
+
+def _factory(factory, num_items, width, memory_gb, quantise):
+    """Factory string and reason of what was asked for."""
+    if factory.startswith("PCAW"):
+        raise ValueError(
+            f"factory {factory!r} would compare what is not normalised: projection='whiten' and dim do that"
+        )
+    reason = "as asked for"
+    if factory == "auto":
+        factory, reason = choose_factory(num_items, width, memory_gb, quantise)
+    return quantised_factory(factory, quantise), reason
 
 
 def _empty_index(factory, embedding_dim):

@@ -7,26 +7,32 @@ visits some), `HNSW32` (a graph), `OPQ64,IVF4096,PQ64` (lists of compressed vect
 from __future__ import annotations
 
 import math
+import re
 
 import faiss
 import numpy as np
 
+from ..names.registry import nearest
+from .rescoring import rescoring_of
+
 
 EXACT_UP_TO = 50_000
 LISTS_UP_TO = 1_000_000
+QUANTISATIONS = ("int8", "binary")
 _GRAPH_LINKS = 32
 _TRAINING_PER_CENTROID = 39  # below this faiss warns
 _PQ_CENTROIDS = 256
 _SAME = 1e-6
 
 
-def choose_factory(num_items, embedding_dim, memory_gb=16.0):
+def choose_factory(num_items, embedding_dim, memory_gb=16.0, quantise=None):
     """A factory string by size, and why.
 
     Args:
         num_items: n.
         embedding_dim: E.
         memory_gb: What the index may take, in 10^9 bytes.
+        quantise: `int8`, `binary` or None; see [`quantised_factory`].
 
     Returns:
         factory: For `faiss.index_factory`.
@@ -35,7 +41,9 @@ def choose_factory(num_items, embedding_dim, memory_gb=16.0):
     Raises:
         ValueError: not even compressed vectors fit, or there are too few to learn a compression from.
     """
-    plain = num_items * (4 * embedding_dim + 16) / 1e9
+    if quantise == "binary":
+        return _binary_factory(num_items, embedding_dim, memory_gb)
+    plain = num_items * ((1 if quantise == "int8" else 4) * embedding_dim + 16) / 1e9
     graph = plain + num_items * (2 * _GRAPH_LINKS * 4 + 8) / 1e9
     if plain <= memory_gb and num_items <= EXACT_UP_TO:
         return "Flat", f"{num_items:,} items, no more than {EXACT_UP_TO:,}: exact search is fast enough"
@@ -47,7 +55,42 @@ def choose_factory(num_items, embedding_dim, memory_gb=16.0):
             f"HNSW{_GRAPH_LINKS}",
             f"{num_items:,} items, more than {LISTS_UP_TO:,}, {graph:.1f} GB: a graph is fastest; it can't remove",
         )
+    if quantise is not None:
+        raise ValueError(f"memory_gb: {num_items:,} items take {plain:.2f} GB with {quantise}, got {memory_gb}")
     return _compressing_factory(num_items, embedding_dim, plain, memory_gb)
+
+
+def _binary_factory(num_items, embedding_dim, memory_gb):
+    size = num_items * (embedding_dim // 8 + 8 + embedding_dim + 16) / 1e9
+    if size > memory_gb:
+        raise ValueError(f"memory_gb: {num_items:,} items take {size:.2f} GB with binary, got {memory_gb}")
+    return "Flat", f"{num_items:,} items: their bits are compared one by one"
+
+
+def quantised_factory(factory, quantise):
+    """The factory string of an index that keeps its vectors in fewer bytes.
+
+    Args:
+        factory: Of whole vectors: `Flat`, `IVF1024,Flat`, `HNSW32`.
+        quantise: `int8`: a byte for each value (queries stay as they are); `binary`: a bit for each value to look
+            with (RaBitQ: Gao and Long, SIGMOD 2024), and a byte, by which what was found is scored anew; or None.
+
+    Raises:
+        ValueError: no such quantisation, or not of this factory.
+    """
+    if quantise is None:
+        return factory
+    if quantise not in QUANTISATIONS:
+        names = ", ".join(QUANTISATIONS)
+        raise ValueError(f"quantise must be one of {names}, got {quantise!r}{nearest(quantise, QUANTISATIONS)}")
+    if quantise == "binary" and factory == "Flat":
+        return "RaBitQ,Refine(SQ8)"
+    if quantise == "int8" and (factory == "Flat" or factory.endswith(",Flat")):
+        return f"{factory.removesuffix('Flat')}SQ8"
+    if quantise == "int8" and re.fullmatch(r"HNSW\d*", factory):
+        return f"{factory}_SQ8"
+    takes = "Flat, IVF<lists>,Flat or HNSW<links>" if quantise == "int8" else "Flat"
+    raise ValueError(f"quantise {quantise!r} goes with factory {takes}, got {factory!r}")
 
 
 def _compressing_factory(num_items, embedding_dim, plain, memory_gb):
@@ -89,11 +132,22 @@ def graph_of(index):
 
 
 def effort_of(index):
-    """Name and value of what trades time for recall: `nprobe`, `efSearch`, or None twice for an exact index."""
-    lists, graph = inverted_lists(index), graph_of(index)
+    """Name and value of what trades time for recall, or None twice where there is no such thing.
+
+    `nprobe`, `efSearch`, or `k_factor`: how many times k are scored anew.
+    """
+    owner, name, _, _ = _effort(index)
+    return name, None if owner is None else getattr(owner, name)
+
+
+def _effort(index):
+    """Object and attribute of the effort, its least and its largest value."""
+    lists, graph, rescoring = inverted_lists(index), graph_of(index), rescoring_of(index)
     if lists is not None:
-        return "nprobe", lists.nprobe
-    return ("efSearch", graph.hnsw.efSearch) if graph is not None else (None, None)
+        return lists, "nprobe", 1, lists.nlist
+    if graph is not None:
+        return graph.hnsw, "efSearch", 16, min(index.ntotal, 4096)
+    return (None, None, 0, 0) if rescoring is None else (rescoring, "k_factor", 1, 256)
 
 
 def tune_effort(index, embeddings, keys, target_recall, k=10, num_queries=200, seed=0):
@@ -113,11 +167,7 @@ def tune_effort(index, embeddings, keys, target_recall, k=10, num_queries=200, s
     """
     rows = np.random.default_rng(seed).permutation(len(embeddings))[:num_queries]
     reference = _exact_threshold(embeddings, rows, k)
-    lists, graph = inverted_lists(index), graph_of(index)
-    owner, name, most = (lists, "nprobe", lists.nlist) if lists is not None else (None, None, 0)
-    if graph is not None:
-        owner, name, most = graph.hnsw, "efSearch", min(len(embeddings), 4096)
-    effort = 1 if lists is not None else 16
+    owner, name, effort, most = _effort(index)
     while True:
         if owner is not None:
             setattr(owner, name, min(effort, most))
@@ -149,9 +199,11 @@ def _recall(index, embeddings, keys, rows, threshold, k):
 __all__ = [
     "EXACT_UP_TO",
     "LISTS_UP_TO",
+    "QUANTISATIONS",
     "choose_factory",
     "effort_of",
     "graph_of",
     "inverted_lists",
+    "quantised_factory",
     "tune_effort",
 ]

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data_scripts.data_errors import DataError, some
@@ -26,6 +25,7 @@ from ..files.marks import INDEX_FILE
 from .index_factory import inverted_lists
 from .journal import JOURNAL_FILE, read_journal
 from .model_names import near_folders
+from .projection import unwrapped, wrapped
 from .records import check_files, load_record, save_record
 
 
@@ -56,6 +56,9 @@ class IndexInfo:
         format_version: Of this layout.
         files: Name -> `bytes` and `sha256` of the two; None where an older version saved.
         sources: Where items come from; see [`VectorIndex`].
+        projection: What is done to embeddings before they are compared: `kind` and `dim` of a [`Projection`],
+            `num_items` that it was learned from, `variance` that it keeps; None for nothing.
+        quantise: `int8` or `binary`, how vectors are kept; None for as they are, or as `factory` says.
     """
 
     factory: str
@@ -71,6 +74,8 @@ class IndexInfo:
     format_version: int = FORMAT_VERSION
     files: dict | None = field(default=None, metadata={"optional": True})
     sources: list[dict] | None = field(default=None, metadata={"optional": True})
+    projection: dict | None = field(default=None, metadata={"optional": True})
+    quantise: str | None = field(default=None, metadata={"optional": True})
 
     def __post_init__(self):
         self.sources = self.sources or []
@@ -114,13 +119,14 @@ def find_info(folder):
     return None
 
 
-def write_index(folder, index, table, info):
+def write_index(folder, index, table, info, projection=None):
     """Write a generation, make it the folder's, and delete the one before. The caller holds the lock.
 
     Args:
         folder: Existing folder, of an index or empty.
         index, table: As of [`RetrievalIndex`].
         info: Its generation, number of items and records of files are set anew.
+        projection: [`Projection`] that goes into the index's file, or None.
 
     Returns:
         The [`IndexInfo`] of what was written.
@@ -132,7 +138,7 @@ def write_index(folder, index, table, info):
     before = find_info(folder)
     info = replace(info, num_items=len(table), generation=0 if before is None else before.generation + 1, files=None)
     with atomic_path(folder / info.index_name) as path:
-        faiss.write_index(index, str(path))
+        faiss.write_index(wrapped(index, projection), str(path))
     with atomic_path(folder / info.metadata_name) as path:
         pq.write_table(table, path, compression="zstd")
     info.files = {name: file_record(folder / name) for name in (info.index_name, info.metadata_name)}
@@ -146,7 +152,8 @@ def write_index(folder, index, table, info):
 
 
 def read_index(folder, mmap, verify):
-    """Index, table and [`IndexInfo`] of a folder; changes of its journal, which are not in them; its [`folder_state`].
+    """Index, its [`Projection`] (or None), table and [`IndexInfo`] of a folder; changes of its journal, which are not
+    in these; its [`folder_state`].
 
     Args:
         folder: Where it was saved.
@@ -162,7 +169,7 @@ def read_index(folder, mmap, verify):
     while True:
         info = load_record(IndexInfo, folder / INDEX_FILE, "index")
         try:
-            index, table = _read_generation(folder, info, mmap, verify)
+            index, projection, table = _read_generation(folder, info, mmap, verify)
             changes, size = read_journal(folder, info.state)
         except DataError:
             # Another process may have saved meanwhile, and deleted what was to be read
@@ -170,7 +177,7 @@ def read_index(folder, mmap, verify):
                 raise
         else:  # nor must it have taken in the journal before that was read
             if load_record(IndexInfo, folder / INDEX_FILE, "index").state == info.state:
-                return index, table, info, changes, (info.state, size)
+                return index, projection, table, info, changes, (info.state, size)
 
 
 def _read_generation(folder, info, mmap, verify):
@@ -192,7 +199,8 @@ def _read_generation(folder, info, mmap, verify):
         index = faiss.read_index(str(folder / info.index_name), flags)
         with pq.ParquetFile(folder / info.metadata_name) as file:
             table = file.read()
-    except (OSError, RuntimeError, pa.ArrowInvalid) as error:
+        index, projection = _unwrapped(index, info)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the index in {folder} can't be read: {error}") from error
     if not index.ntotal == len(table) == info.num_items:
         raise DataError(
@@ -204,7 +212,22 @@ def _read_generation(folder, info, mmap, verify):
             check_tied(index, table, f"the index in {folder}")
         except ValueError as error:
             raise DataError(str(error)) from error
-    return index, table
+    return index, projection, table
+
+
+def _unwrapped(index, info):
+    """Index and projection (or None), if they are those that `index.json` describes; else a ValueError."""
+    if info.projection is None:
+        lists = inverted_lists(index)
+        if isinstance(index, faiss.IndexPreTransform) and (lists is None or info.factory.startswith("IVF")):
+            raise ValueError(f"it holds a projection, of which {INDEX_FILE} says nothing")
+        return index, None
+    index, projection = unwrapped(index)
+    shape = projection.transform.d_in, projection.dim, index.d
+    expected = info.embedding_dim, info.projection["dim"], info.projection["dim"]
+    if shape != expected:
+        raise ValueError(f"its projection has the widths {shape}, {INDEX_FILE} says {expected}")
+    return index, projection
 
 
 def check_tied(index, table, what):

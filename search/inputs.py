@@ -13,12 +13,14 @@ from ..data_scripts.data_arguments import DataArguments, check_data_arguments
 from ..data_scripts.data_errors import DataError
 from ..data_scripts.preprocessing import geometry_of, load_image_processor
 from ..data_scripts.split_record import SPLITS_NAME
+from ..eval.reranking import QueryExpansion, Reranking
 from .embed import cached_store
 from .embedder import Embedder, is_retriever
 from .image_sources import joined_source, place_source, split_source
 from .model_names import check_model_name
 from .run_splits import recorded_sources, say_trained_on
 from .store import STORE_FILE, EmbeddingStore
+from .views import views_of
 
 
 def load_embedder(name, options):
@@ -42,6 +44,7 @@ def load_embedder(name, options):
             device=options.device,
             dtype=getattr(torch, options.dtype),
             max_image_pixels=options.max_image_pixels,
+            views=options.views or "one",
         )
     if options.command == "compare":
         print(f"{name}: images of {embedder.preprocess.image_size} pixels", file=sys.stderr)
@@ -160,18 +163,28 @@ def store_options(options):
 def model_of(index, options):
     """The model that searches an index by image: the one of `--model`, or that which the index names.
 
+    Of the views that are averaged, `--views` becomes those of the index where it doesn't say others.
+
     Raises:
         DataError: neither says which.
     """
     name = options.model or (index.model or {}).get("name")
     if name is None:
         raise DataError(f"{options.index} doesn't say which model made its embeddings: give --model")
+    options.views = options.views or views_of(index.model)
     return name
+
+
+def orders_of(options):
+    """`rerank` and `expand` of a command line, as [`VectorIndex.search`] takes them."""
+    kinds = {"rerank": Reranking, "expand": QueryExpansion}
+    words = {name: getattr(options, name) for name in kinds}
+    return {name: None if words[name] is None else kind.of_words(words[name]) for name, kind in kinds.items()}
 
 
 def refuse_model_options(options, instead):
     """A DataError if an option says something of a model where none is loaded; `instead` is what it goes with."""
-    for name in ("model", "backbone", "revision", "image_size", "resize_size"):
+    for name in ("model", "backbone", "revision", "image_size", "resize_size", "views"):
         if getattr(options, name) is not None:
             raise DataError(f"--{name} goes with {instead}")
 
@@ -184,6 +197,8 @@ def check_compared(options):
         if getattr(options, option) is not None and for_retrievers not in kinds:
             what = "a retriever" if for_retrievers else "a bare backbone"
             raise DataError(f"--{option} is for {what}, and neither {options.first} nor {options.second} is one")
+    if options.views is not None and not names:
+        raise DataError(f"--views is for models, and both {options.first} and {options.second} are stores")
 
 
 def model_or_store(options):
@@ -234,6 +249,7 @@ __all__ = [
     "load_sources",
     "model_of",
     "model_or_store",
+    "orders_of",
     "refuse_model_options",
     "store_options",
     "stores_of",

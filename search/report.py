@@ -19,6 +19,8 @@ from ..eval.metric_definitions import definition_of
 from ..eval.metrics import count_in_gallery, retrieval_scores
 from ..eval.summary import embedding_metrics
 from ..files.atomic import write_json, write_text
+from .projection import learn_projection, projection_text
+from .views import views_of
 
 
 def labelled_sets(queries, gallery=None):
@@ -61,22 +63,33 @@ def labelled_sets(queries, gallery=None):
     }
 
 
-def evaluate_stores(queries, gallery=None, **options):
+def evaluate_stores(queries, gallery=None, *, projection=None, dim=None, rerank=None, expand=None, **options):
     """All measures of a store of embeddings, or of queries against a gallery.
 
     Args:
         queries, gallery: As for [`labelled_sets`]. Without a gallery each query's own row is excluded.
+        projection, dim: As of [`RetrievalIndex.build`], learned from the gallery (or from the queries, where those are
+            the gallery); all measures are then of what comes out.
+        rerank, expand: As of [`VectorIndex.search`]; of the measures of retrieval.
         **options: As for [`embedding_metrics`].
 
     Returns:
-        Dict of `model`, `data` (what was embedded, and how many images) and `metrics`.
+        Dict of `model`, `data` (what was embedded, and how many images), `metrics`, and `search`: those of the four
+        options above that were given.
 
     Raises:
         DataError: an item has no class, or the stores don't fit together.
     """
     sets = labelled_sets(queries, gallery)
-    metrics = embedding_metrics(**sets, **options)
-    return {"model": queries.info.model, "data": _described(queries, gallery, sets), "metrics": metrics}
+    base = "query_embeddings" if gallery is None else "gallery_embeddings"
+    learned, record = learn_projection(projection, dim, sets[base])
+    for name in [name for name in sets if learned is not None and name.endswith("_embeddings")]:
+        sets[name] = learned(sets[name].float())
+    metrics = embedding_metrics(**sets, rerank=rerank, expand=expand, **options)
+    search = {} if record is None else {"projection": record}
+    search |= {name: asdict(value) for name, value in (("rerank", rerank), ("expand", expand)) if value is not None}
+    described = {"model": queries.info.model, "data": _described(queries, gallery, sets), "metrics": metrics}
+    return described | ({"search": search} if search else {})
 
 
 def compare_stores(
@@ -155,7 +168,7 @@ def metrics_table(report):
     """Markdown of what [`evaluate_stores`] returned; shares in percent."""
     model, metrics = report["model"], report["metrics"]
     lines = [f"# {code_span(model['name'])}", "", f"{model['kind']}, fingerprint {model['fingerprint'][:12]}", ""]
-    lines += _data_lines(report)
+    lines += _data_lines(report) + _search_lines(report)
     with_intervals = any(name.endswith("_low") for name in metrics)
     columns = ["measure", "value", *(["interval"] if with_intervals else []), "what it is"]
     lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
@@ -197,6 +210,15 @@ def _data_lines(report):
         + (f", {data['num_in_gallery']:,} of them in the gallery too: excluded" if "num_in_gallery" in data else "")
         for name, data in report["data"].items()
     ]
+
+
+def _search_lines(report):
+    """What of a search is not as usual."""
+    lines = [] if views_of(report["model"]) == "one" else [f"- views averaged: {views_of(report['model'])}"]
+    for name, values in report.get("search", {}).items():
+        text = ", ".join(f"{key}={value}" for key, value in values.items())
+        lines.append(f"- {projection_text(values) if name == 'projection' else f'{name}: {text}'}")
+    return lines
 
 
 def _shown(name, value):

@@ -40,7 +40,7 @@ class Retriever:
         Args:
             name: Folder or Hub name.
             **options: As for [`Embedder.from_pretrained`]: `revision`, `backbone`, `resize_size`, `device`, `dtype`,
-                `batch_size`, `max_image_pixels`.
+                `batch_size`, `max_image_pixels`, `views`.
 
         Raises:
             DataError, OSError, ValueError: as there.
@@ -121,7 +121,8 @@ class Retriever:
 
         Args:
             images: As for `encode`.
-            k, where, containing, **options: As for [`VectorIndex.search`]: also `min_similarity` and `group_by`.
+            k, where, containing, **options: As for [`VectorIndex.search`]: also `min_similarity`, `group_by`,
+                `rerank` and `expand`.
             channel_order: As for `encode`.
 
         Returns:

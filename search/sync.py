@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..data_scripts.data_errors import DataError
+from ..data_scripts.data_errors import DataError, some
 from ..data_scripts.data_fingerprint import content_digest
 from .columns import CLASS_COLUMN, CONTENT_COLUMN, SOURCE_COLUMN, own_columns
 from .embed import cached_store, on_main_rank, reading_bar
@@ -179,6 +179,8 @@ def _build(place, store: EmbeddingStore, all_ids, columns, replace, lock_timeout
     }
     changes = IndexChanges(added=len(ids), total=len(ids), skipped=list(info.skipped))
     if is_milvus(place):
+        if build:
+            raise ValueError(f"build must be empty for Milvus, which chooses its index itself, got {some(build)}")
         MilvusIndex.build(place, ids, store.embeddings, metadata, replace=replace, **options).close()
     else:
         index = RetrievalIndex.build(ids, store.embeddings, metadata, **options, **(build or {}))

@@ -10,11 +10,15 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+import torch
+
 from ..data_scripts.data_errors import some
 from ..eval.checks import check_embeddings
+from ..eval.reranking import check_reordering
 from ..names.registry import did_you_mean, near_names
 from .columns import check_items, check_metadata
 from .filters import find_column, parse_conditions
+from .views import views_of
 
 
 class Hit(NamedTuple):
@@ -75,10 +79,10 @@ class VectorIndex(ABC):
         """Raise an [`IndexMismatchError`] unless the embeddings are known to be of this model."""
         here = None if self.model is None else self.model["fingerprint"]
         if here != model["fingerprint"]:
-            made_by = "nobody said which" if here is None else f"{self.model['name']} (fingerprint {here[:12]})"
+            made_by = "nobody said which" if here is None else _model_text(self.model)
             raise IndexMismatchError(
-                f"the index holds embeddings of another model: {made_by}, got {model['name']} (fingerprint "
-                f"{model['fingerprint'][:12]}); similarities between the two would mean nothing"
+                f"the index holds embeddings of another model: {made_by}, got {_model_text(model)}; similarities "
+                "between the two would mean nothing"
             )
 
     @abstractmethod
@@ -164,8 +168,25 @@ class VectorIndex(ABC):
     def _nearest(self, queries, k, conditions, containing):
         """What `search` gives, all of it checked: conditions are [`Condition`] with values as they are spelt here."""
 
-    def search(self, embeddings, k=10, where=None, containing=None, *, min_similarity=None, group_by=None):
+    def _project(self, embeddings):
+        """Embeddings `(n, E)` to the space that this index compares them in."""
+        return embeddings
+
+    def search(
+        self,
+        embeddings,
+        k=10,
+        where=None,
+        containing=None,
+        *,
+        min_similarity=None,
+        group_by=None,
+        rerank=None,
+        expand=None,
+    ):
         """The items most similar to each query.
+
+        A filter acts as though the index held nothing else, also for `rerank` and `expand`.
 
         Args:
             embeddings: `(Q, E)` floating point, a tensor or an array of numpy, L2-normalised.
@@ -176,42 +197,86 @@ class VectorIndex(ABC):
             min_similarity: Only items of at least this similarity, in [-1, 1].
             group_by: Column: of all items with the same value only the most similar, so that k different values come
                 out. An item without a value (None, or no class) stands for itself.
+            rerank: [`Reranking`]: the order of the `depth` most similar items is another; their similarities are what
+                they are. What min_similarity leaves out is left out afterwards.
+            expand: [`QueryExpansion`]: the query is replaced, and similarities are those with what replaces it.
 
         Returns:
-            Q lists of at most k [`Hit`], most similar first.
+            Q lists of at most k [`Hit`], most similar first; with `rerank` in its order.
 
         Raises:
             TypeError, ValueError: embeddings, k or min_similarity are not as above, or there is no such column.
         """
-        return self._find(embeddings, k, where, containing, min_similarity, group_by)
+        queries = self._project(self._check_width(embeddings))
+        return self._find(queries, k, where, containing, min_similarity, group_by, rerank, expand)
 
-    def _find(self, embeddings, k, where, containing, min_similarity, group_by, own=None):
-        """See `search`; `own` are the ids of the queries, which don't find themselves, or None."""
-        queries = self._check_queries(embeddings, k)
+    def _find(self, queries, k, where, containing, min_similarity, group_by, rerank, expand, own=None):
+        """See `search`; of queries in this index's space. `own` are their ids, which they don't find, or None."""
+        if k < 1:
+            raise ValueError(f"k must be >= 1, got {k}")
+        check_reordering(rerank, expand)
         if min_similarity is not None and not -1 <= min_similarity <= 1:
             raise ValueError(f"min_similarity must be in [-1, 1], got {min_similarity}")
         passing = self._conditions(where), containing
+        if expand is not None:
+            queries = self._expanded(queries, passing, own, expand)
         if group_by is None:
-            found = self._nearest(queries, self._check_most(k + (own is not None)), *passing)
-            found = [_others(hits, own, row)[:k] for row, hits in enumerate(found)]
+            found = self._in_order(queries, k, passing, own, rerank)
         else:
-            found = self._best_of_groups(queries, k, passing, find_column(group_by, self._kinds()), own)
-        if min_similarity is None:
-            return found
-        return [[hit for hit in hits if hit.similarity >= min_similarity] for hits in found]
+            column = find_column(group_by, self._kinds())
+            return self._best_of_groups(queries, k, passing, own, rerank, min_similarity, column)
+        return [_similar(hits, min_similarity)[:k] for hits in found]
 
-    def _best_of_groups(self, queries, k, passing, column, own):
+    def _in_order(self, queries, k, passing, own=None, rerank=None):
+        """The first k items of each query, or more, without the query itself; re-ranked ones first."""
+        depth = k if rerank is None else max(k, rerank.depth)
+        asked = depth + (own is not None)
+        if self.max_results is not None and asked > self.max_results:
+            name = "k" if depth == k else "rerank: depth"
+            raise ValueError(f"{name} must be at most {self.max_results:,} in this index, got {asked:,}")
+        found = self._nearest(queries, asked, *passing)
+        found = [_others(hits, own, row)[:depth] for row, hits in enumerate(found)]
+        return found if rerank is None else self._reranked(queries, found, rerank)
+
+    def _vectors_of(self, found):
+        """Id -> `(E,)` of the items of some results, each looked up once."""
+        ids = list(dict.fromkeys(hit.id for hits in found for hit in hits))
+        return dict(zip(ids, self.embeddings_of(ids), strict=True)) if ids else {}
+
+    def _reranked(self, queries, found, rerank):
+        vectors = self._vectors_of([hits[: rerank.depth] for hits in found])
+        results = []
+        for query, hits in zip(queries, found, strict=True):
+            if shortlist := hits[: rerank.depth]:
+                distance = rerank.distances(query, torch.stack([vectors[hit.id] for hit in shortlist]))
+                hits = [*(hits[row] for row in distance.argsort(stable=True).tolist()), *hits[rerank.depth :]]
+            results.append(hits)
+        return results
+
+    def _expanded(self, queries, passing, own, expand):
+        found = self._in_order(queries, expand.neighbours, passing, own)
+        vectors = self._vectors_of(found)
+        similarity = torch.full((len(queries), expand.neighbours), -torch.inf)
+        items = torch.zeros(len(queries), expand.neighbours, queries.shape[1])
+        for row, hits in enumerate(found):
+            for place, hit in enumerate(hits):
+                similarity[row, place], items[row, place] = hit.similarity, vectors[hit.id]
+        return expand.expand(queries, similarity, items)
+
+    def _best_of_groups(self, queries, k, passing, own, rerank, min_similarity, column):
         """The first item of each of the k groups that come first, looking as deep as that takes."""
         results, unfinished, depth = [[] for _ in queries], list(range(len(queries))), 4 * k + 1
+        most = None if self.max_results is None else self.max_results - (own is not None)
         while unfinished:
-            depth = min(depth, self.max_results or depth)
-            found = self._nearest(queries[unfinished], depth, *passing)
+            depth = min(depth, most or depth)
+            names = None if own is None else [own[row] for row in unfinished]
+            found = self._in_order(queries[unfinished], depth, passing, names, rerank)
             left = []
             for row, hits in zip(unfinished, found, strict=True):
-                results[row] = _firsts(_others(hits, own, row), column)[:k]
-                if len(results[row]) < k and len(hits) == depth:  # what lies deeper may be of other groups
+                results[row] = _firsts(_similar(hits, min_similarity), column)[:k]
+                if len(results[row]) < k and len(hits) >= depth:  # what lies deeper may be of other groups
                     left.append(row)
-            if left and depth == self.max_results:
+            if left and depth == most:
                 raise ValueError(
                     f"group_by: the {depth:,} most similar items, which are all that this index gives, hold "
                     f"{len(results[left[0]])} groups of {k}: ask for fewer"
@@ -244,7 +309,8 @@ class VectorIndex(ABC):
 
     @abstractmethod
     def embeddings_of(self, ids):
-        """Embeddings of items, `(n, E)` float32; of a compressing index what it kept of them.
+        """Embeddings of items, `(n, E)` float32; of a compressing index what it kept of them. Not for `search` where
+        the index has a projection: `search_ids` takes items as queries.
 
         Raises:
             ValueError: an id is not in the index.
@@ -305,10 +371,34 @@ class VectorIndex(ABC):
             ValueError: there is no such column, or this index can't do that.
         """
 
-    def search_ids(self, ids, k=10, where=None, containing=None, *, min_similarity=None, group_by=None):
+    def search_ids(
+        self,
+        ids,
+        k=10,
+        where=None,
+        containing=None,
+        *,
+        min_similarity=None,
+        group_by=None,
+        rerank=None,
+        expand=None,
+    ):
         """The items most similar to items of the index, each without itself; see `search`."""
         ids = self.require(ids)
-        return self._find(self.embeddings_of(ids), k, where, containing, min_similarity, group_by, own=ids)
+        queries = self.embeddings_of(ids)
+        return self._find(queries, k, where, containing, min_similarity, group_by, rerank, expand, own=ids)
+
+    def find_items(self, ids):
+        """The [`Hit`] of each of some ids, whose similarity is that with itself.
+
+        Raises:
+            ValueError: an id is not in the index.
+        """
+        ids = self.require(ids)
+        return [
+            self._nearest(vector[None], 1, self._conditions({"id": [name]}), None)[0][0]
+            for name, vector in zip(ids, self.embeddings_of(ids), strict=True)
+        ]
 
     def search_images(self, images, k=10, where=None, containing=None, **options):
         """The items most similar to images; see `search`.
@@ -365,21 +455,16 @@ class VectorIndex(ABC):
         if sorted(columns) != sorted(self.columns):
             raise ValueError(f"metadata must have the columns {self.columns}, got {sorted(columns)}")
 
-    def _check_queries(self, embeddings, k):
-        if k < 1:
-            raise ValueError(f"k must be >= 1, got {k}")
-        return self._check_width(embeddings)
-
-    def _check_most(self, k):
-        if self.max_results is not None and k > self.max_results:
-            raise ValueError(f"k must be at most {self.max_results:,} in this index, got {k:,}")
-        return k
-
     def _check_width(self, embeddings):
         embeddings = check_embeddings(embeddings, "embeddings")
         if embeddings.shape[1] != self.embedding_dim:
             raise ValueError(f"embeddings must have the index's width {self.embedding_dim}, got {embeddings.shape[1]}")
         return embeddings.detach().float().cpu()
+
+
+def _model_text(model):
+    views = "" if views_of(model) == "one" else f", views {views_of(model)}"
+    return f"{model['name']} (fingerprint {model['fingerprint'][:12]}{views})"
 
 
 def _folded(value):
@@ -388,6 +473,10 @@ def _folded(value):
 
 def _others(hits, own, row):
     return hits if own is None else [hit for hit in hits if hit.id != own[row]]
+
+
+def _similar(hits, least):
+    return hits if least is None else [hit for hit in hits if hit.similarity >= least]
 
 
 def _firsts(hits, column):

@@ -77,7 +77,8 @@ def test_unknown_commands_are_named(name, capsys):
     err = capsys.readouterr().err
     assert (
         err.count("\n") == 1
-        and f"COMMAND must be one of train, check, embed, index, search, evaluate, compare, app, serve, export, got {name!r}"
+        and "COMMAND must be one of train, check, embed, index, search, evaluate, compare, app, serve, export, got "
+        f"{name!r}"
         in err
     )
     assert ("did you mean 'train'" in err) == (name == "trian")

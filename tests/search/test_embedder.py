@@ -1,5 +1,7 @@
 """search/embedder.py: images in any form to embeddings, retrievers and bare backbones, fingerprints."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import test_families
@@ -10,7 +12,7 @@ from transformers import AutoImageProcessor, AutoModel
 from vptsp import Embedder, ImageError, VPTSPModel
 from vptsp.data_scripts.preprocessing import build_image_processor
 from vptsp.loading_vptsp import name_before
-from vptsp.search.embedder import model_fingerprint
+from vptsp.search.fingerprints import model_fingerprint
 
 
 @pytest.fixture
@@ -136,3 +138,10 @@ def test_changed_weights_have_no_fingerprint(retriever_folder, dtype):
     embedder.model.prompts.tokens.data.normal_()
     with pytest.raises(ValueError, match="have changed since this Embedder was made: make another"):
         embedder.description()
+
+
+def test_fingerprints_stay_what_they_were():
+    """Else every store and index of embeddings would be taken for another model's."""
+    folder = Path(__file__).resolve().parents[1] / "fixtures" / "retriever_v1"
+    expected = "844d35915596242da3ff74a5a50ee0717d4d664056832f03075cbd5eff940394"
+    assert Embedder.from_pretrained(folder).fingerprint == expected
