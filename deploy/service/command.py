@@ -85,6 +85,7 @@ def _serve(args):
     from transformers.utils import logging
 
     from vptsp.search.embedder import Embedder
+    from vptsp.search.views import views_of
 
     from .application import create_app
     from .live_index import LiveIndex
@@ -98,7 +99,7 @@ def _serve(args):
                 raise DataError(
                     f"{args.index} doesn't say which model made its embeddings: give --model or --no_model"
                 )
-            embedder = Embedder.from_pretrained(name, backbone=args.backbone)
+            embedder = Embedder.from_pretrained(name, backbone=args.backbone, views=views_of(live.index.model))
             live.index.use_embedder(embedder)
         if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
             print(
