@@ -21,7 +21,7 @@ if [int(part) for part in transformers.__version__.split(".")[:2]] < [int(p) for
 from huggingface_hub.errors import StrictDataclassError  # noqa: E402
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # noqa: E402
 from transformers.activations import ACT2FN  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+from transformers.utils import CONFIG_NAME, logging  # noqa: E402
 
 from .backbones_vptsp import family_of  # noqa: E402
 
@@ -241,6 +241,30 @@ class VPTSPConfig(PreTrainedConfig):
             return config, unused
         _refuse_unknown(cls, unused, "VPTSPConfig")
         return config
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As of `PreTrainedConfig`, which takes a file that is not there for one that says nothing.
+
+        Raises:
+            OSError: there is no such file, or it is not to be had.
+            ValueError: it is no JSON object, or another model's configuration.
+        """
+        name = f"{CONFIG_NAME} of {str(pretrained_model_name_or_path)!r}"
+        try:
+            values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, RecursionError, TypeError) as error:  # of transformers, on what is no object
+            raise ValueError(f"{name} must hold a JSON object ({error})") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{name} must hold a JSON object, got a {type(values).__name__}")
+        if not values:
+            raise OSError(f"{name} is not there, or says nothing")
+        if values.get("model_type") != cls.model_type:
+            raise ValueError(
+                f"{name} must have model_type {cls.model_type!r}, got {values.get('model_type')!r}: it is another "
+                "model's"
+            )
+        return values, unused
 
     @property
     def changes_backbone(self) -> bool:

@@ -43,11 +43,14 @@ from .loading_vptsp import (
     backbone_fingerprint,
     find_backbone,
     layer_number,
+    listed,
     load_backbone,
     name_before,
     name_today,
+    read_config,
     read_weights,
     refuse_local_backbone,
+    refuse_unusable,
     relative_to,
     tensor_digest,
     widest_dtype,
@@ -322,9 +325,7 @@ def refuse_merged_lora(model):
         ValueError: there are such weights.
     """
     if merged := [name for name, module in model.named_modules() if getattr(module, "merged", False) is True]:
-        raise ValueError(
-            f"PEFT has merged LoRA into {_listed(merged)}, where it would count twice: unmerge() it first"
-        )
+        raise ValueError(f"PEFT has merged LoRA into {listed(merged)}, where it would count twice: unmerge() it first")
 
 
 def refuse_other_scaling(model):
@@ -451,7 +452,7 @@ def _refuse_other_model(folder):
         return
     try:
         kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except (AttributeError, ValueError):
+    except (AttributeError, RecursionError, ValueError):
         kind = None
     if kind != VPTSPConfig.model_type:
         raise ValueError(f"{folder} holds another model (model_type {kind!r} in {CONFIG_NAME}), which would be lost")
@@ -499,15 +500,10 @@ def _is_of_backbone(tensor, original, lora=None):
     return bool(((tensor.double() - expected).abs() <= near).all())
 
 
-def _listed(names, at_most=8):
-    names = sorted(names)
-    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
-
-
 def _refuse_differences(missing, unknown, source, others=()):
     """Raise if a checkpoint holds other tensors than the model."""
     problems = (("lacks", missing), ("has unknown", unknown), ("has", others))
-    found = [f"{verb} {_listed(names)}" for verb, names in problems if names]
+    found = [f"{verb} {listed(names)}" for verb, names in problems if names]
     if found:
         raise ValueError(f"the checkpoint {str(source)!r} {' and '.join(found)}")
 
@@ -639,7 +635,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         known = {field.name for field in fields(VPTSPConfig)}
         if unknown := set(kwargs) - known:
-            raise ValueError(f"VPTSPConfig has no field {_listed(unknown)}")
+            raise ValueError(f"VPTSPConfig has no field {listed(unknown)}")
         found = find_backbone(backbone, revision, **hub_kwargs)
         config = VPTSPConfig(
             backbone_config=found.config_at(image_size),
@@ -724,7 +720,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         if changed:
             raise ValueError(
                 f"frozen weights of the model are not those of the backbone {self.config.backbone!r} any more "
-                f"({_listed(changed)}): somebody has changed them, as PEFT does when it merges. Without them, what is "
+                f"({listed(changed)}): somebody has changed them, as PEFT does when it merges. Without them, what is "
                 "saved would be another model: save them too, with save_backbone=True"
             )
 
@@ -770,7 +766,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             if kwargs.get(name) is not None:
                 raise ValueError(f"save_pretrained writes one {SAFE_WEIGHTS_NAME}: leave {name} out")
         if unknown := set(kwargs) - _SAVING_ARGUMENTS:  # which transformers passes over
-            raise TypeError(f"save_pretrained takes no {_listed(unknown)}")
+            raise TypeError(f"save_pretrained takes no {listed(unknown)}")
         refuse_other_adapters(self)
         refuse_other_scaling(self)
         _refuse_other_model(Path(save_directory))
@@ -935,7 +931,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub_kwargs)
         else:  # `AutoModel` has put backbone=... and dtype=... into the configuration
-            saved, _ = config.get_config_dict(pretrained_model_name_or_path, revision=revision, **hub_kwargs)
+            _, saved = read_config(pretrained_model_name_or_path, revision, **hub_kwargs)
             if backbone is None and config.backbone != saved.get("backbone"):
                 backbone = config.backbone
             given, stored = (str(dtype).removeprefix("torch.") for dtype in (config.dtype, saved.get("dtype")))
@@ -949,7 +945,9 @@ class VPTSPPreTrainedModel(PreTrainedModel):
                 f"backbone_config in {CONFIG_NAME} of {str(pretrained_model_name_or_path)!r} must be a mapping with a "
                 "model_type, got None"
             )
-        saved = read_weights(_safetensors_file(pretrained_model_name_or_path, revision, **hub_kwargs))
+        file = _safetensors_file(pretrained_model_name_or_path, revision, **hub_kwargs)
+        saved = read_weights(file)
+        refuse_unusable(saved, file)
         from_retriever = not any(name.startswith("vptsp.") for name in saved)
         saved = cls._named_as_here(saved, from_retriever)
         if not dtype_given:

@@ -9,7 +9,6 @@ Nothing here imports torch or `datasets`, and nothing is ever written where a me
 import contextlib
 import gzip
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from ..files.atomic import write_json
+from ..files.json_files import read_json_object
 from .data_errors import DataError, some
 from .image_files import SLOW_SECONDS, ImageFile, is_hidden, is_image_name, relative_parts
 
@@ -113,10 +113,11 @@ def list_members(path: Path, index_dir: str | Path) -> list[ImageFile]:
 
 def _read_index(index: Path) -> list | None:
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        return content["members"] if content["version"] == _INDEX_VERSION else None
+        content = read_json_object(index)
+        members = [(str(name), int(size)) for name, size in content["members"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return members if content.get("version") == _INDEX_VERSION else None
 
 
 def read_members(path: Path, names: Collection[str], progress: bool = False) -> Iterator[tuple[str, bytes]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import textwrap
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from transformers import AutoImageProcessor
 from transformers.image_utils import PILImageResampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from ..files.json_files import read_json_object
 from ..loading_vptsp import check_hub_arguments, read_timm_config, timm_preprocessing
 from .normalisation import Normalisation
 from .transforms import EvalTransform
@@ -108,6 +110,7 @@ def _load_processor(name, revision, hub_kwargs, needed):
     check_hub_arguments(hub_kwargs)
     revision = revision or "main"
     try:
+        _check_file(name, revision, hub_kwargs)
         processor = AutoImageProcessor.from_pretrained(
             name, revision=revision, backend="pil", trust_remote_code=False, **hub_kwargs
         )
@@ -124,7 +127,21 @@ def _load_processor(name, revision, hub_kwargs, needed):
             return None
         raise OSError(f"the image processor of {str(name)!r} can't be read: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the image processor of {str(name)!r} can't be used: {error}") from error
+        reason = textwrap.shorten(str(error), 400)  # transformers lists all kinds that it knows
+        raise ValueError(f"the image processor of {str(name)!r} can't be used: {reason}") from error
+
+
+def _check_file(name, revision, hub_kwargs):
+    """Raise a `ValueError` if what transformers will read is no JSON object, of which it says nothing that helps."""
+    subfolder = hub_kwargs.get("subfolder") or ""
+    for file in PROCESSOR_FILES:
+        path = Path(name, subfolder, file)
+        if not Path(name).is_dir():
+            path = try_to_load_from_cache(
+                str(name), (PurePosixPath(subfolder) / file).as_posix(), hub_kwargs.get("cache_dir"), revision
+            )
+        if isinstance(path, (str, Path)) and Path(path).is_file():
+            read_json_object(path, "the fields of an image processor")
 
 
 def _without_torchvision(name, revision, hub_kwargs, error):

@@ -1,10 +1,10 @@
 """Which images and classes of a run were on which side: written beside its retriever, read when it is evaluated."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files.json_files import read_json_object
 from .data_arguments import BUILDER_OPTIONS, DataArguments
 from .data_errors import DataError
 from .image_names import image_names
@@ -59,7 +59,7 @@ def read_split_record(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json_object(path)
         record["data"]["dataset_name"], record["splits"]["train"]["classes"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(

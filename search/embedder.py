@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import PreTrainedConfig
 
 from ..data_scripts.data_errors import ImageError
 from ..data_scripts.image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
@@ -29,7 +28,7 @@ from ..data_scripts.normalisation import Normalisation
 from ..data_scripts.preprocessing import build_image_processor, load_image_processor
 from ..data_scripts.transforms import central_crop, is_elongated
 from ..eval.embedding_loop import embed_batches
-from ..loading_vptsp import name_today
+from ..loading_vptsp import name_today, read_config
 from ..modeling_vptsp import VPTSPModel, refuse_other_adapters
 from .model_names import check_model_name
 
@@ -153,7 +152,7 @@ class Embedder:
     """Images to L2-normalised embeddings; see [`Embedder.from_pretrained`].
 
     Args:
-        model: `VPTSPModel`, in float32.
+        model: `VPTSPModel`, in the dtype that it was saved in.
         processor: Image processor of transformers.
         name: What the model is called in stores and indexes: its folder or its name on the Hub.
         backbone_only: Embed with the model's backbone alone, without prompts or head.
@@ -191,9 +190,10 @@ class Embedder:
         self.preprocess = ImagePreprocessor(processor, config.backbone_config.image_size, max_image_pixels)
         self.embedding_dim = config.pooled_dim if backbone_only else config.embedding_dim
         self._fingerprint = model_fingerprint(model, processor, backbone_only)
+        stays = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} <= {dtype}
         self.model = model.to(device=self.device, dtype=dtype).eval()
         self._running = threading.Lock()
-        self._weights = self._fingerprint if dtype == torch.float32 else self._digest()
+        self._weights = self._fingerprint if stays else self._digest()
 
     @property
     def fingerprint(self):
@@ -369,8 +369,9 @@ def is_retriever(name, revision=None):
 
     Raises:
         OSError: there is no configuration to be had.
+        ValueError: it is damaged.
     """
-    return PreTrainedConfig.get_config_dict(name, revision=revision or "main")[0].get("model_type") == "vptsp"
+    return read_config(name, revision)[1].get("model_type") == "vptsp"
 
 
 def default_device():

@@ -39,7 +39,16 @@ from .columns import (
     kind_of_arrow,
 )
 from .index_factory import choose_factory, effort_of, graph_of, inverted_lists, tune_effort
-from .index_files import INDEX_FILE, IndexChangedError, IndexInfo, find_info, index_lock, read_index, write_index
+from .index_files import (
+    INDEX_FILE,
+    DamagedIndexError,
+    IndexChangedError,
+    IndexInfo,
+    find_info,
+    index_lock,
+    read_index,
+    write_index,
+)
 from .item_table import as_table, passes, with_hidden, with_rows
 from .records import check_model, load_record
 from .vector_index import Hit, VectorIndex
@@ -269,7 +278,7 @@ class RetrievalIndex(VectorIndex):
     def _hits(self, similarity, found):
         rows = np.searchsorted(self._table_keys, found.clip(0)).clip(max=len(self) - 1)
         if ((self._table_keys[rows] != found) & (found >= 0)).any():
-            raise RuntimeError(
+            raise DamagedIndexError(
                 "this index has vectors without rows: adding to it was interrupted, or it is damaged and was opened "
                 "without verifying. Open it again"
             )

@@ -12,10 +12,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..data_scripts.data_errors import DataError, some
@@ -23,6 +25,8 @@ from ..files.atomic import TEMPORARY_SUFFIX, atomic_path
 from ..files.digests import file_record
 from ..files.locks import LOCK_FILE, locked
 from ..files.marks import INDEX_FILE
+from ..names.field_values import AT_LEAST_ONE, NOT_NEGATIVE
+from .columns import CONTENT_COLUMN, SOURCE_COLUMN, kind_of_arrow
 from .index_factory import inverted_lists
 from .model_names import near_folders
 from .records import check_files, load_record, save_record
@@ -31,6 +35,10 @@ from .records import check_files, load_record, save_record
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+
+
+class DamagedIndexError(DataError, RuntimeError):
+    """Vectors and rows don't belong together, which was noticed only in a search."""
 
 
 class IndexChangedError(DataError):
@@ -68,8 +76,16 @@ class IndexInfo:
     effort: str | None = None
     generation: int = 0
     format_version: int = FORMAT_VERSION
-    files: dict | None = field(default=None, metadata={"optional": True})
+    files: Any = field(default=None, metadata={"optional": True})  # a dict, or `check_files` says so
     sources: list[dict] | None = field(default=None, metadata={"optional": True})
+
+    BOUNDS: ClassVar = {
+        "embedding_dim": AT_LEAST_ONE,
+        "num_items": NOT_NEGATIVE,
+        "next_key": NOT_NEGATIVE,
+        "generation": NOT_NEGATIVE,
+    }
+    CHOICES: ClassVar = {}
 
     def __post_init__(self):
         self.sources = self.sources or []
@@ -183,6 +199,7 @@ def _read_generation(folder, info, mmap, verify):
             table = file.read()
     except (OSError, RuntimeError, pa.ArrowInvalid) as error:
         raise DataError(f"the index in {folder} can't be read: {error}") from error
+    _check_kinds(index, table, info, folder)
     if not index.ntotal == len(table) == info.num_items:
         raise DataError(
             f"the files of the index in {folder} don't belong together: {index.ntotal} vectors, {len(table)} rows "
@@ -194,6 +211,34 @@ def _read_generation(folder, info, mmap, verify):
         except ValueError as error:
             raise DataError(str(error)) from error
     return index, table
+
+
+def _check_kinds(index, table, info, folder):
+    """A DataError unless both files of an index in `folder` are of the kind that `write_index` writes."""
+    path = folder / info.index_name
+    if not isinstance(index, faiss.IndexIDMap2) and inverted_lists(index) is None:
+        raise DataError(f"{path} must be an index of faiss with keys, got a {type(index).__name__}")
+    if (index.d, index.metric_type) != (info.embedding_dim, faiss.METRIC_INNER_PRODUCT):
+        raise DataError(
+            f"{path} must be an index by inner product of width {info.embedding_dim}, got one of metric "
+            f"{index.metric_type} and width {index.d}"
+        )
+    path = folder / info.metadata_name
+    for name in ("key", "id"):
+        if name not in table.column_names or table.column(name).null_count:
+            raise DataError(f"{path} must have a column {name} without gaps")
+    own = {"key": "integer", "id": "text", CONTENT_COLUMN: "text", SOURCE_COLUMN: "integer"}
+    for column in table.schema:
+        kinds = (own[column.name],) if column.name in own else ("text", "integer", "number")
+        if kind_of_arrow(column.type) not in kinds:
+            raise DataError(f"{path} must have a column {column.name} of {' or '.join(kinds)}, got {column.type}")
+    if pc.count_distinct(table.column("id")).as_py() != len(table):
+        raise DataError(f"{path} has ids that occur more than once: it is damaged")
+    sources = pc.min_max(table.column(SOURCE_COLUMN)).as_py() if SOURCE_COLUMN in table.column_names else {}
+    if any(number is not None and not 0 <= number < len(info.sources) for number in sources.values()):
+        raise DataError(
+            f"{path} has items of source {sources['max']}, but {INDEX_FILE} has {len(info.sources)} sources"
+        )
 
 
 def check_tied(index, table, what):
@@ -222,6 +267,7 @@ def _keys_of(index):
 
 __all__ = [
     "INDEX_FILE",
+    "DamagedIndexError",
     "IndexChangedError",
     "IndexInfo",
     "check_tied",

@@ -104,7 +104,7 @@ def check_values(args):
 def _check_json(name, text):
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a mapping (as text, one in JSON), got {text!r}")

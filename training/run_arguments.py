@@ -112,7 +112,7 @@ def parse_arguments(argv, prog="train.py"):
                 model_fields[name] = json.loads(
                     model_fields[name], object_pairs_hook=without_duplicates, parse_constant=_no_number
                 )
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 holds = "JSON with a model_type" if name == "backbone_config" else "a JSON mapping"
                 raise ConfigError(f"{name} must be {holds}: {error}") from error
     return model_fields, training_args, data_args, run_args
