@@ -725,11 +725,11 @@ def _refuse_differences(missing, unknown, mismatched, source):
     mismatched = {f"{name} {tuple(found)} instead of {tuple(expected)}" for name, found, expected in mismatched}
     for problem, names in (("lacks", missing), ("has unknown", unknown), ("has", mismatched)):
         if names:
-            raise ValueError(f"the backbone {str(source)!r} {problem} {listed(names)}")
+            raise ValueError(f"the backbone {str(source)!r} {problem} {listed(names, 24)}")
 
 
 def refuse_unusable(weights, source):
-    """Raise a `ValueError` if tensors have values that are not finite, or are floats of a kind that is not computed in.
+    """Raise a `ValueError` if tensors have values that are not finite, or are floats that nothing computes with.
 
     Args:
         weights: Name -> tensor.

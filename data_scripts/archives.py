@@ -26,6 +26,7 @@ from ..files.atomic import write_json
 from ..files.json_files import read_json_object
 from .data_errors import DataError, some
 from .image_files import SLOW_SECONDS, ImageFile, is_hidden, is_image_name, relative_parts
+from .paths import usable_path
 
 
 __all__ = ["MAX_MEMBER_BYTES", "archive_kind", "free_bytes", "list_members", "read_members"]
@@ -95,7 +96,7 @@ def list_members(path: Path, index_dir: str | Path) -> list[ImageFile]:
             return [ImageFile(name, info.file_size, 0) for name, info in _zip_members(path, archive).items()]
     status = path.stat()
     key = hashlib.sha256(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()[:32]
-    index = Path(index_dir).expanduser() / INDEX_FOLDER / f"{key}.json"
+    index = usable_path(index_dir) / INDEX_FOLDER / f"{key}.json"
     try:
         index.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -174,7 +175,7 @@ def _check_size(path: Path, name: str, size: int) -> None:
 
 def free_bytes(folder: str | Path) -> int:
     """Free room on the disk of a folder, which need not exist yet."""
-    folder = Path(folder).expanduser().resolve()
+    folder = Path(os.path.realpath(usable_path(folder)))
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 

@@ -8,6 +8,7 @@ from ..files.json_files import read_json_object
 from .data_arguments import BUILDER_OPTIONS, DataArguments
 from .data_errors import DataError
 from .image_names import image_names
+from .paths import usable_path
 
 
 __all__ = ["PLACES", "SPLITS_NAME", "has_seen_classes", "read_split_record", "record_splits"]
@@ -36,7 +37,7 @@ def record_splits(args: DataArguments, splits: Mapping[str, Any]) -> dict[str, A
     """
     options = {name: getattr(args, name) for name in (*PLACES, *BUILDER_OPTIONS)}
     if args.data_dir is not None:
-        options["data_dir"] = str(Path(args.data_dir).expanduser().absolute())
+        options["data_dir"] = str(usable_path(args.data_dir).absolute())
     parts = {}
     for name, part in splits.items():
         table = getattr(part, "hf_dataset", None)
