@@ -723,7 +723,11 @@ def listed(names, at_most=8) -> str:
 def _refuse_differences(missing, unknown, mismatched, source):
     unknown = {name for name in unknown if not name.endswith(_UNUSED_PARTS)}
     mismatched = {f"{name} {tuple(found)} instead of {tuple(expected)}" for name, found, expected in mismatched}
-    for problem, names in (("lacks", missing), ("has unknown", unknown), ("has", mismatched)):
+    for problem, names in (
+        ("lacks", missing),
+        ("has unknown", unknown),
+        ("has tensors of another shape:", mismatched),
+    ):
         if names:
             raise ValueError(f"the backbone {str(source)!r} {problem} {listed(names, 24)}")
 

@@ -22,8 +22,8 @@ def usable_path(given: str | os.PathLike) -> Path:
     """A path in which `~` and `~user` are replaced by the home folder.
 
     Raises:
-        DataError: no file can have it (it is empty, a name is too long, not valid UTF-8 or holds a NUL), or there is no
-            such user.
+        DataError: no file can have it (it is empty, too long, not valid UTF-8 or holds a NUL), or there is no such
+            user.
     """
     path = Path(given)
     if not str(given):

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor
 from transformers.image_utils import PILImageResampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from ..files.json_files import read_json_object
+from ..files.json_files import JsonError, read_json_object
 from ..loading_vptsp import check_hub_arguments, read_timm_config, timm_preprocessing
 from .normalisation import Normalisation
 from .transforms import EvalTransform
@@ -122,6 +122,8 @@ def _load_processor(name, revision, hub_kwargs, needed):
         return processor
     except ImportError as error:
         return _without_torchvision(name, revision, hub_kwargs, error)
+    except JsonError as error:
+        raise OSError(f"the image processor of {str(name)!r} can't be read: {error}") from error
     except OSError as error:
         if all(_is_absent(name, file, revision, hub_kwargs) for file in PROCESSOR_FILES):
             return None
