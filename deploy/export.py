@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import json
 import logging
 import sys
@@ -95,7 +96,9 @@ def export_program(model, path, image_processor=None) -> float:
     metadata = json.dumps(export_metadata(model, image_processor), indent=2, allow_nan=False)
 
     def write(file):
-        torch.export.save(_traced(model), file, extra_files={"metadata.json": metadata})
+        content = io.BytesIO()  # torch ends the process where it can't write to a file
+        torch.export.save(_traced(model), content, extra_files={"metadata.json": metadata})
+        Path(file).write_bytes(content.getbuffer())
 
     def read(file):
         program = torch.export.load(file).module()

@@ -142,7 +142,7 @@ def write_index(folder, index, table, info):
     before = find_info(folder)
     info = replace(info, num_items=len(table), generation=0 if before is None else before.generation + 1, files=None)
     with atomic_path(folder / info.index_name) as path:
-        faiss.write_index(index, str(path))
+        _write_vectors(index, path)
     with atomic_path(folder / info.metadata_name) as path:
         pq.write_table(table, path, compression="zstd")
     info.files = {name: file_record(folder / name) for name in (info.index_name, info.metadata_name)}
@@ -152,6 +152,26 @@ def write_index(folder, index, table, info):
             if path.name not in info.files:
                 path.unlink()
     return info
+
+
+def _write_vectors(index, path):
+    """As faiss writes to a file, which does not say when the last of it finds the disk full."""
+    failures = []
+
+    def write(content):
+        try:
+            return stream.write(content)
+        except OSError as error:
+            failures.append(error)
+            raise
+
+    with Path(path).open("wb") as stream:
+        try:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(write, 1 << 20))
+        except Exception:
+            if failures:
+                raise failures[0] from None
+            raise
 
 
 def read_index(folder, mmap, verify):
