@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -409,7 +410,10 @@ def _written_aside(folder):
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
-        yield Path(aside)
+        try:
+            yield Path(aside)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{folder} can't be written to: {error}") from error
         for path in sorted(Path(aside).iterdir(), key=lambda path: path.name == CONFIG_NAME):
             with path.open("rb+") as stream:  # what is renamed must be on the disk before its name is
                 os.fsync(stream.fileno())

@@ -186,7 +186,7 @@ class Embedder:
         self.backbone_only = backbone_only
         self.batch_size = batch_size
         self.dtype = dtype
-        self.device = torch.device(device) if device is not None else default_device()
+        self.device = default_device() if device is None else _check_device(device)
         self.preprocess = ImagePreprocessor(processor, config.backbone_config.image_size, max_image_pixels)
         self.embedding_dim = config.pooled_dim if backbone_only else config.embedding_dim
         self._fingerprint = model_fingerprint(model, processor, backbone_only)
@@ -233,8 +233,10 @@ class Embedder:
             DataError: the name is that of a folder, which is not there.
             OSError: a file is not to be had.
             ValueError: neither a retriever nor a supported backbone; `image_size` or `resize_size` with a retriever;
-                or `backbone` with a bare backbone.
+                `backbone` with a bare backbone; or the device is not there.
         """
+        if options.get("device") is not None:
+            _check_device(options["device"])
         name = check_model_name(name)
         if backbone is not None:
             backbone = check_model_name(backbone, "backbone")
@@ -379,6 +381,21 @@ def default_device():
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _check_device(device):
+    """The device of a name; a ValueError unless it is there."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be cpu or an accelerator such as cuda:1, got {device!r}") from error
+    available = torch.accelerator.is_available()
+    known = torch.accelerator.current_accelerator().type if available else "cpu"
+    count = torch.accelerator.device_count() if available else 1
+    if found.type != "cpu" and (found.type != known or (found.index or 0) >= count):
+        there = f"{count} {known}" if available else "only the CPU"
+        raise ValueError(f"there is no device {str(device)!r}: PyTorch {torch.__version__} sees {there}")
+    return found
 
 
 def model_fingerprint(model, processor, backbone_only=False):
