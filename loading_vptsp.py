@@ -23,6 +23,7 @@ from types import NoneType
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -558,18 +559,27 @@ def find_backbone(source, revision=None, **hub_kwargs) -> FoundBackbone:
         commit = in_snapshot.partition("/")[0]
         revision = commit if re.fullmatch(r"[0-9a-f]{40}", commit) else revision
     is_timm, has_towers = is_timm_config(values), _has_towers(values, path)
-    if is_timm:
-        config = timm_backbone_config(values, source)
-    elif has_towers:
-        config = _image_tower_config(values, path)
-    elif (model_type := values.get("model_type")) in CONFIG_MAPPING:
-        config = CONFIG_MAPPING[model_type].from_dict(values)
-    else:
+    try:
+        config = _backbone_config(values, source, path)
+    except (AttributeError, LookupError, TypeError, StrictDataclassError) as error:  # of transformers, on other kinds
+        raise ValueError(
+            f"{path} has a field that is not of the kind that it must be: {' '.join(str(error).split())}"
+        ) from error
+    family_of(config)
+    return FoundBackbone(str(source), revision, config, is_timm, _IMAGE_TOWER if has_towers else "")
+
+
+def _backbone_config(values, source, path) -> PreTrainedConfig:
+    if is_timm_config(values):
+        return timm_backbone_config(values, source)
+    if _has_towers(values, path):
+        return _image_tower_config(values, path)
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"{path} must hold a model_type that transformers knows, got {model_type!r}; custom code is not run"
         )
-    family_of(config)
-    return FoundBackbone(str(source), revision, config, is_timm, _IMAGE_TOWER if has_towers else "")
+    return CONFIG_MAPPING[model_type].from_dict(values)
 
 
 def _has_towers(values, path) -> bool:
@@ -656,6 +666,7 @@ def open_backbone(found, **hub_kwargs) -> nn.Module:
         return _open_timm_backbone(source, revision, config, **hub_kwargs)
     if tower:
         return _open_tower(source, revision, config, tower, **hub_kwargs)
+    _empty(config)  # says so now if there is no such model
     stored = _stored_dtypes(source, revision, **hub_kwargs)
     with _quiet():  # the weights of a pooler or a classifier are not missed; others are named below
         backbone, info = AutoModel.from_pretrained(
@@ -814,9 +825,16 @@ def _file_of(source, name, revision, **hub_kwargs) -> str | None:
 
 
 def _empty(config) -> nn.Module:
-    """The transformers model of a configuration without weights, for its class, names and shapes."""
-    with torch.device("meta"):
-        return family_of(config).build(config)
+    """The transformers model of a configuration without weights, for its class, names and shapes.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    try:
+        with torch.device("meta"):
+            return family_of(config).build(config)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"the backbone's configuration describes no {config.model_type} model: {error}") from error
 
 
 def _with_weights(config, weights, source) -> nn.Module:

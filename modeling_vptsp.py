@@ -728,6 +728,10 @@ class VPTSPPreTrainedModel(PreTrainedModel):
                 "saved would be another model: save them too, with save_backbone=True"
             )
 
+    def get_input_embeddings(self):
+        """The backbone's module that makes tokens of patches, for tools that ask for it."""
+        return self.retriever.backbone.get_input_embeddings()
+
     def add_adapter(self, *args, **kwargs):
         """Refused: adapters of PEFT are not saved with a retriever. LoRA is `lora_rank` of [`VPTSPConfig`].
 
@@ -960,6 +964,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         if not config.save_backbone:
             frozen = cls._frozen_weights(config, pretrained_model_name_or_path, backbone, hub_kwargs)
             saved = _named_as_in(frozen, saved, config.backbone_config.model_type)
+        cls._refuse_other_shapes(config, frozen | saved, pretrained_model_name_or_path)
         # Tensors read from a file lie at odd addresses, from which some kernels round otherwise; copies are aligned.
         state_dict = {name: tensor.clone() for name, tensor in (frozen | saved).items()}
         model, info = super().from_pretrained(
@@ -1001,6 +1006,21 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         hub_kwargs = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
         weights = names_with_lora(load_backbone(config, folder=folder, **hub_kwargs), config)
         return {f"{cls.retriever_prefix}backbone.{name}": tensor for name, tensor in weights.items()}
+
+    @classmethod
+    def _refuse_other_shapes(cls, config, weights, source):
+        """Raise a `ValueError` if tensors have other shapes than the configuration says, before a model is built.
+
+        A damaged configuration may ask for more memory than there is.
+        """
+        with torch.device("meta"):
+            own = cls(copy.deepcopy(config)).state_dict()
+        others = [
+            f"{name} {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
+            for name, tensor in weights.items()
+            if name in own and own[name].shape != tensor.shape
+        ]
+        _refuse_differences((), (), source, others)
 
     def _refuse_incomplete(self, saved, info, from_retriever, source):
         """Raise a `ValueError` unless all that this model should have come from its checkpoint did.

@@ -46,6 +46,8 @@ _EXTENDED = (
 _LONG_NUMBER = re.compile(rb"\d{512}")
 _PLAIN = re.compile(r"[\w-][\w .,()-]*(?:/[\w-][\w .,()-]*)*", re.ASCII)
 """Most names; they need no closer look."""
+_ZIP_ERRORS = (ArithmeticError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
+"""Of `zipfile`, on contents made to deceive."""
 _ZIP_HEADER = struct.Struct("<4s5H3L2H")
 
 
@@ -160,7 +162,7 @@ def read_members(path: Path, names: Collection[str], progress: bool = False) -> 
             try:
                 with archive.open(members[name]) as stream:
                     content = stream.read(members[name].file_size)  # `read()` would unpack whatever there is
-            except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+            except (zipfile.BadZipFile, zlib.error, EOFError, *_ZIP_ERRORS) as error:
                 raise DataError(f"{path}: the member {name!r} is damaged ({error}); download it again") from error
             yield name, content
 
@@ -210,6 +212,10 @@ def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         raise DataError(
             f"{path} is truncated: its table of contents, which a zip file has at its end, is missing ({error})"
             f"{_last_whole_zip_member(path)}. Download it again"
+        ) from error
+    except _ZIP_ERRORS as error:
+        raise DataError(
+            f"{path} is damaged: its table of contents can't be read ({error}). Download it again"
         ) from error
     with archive:
         yield archive

@@ -28,6 +28,8 @@ _LIKE_VIT = ("DINOv3ViTImageProcessor", "DINOv3ViTImageProcessorFast")
 # Fields in which their defaults are others.
 _NEEDED_OF_THEM = ("do_normalize", "do_rescale", "do_resize", "image_mean", "image_std", "resample", "size")
 
+_MAX_SIDE = 1 << 15  # in pixels, beyond any model's
+
 logger = logging.getLogger(__name__)
 
 
@@ -128,7 +130,7 @@ def _load_processor(name, revision, hub_kwargs, needed):
         if all(_is_absent(name, file, revision, hub_kwargs) for file in PROCESSOR_FILES):
             return None
         raise OSError(f"the image processor of {str(name)!r} can't be read: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 400)  # transformers lists all kinds that it knows
         raise ValueError(f"the image processor of {str(name)!r} can't be used: {reason}") from error
 
@@ -167,8 +169,14 @@ def _check_sizes(processor):
         size = getattr(processor, field, None) or {}
         sides = {name: size.get(name) for name in ("shortest_edge", "longest_edge", "height", "width")}
         for name, side in sides.items():
-            if side is not None and getattr(processor, used_by, True) and not (isinstance(side, int) and side >= 1):
-                raise ValueError(f"{field}.{name} must be an integer >= 1, got {side!r}")
+            if side is None or not getattr(processor, used_by, True):
+                continue
+            if not isinstance(side, int) or isinstance(side, bool) or not 1 <= side <= _MAX_SIDE:
+                raise ValueError(f"{field}.{name} must be an integer in [1, {_MAX_SIDE}], got {side!r}")
+    if getattr(processor, "do_center_crop", False):
+        crop = getattr(processor, "crop_size", None) or {}
+        if crop.get("height") is None or crop.get("width") is None:
+            raise ValueError(f"crop_size must have height and width with do_center_crop, got {dict(crop)}")
 
 
 def _is_absent(name, file, revision, hub_kwargs) -> bool:

@@ -189,6 +189,7 @@ class Embedder:
         self.device = default_device() if device is None else _check_device(device)
         self.preprocess = ImagePreprocessor(processor, config.backbone_config.image_size, max_image_pixels)
         self.embedding_dim = config.pooled_dim if backbone_only else config.embedding_dim
+        _check_crop(processor, config.backbone_config.image_size)
         self._fingerprint = model_fingerprint(model, processor, backbone_only)
         stays = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} <= {dtype}
         self.model = model.to(device=self.device, dtype=dtype).eval()
@@ -381,6 +382,16 @@ def default_device():
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _check_crop(processor, image_size):
+    """Raise a `ValueError` if an image processor cuts squares of another size than the model takes."""
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    if crop is not None and (crop["height"], crop["width"]) != (image_size, image_size):
+        raise ValueError(
+            f"the image processor (preprocessor_config.json) makes images of {crop['height']} x {crop['width']} "
+            f"pixels, but the model takes {image_size} x {image_size}"
+        )
 
 
 def _check_device(device):
