@@ -107,7 +107,7 @@ def test_a_name_in_another_form_of_unicode_is_told(photos):
     (photos / "a" / "0.png").rename(photos / "a" / decomposed)
     (photos.parent / "list.txt").write_text("photos/a/é.png\n", encoding="utf-8")
     with pytest.raises(
-        DataError, match=r"there is 'e\\u0301.png', the same letters in another form .* than '\\xe9.png'"
+        DataError, match=r"there is 'e\\u0301.png', of the same letters in another form .* than '\\xe9.png'"
     ):
         list_source(photos.parent / "list.txt")
     (photos.parent / "list.txt").write_text(f"photos/a/{decomposed}\n", encoding="utf-8")
