@@ -635,7 +635,10 @@ def read_config(source, revision=None, **hub_kwargs) -> tuple[str | None, dict]:
         ValueError: the file is not JSON, or no mapping with a text as `model_type` (or none).
     """
     check_hub_arguments(hub_kwargs)
-    path = cached_file(source, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
+    try:
+        path = cached_file(source, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
+    except OSError as error:
+        raise OSError(f"{CONFIG_NAME} of {str(source)!r} is not to be had: {' '.join(str(error).split())}") from error
     if path is None:
         return None, {}
     try:

@@ -129,7 +129,9 @@ def _load_processor(name, revision, hub_kwargs, needed):
     except OSError as error:
         if all(_is_absent(name, file, revision, hub_kwargs) for file in PROCESSOR_FILES):
             return None
-        raise OSError(f"the image processor of {str(name)!r} can't be read: {error}") from error
+        file = "" if Path(name).is_dir() else f" ({PROCESSOR_FILES[0]} of that repository is not to be had)"
+        reason = " ".join(str(error).split())
+        raise OSError(f"the image processor of {str(name)!r} can't be read{file}: {reason}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 400)  # transformers lists all kinds that it knows
         raise ValueError(f"the image processor of {str(name)!r} can't be used: {reason}") from error

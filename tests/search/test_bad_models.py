@@ -175,3 +175,30 @@ def test_a_retriever_saved_in_another_dtype_can_be_used(dtype, models, tmp_path)
     images = [models / "photos" / "a.png"]
     assert embedder.description()["fingerprint"] != original.fingerprint
     torch.testing.assert_close(embedder.embed_images(images), original.embed_images(images), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([], "config.json of 'ann/model' is not to be had"),
+        ([CONFIG], "the backbone 'ann/model' could not be loaded: .*holds no model.safetensors"),
+        (
+            [CONFIG, WEIGHTS],
+            r"the image processor of 'ann/model' can't be read \(preprocessor_config.json of that repo",
+        ),
+    ],
+)
+def test_a_file_that_the_cache_of_the_hub_lacks_offline(files, expected, models, tmp_path, monkeypatch, capsys):
+    commit = "a" * 40
+    repository = tmp_path / "models--ann--model"
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for name in files:
+        shutil.copy(models / "backbone" / name, repository / "snapshots" / commit / name)
+    for module in ("huggingface_hub.constants", "huggingface_hub.file_download.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path))
+    words = ["embed", "--model", "ann/model", "--images", str(models / "photos"), "--output", str(tmp_path / "store")]
+    assert cli.main([*words, "--quiet"]) == 2
+    *_, message = capsys.readouterr().err.strip().splitlines()
+    assert re.search(expected, message), message
