@@ -24,6 +24,10 @@ quickstart: $(VENV)/.installed  ## the whole chain on scanned digits, offline, i
 test: $(VENV)/.installed  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# The same tests as among the others, with a hundred times as many inputs, others each time.
+fuzz: $(VENV)/.installed  ## try damaged inputs, for an hour or so
+	FUZZ_FACTOR=100 $(BIN)/python -m pytest -n 2 -m fuzz $(ARGS)
+
 # A short selection with the lowest versions that setup.cfg claims, in an environment of its own.
 LOWEST := .venv-lowest
 LOWEST_TESTS := tests/test_modeling.py tests/test_saved_format.py tests/test_families.py tests/test_fast_path.py \
@@ -57,4 +61,4 @@ clean:  ## remove what builds and runs leave (not the environment)
 	rm -rf build dist *.egg-info runs .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help install quickstart test test-lowest style quality wheel clean
+.PHONY: help install quickstart test fuzz test-lowest style quality wheel clean

@@ -23,7 +23,7 @@ if [int(part) for part in transformers.__version__.split(".")[:2]] < [int(p) for
 from huggingface_hub.errors import StrictDataclassError  # noqa: E402
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # noqa: E402
 from transformers.activations import ACT2FN  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+from transformers.utils import CONFIG_NAME, logging  # noqa: E402
 
 from .backbones_vptsp import family_of  # noqa: E402
 
@@ -212,7 +212,7 @@ class VPTSPConfig(PreTrainedConfig):
         layers = None if self.backbone_config is None else self.backbone_config.num_hidden_layers
         for name, kind in VPTSPConfig.__annotations__.items():
             most = layers if name in ("prompt_depth", "class_prompt_depth") else None
-            check_field(name, getattr(self, name), kind, _RANGES.get(name), most)
+            check_field(name, getattr(self, name), kind, RANGES.get(name), most)
         if layers is not None:
             _require(self, "pooling", self.pooling is not None, "set with a backbone_config")
             family_of(self.backbone_config).check_pooling(self.pooling)
@@ -242,7 +242,7 @@ class VPTSPConfig(PreTrainedConfig):
                 raise ValueError(f"peft_config: {name} must be left out, got {value!r}: {instead}")
 
     def _refuse_newer_format(self):
-        check_field("format_version", self.format_version, int, _RANGES["format_version"])
+        check_field("format_version", self.format_version, int, RANGES["format_version"])
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"saved by a newer version of vptsp: format_version is {self.format_version}, this code reads up to "
@@ -257,12 +257,54 @@ class VPTSPConfig(PreTrainedConfig):
             ValueError: a keyword is no field, unless `return_unused_kwargs` hands it on; or a field is not what it
                 must be.
         """
-        config, unused = super().from_dict(config_dict, **{**kwargs, "return_unused_kwargs": True})
+        try:
+            config, unused = super().from_dict(config_dict, **{**kwargs, "return_unused_kwargs": True})
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+            StrictDataclassError,
+        ) as error:  # of fields that are transformers'
+            raise ValueError(f"a field is not of the kind that it must be: {' '.join(str(error).split())}") from error
         config.validate_fields()
         if kwargs.get("return_unused_kwargs", False):
             return config, unused
         _refuse_unknown(cls, unused, "VPTSPConfig")
         return config
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As of `PreTrainedConfig`; errors of `from_dict` name the file."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except ValueError as error:
+            if CONFIG_NAME in str(error):
+                raise
+            raise ValueError(f"{CONFIG_NAME} of {str(pretrained_model_name_or_path)!r}: {error}") from error
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As of `PreTrainedConfig`, which takes a file that is not there for one that says nothing.
+
+        Raises:
+            OSError: there is no such file, or it is not to be had.
+            ValueError: it is no JSON object, or another model's configuration.
+        """
+        name = f"{CONFIG_NAME} of {str(pretrained_model_name_or_path)!r}"
+        try:
+            values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, RecursionError, TypeError) as error:  # of transformers, on what is no object
+            raise ValueError(f"{name} must hold a JSON object ({error})") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{name} must hold a JSON object, got a {type(values).__name__}")
+        if not values:
+            raise OSError(f"{name} is not there, or says nothing")
+        if values.get("model_type") != cls.model_type:
+            raise ValueError(
+                f"{name} must have model_type {cls.model_type!r}, got {values.get('model_type')!r}: it is another "
+                "model's"
+            )
+        return values, unused
 
     @property
     def changes_backbone(self) -> bool:
@@ -333,7 +375,7 @@ _NOT_OF_TUNING = (
 )
 
 # Bounds of numbers: `(low, high)`, both included, unless `_OPEN` says otherwise.
-_RANGES = {
+RANGES = {
     **dict.fromkeys(("num_prompts", "prompt_step", "num_class_prompts", "class_prompt_step"), (0, math.inf)),
     **dict.fromkeys(("prompt_depth", "class_prompt_depth", "adapter_layers", "lora_rank"), (0, math.inf)),
     **dict.fromkeys(("embedding_dim", "adapter_dim", "format_version"), (1, math.inf)),
@@ -497,12 +539,25 @@ def _backbone_config_from_dict(values: dict, from_file: bool) -> PreTrainedConfi
         raise ValueError(f"backbone_config: {' '.join(str(error).split())}") from error
 
 
+# Beyond any backbone; a damaged file shall not have a model built that fills the memory.
+_MOST = {"num_hidden_layers": 1000, "hidden_size": 1 << 16, "num_attention_heads": 1 << 12, "patch_size": 1 << 15}
+_MOST_IF_THERE = {"intermediate_size": 1 << 18, "mlp_ratio": 64, "num_register_tokens": 1 << 10}
+
+
 def _check_backbone(config):
     """Raise a `ValueError` for a backbone of which nothing can be built: no layers, no width, no pixels."""
     family_of(config)  # is it supported at all?
+    check_dtype("backbone_config.dtype", config.dtype)
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "patch_size"):
         for number in _numbers(getattr(config, name)):
             check_field(f"backbone_config.{name}", number, int, (1, math.inf))
+            if number > _MOST[name]:
+                raise ValueError(f"backbone_config.{name} must be at most {_MOST[name]}, got {number}")
+    for name, most in _MOST_IF_THERE.items():
+        if (number := getattr(config, name, None)) is not None and not 0 <= number <= most:
+            raise ValueError(f"backbone_config.{name} must be in [0, {most}], got {number!r}")
+    if (channels := getattr(config, "num_channels", 3)) != 3:
+        raise ValueError(f"backbone_config.num_channels must be 3, for red, green and blue, got {channels!r}")
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"backbone_config.hidden_size must be divisible by num_attention_heads, got {config.hidden_size} and "
@@ -514,6 +569,8 @@ def _check_backbone(config):
     patch = max(_numbers(config.patch_size))
     for number in _numbers(family_of(config).image_size):
         check_field("backbone_config.image_size", number, int, (patch, math.inf))
+        if number > _MOST["patch_size"]:
+            raise ValueError(f"backbone_config.image_size must be at most {_MOST['patch_size']}, got {number}")
 
 
 def _numbers(value):

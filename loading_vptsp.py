@@ -19,9 +19,11 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -429,6 +431,9 @@ _VIT_NAMES = (
 )
 _RENAMED = {"vit": _VIT_NAMES, "deit": _VIT_NAMES, "dinov2": _ATTENTION_NAMES}
 
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # what safetensors calls them
+
 # Parts of checkpoints inside the backbone that retrieval has no use for.
 _UNUSED_PARTS = ("mask_token", "position_ids")
 
@@ -546,7 +551,7 @@ def find_backbone(source, revision=None, **hub_kwargs) -> FoundBackbone:
         OSError: the checkpoint is not to be had.
         ValueError: the backbone is not supported, or its configuration is damaged.
     """
-    path, values = _read_config(source, revision, **hub_kwargs)
+    path, values = read_config(source, revision, **hub_kwargs)
     if path is None:
         raise OSError(f"the folder {source} holds no {CONFIG_NAME}")
     if not Path(source).is_dir():
@@ -554,18 +559,27 @@ def find_backbone(source, revision=None, **hub_kwargs) -> FoundBackbone:
         commit = in_snapshot.partition("/")[0]
         revision = commit if re.fullmatch(r"[0-9a-f]{40}", commit) else revision
     is_timm, has_towers = is_timm_config(values), _has_towers(values, path)
-    if is_timm:
-        config = timm_backbone_config(values, source)
-    elif has_towers:
-        config = _image_tower_config(values, path)
-    elif (model_type := values.get("model_type")) in CONFIG_MAPPING:
-        config = CONFIG_MAPPING[model_type].from_dict(values)
-    else:
+    try:
+        config = _backbone_config(values, source, path)
+    except (AttributeError, LookupError, TypeError, StrictDataclassError) as error:  # of transformers, on other kinds
+        raise ValueError(
+            f"{path} has a field that is not of the kind that it must be: {' '.join(str(error).split())}"
+        ) from error
+    family_of(config)
+    return FoundBackbone(str(source), revision, config, is_timm, _IMAGE_TOWER if has_towers else "")
+
+
+def _backbone_config(values, source, path) -> PreTrainedConfig:
+    if is_timm_config(values):
+        return timm_backbone_config(values, source)
+    if _has_towers(values, path):
+        return _image_tower_config(values, path)
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"{path} must hold a model_type that transformers knows, got {model_type!r}; custom code is not run"
         )
-    family_of(config)
-    return FoundBackbone(str(source), revision, config, is_timm, _IMAGE_TOWER if has_towers else "")
+    return CONFIG_MAPPING[model_type].from_dict(values)
 
 
 def _has_towers(values, path) -> bool:
@@ -604,20 +618,38 @@ def read_timm_config(source, revision=None, **hub_kwargs) -> dict | None:
         OSError: there is no such repository, or it is not to be had.
         ValueError: the file is not JSON.
     """
-    _, values = _read_config(source, revision, **hub_kwargs)
+    _, values = read_config(source, revision, **hub_kwargs)
     return values if is_timm_config(values) else None
 
 
-def _read_config(source, revision, **hub_kwargs):
-    """Path and content of `config.json`; None and nothing for a folder without one."""
+def read_config(source, revision=None, **hub_kwargs) -> tuple[str | None, dict]:
+    """Path and content of a model's `config.json`; None and nothing for a folder without one.
+
+    Args:
+        source: Hub name or local folder.
+        revision: Commit, tag or branch on the Hub.
+        **hub_kwargs: `cache_dir`, `token`, `local_files_only` and the like.
+
+    Raises:
+        OSError: there is no such repository, or it is not to be had.
+        ValueError: the file is not JSON, or no mapping with a text as `model_type` (or none).
+    """
     check_hub_arguments(hub_kwargs)
-    path = cached_file(source, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
+    try:
+        path = cached_file(source, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
+    except OSError as error:
+        raise OSError(f"{CONFIG_NAME} of {str(source)!r} is not to be had: {' '.join(str(error).split())}") from error
     if path is None:
         return None, {}
     try:
-        return path, json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} can't be read: it is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold the mapping of a model's configuration, got a {type(values).__name__}")
+    if not isinstance(values.get("model_type"), (str, NoneType)):
+        raise ValueError(f"{path} must have a text as model_type, got {values['model_type']!r}")
+    return path, values
 
 
 def open_backbone(found, **hub_kwargs) -> nn.Module:
@@ -637,24 +669,29 @@ def open_backbone(found, **hub_kwargs) -> nn.Module:
         return _open_timm_backbone(source, revision, config, **hub_kwargs)
     if tower:
         return _open_tower(source, revision, config, tower, **hub_kwargs)
-    try:
-        with _quiet():  # the weights of a pooler or a classifier are not missed; others are named below
-            backbone, info = AutoModel.from_pretrained(
-                source,
-                config=config,
-                revision=revision or "main",
-                use_safetensors=True,  # never a pickle
-                trust_remote_code=False,
-                dtype="auto",
-                output_loading_info=True,
-                **family_of(config).model_options,
-                **hub_kwargs,
-            )
-    except SafetensorError as error:
-        raise ValueError(f"weights of the backbone {str(source)!r} are damaged ({error})") from error
+    _empty(config)  # says so now if there is no such model
+    stored = _stored_dtypes(source, revision, **hub_kwargs)
+    with _quiet():  # the weights of a pooler or a classifier are not missed; others are named below
+        backbone, info = AutoModel.from_pretrained(
+            source,
+            config=config,
+            revision=revision or "main",
+            use_safetensors=True,  # never a pickle
+            trust_remote_code=False,
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **family_of(config).model_options,
+            **hub_kwargs,
+        )
     parts = {name for name, _ in backbone.named_children()}
     unknown = {name for name in info["unexpected_keys"] if _part_of(name, backbone) in parts}
-    _refuse_differences(info["missing_keys"], unknown, source)
+    _refuse_differences(info["missing_keys"], unknown, info["mismatched_keys"], source)
+    for name, dtype in stored.items():  # transformers casts whatever there is
+        if dtype not in _STORED_DTYPES and _part_of(name, backbone) in parts and not name.endswith(_UNUSED_PARTS):
+            raise ValueError(
+                f"the backbone {str(source)!r} has {name} in {dtype}, expected one of {', '.join(_STORED_DTYPES)}"
+            )
     return backbone
 
 
@@ -669,11 +706,61 @@ def _quiet():
         logging.set_verbosity(verbosity)
 
 
-def _refuse_differences(missing, unknown, source):
+def _stored_dtypes(source, revision, **hub_kwargs) -> dict[str, str]:
+    """Name -> dtype, as safetensors calls it, of a checkpoint's tensors; of one in another format nothing is known."""
+    whole = _file_of(source, SAFE_WEIGHTS_NAME, revision, **hub_kwargs)
+    index = None if whole else _file_of(source, SAFE_WEIGHTS_INDEX_NAME, revision, **hub_kwargs)
+    files = [whole] if whole else _shards_in(index, "", source, revision, **hub_kwargs) if index else []
+    dtypes = {}
+    for file in files:
+        with _safetensors_of(source, file) as opened:
+            dtypes |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    return dtypes
+
+
+@contextmanager
+def _safetensors_of(source, file):
+    """An opened file of a backbone's weights; a ValueError names it where it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"weights of the backbone {str(source)!r} are damaged: {file} ({error})") from error
+
+
+def listed(names, at_most=8) -> str:
+    """Names for a message: the first few in their order, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
+
+
+def _refuse_differences(missing, unknown, mismatched, source):
     unknown = {name for name in unknown if not name.endswith(_UNUSED_PARTS)}
-    for problem, names in (("lacks", missing), ("has unknown", unknown)):
+    mismatched = {f"{name} {tuple(found)} instead of {tuple(expected)}" for name, found, expected in mismatched}
+    for problem, names in (
+        ("lacks", missing),
+        ("has unknown", unknown),
+        ("has tensors of another shape:", mismatched),
+    ):
         if names:
-            raise ValueError(f"the backbone {str(source)!r} {problem} {', '.join(sorted(names))}")
+            raise ValueError(f"the backbone {str(source)!r} {problem} {listed(names, 24)}")
+
+
+def refuse_unusable(weights, source):
+    """Raise a `ValueError` if tensors have values that are not finite, or are floats that nothing computes with.
+
+    Args:
+        weights: Name -> tensor.
+        source: Their file or folder, for the message.
+    """
+    floats = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+    if others := [name for name, tensor in floats.items() if tensor.dtype not in _FLOATS]:
+        raise ValueError(
+            f"{source} has {listed(others)} in {floats[others[0]].dtype}, expected one of "
+            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _FLOATS)}"
+        )
+    if broken := [name for name, tensor in floats.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{source} has values that are not finite (NaN or infinite) in {listed(broken)}")
 
 
 def _part_of(name, backbone):
@@ -697,7 +784,7 @@ def _open_tower(source, revision, config, tower, **hub_kwargs):
         if not name.endswith(_UNUSED_PARTS)
     }
     named = [{f"{tower}{name}" for name in names} for names in (expected - set(weights), set(weights) - expected)]
-    _refuse_differences(*named, source)
+    _refuse_differences(*named, (), source)
     return _with_weights(config, weights, source)
 
 
@@ -707,12 +794,9 @@ def _read_tower(source, revision, tower, **hub_kwargs) -> dict[str, torch.Tensor
     files = [whole] if whole else _shards_of_tower(source, revision, tower, **hub_kwargs)
     tensors = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names = opened.keys()
-                tensors |= {name: opened.get_tensor(name) for name in names if name.startswith(tower)}
-        except SafetensorError as error:
-            raise ValueError(f"weights of the backbone {str(source)!r} are damaged: {file} ({error})") from error
+        with _safetensors_of(source, file) as opened:
+            names = opened.keys()
+            tensors |= {name: opened.get_tensor(name) for name in names if name.startswith(tower)}
     return tensors
 
 
@@ -720,10 +804,15 @@ def _shards_of_tower(source, revision, tower, **hub_kwargs) -> list[str]:
     index = _file_of(source, SAFE_WEIGHTS_INDEX_NAME, revision, **hub_kwargs)
     if index is None:
         raise OSError(f"{str(source)!r} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+    return _shards_in(index, tower, source, revision, **hub_kwargs)
+
+
+def _shards_in(index, tower, source, revision, **hub_kwargs) -> list[str]:
+    """Local paths of the files that an index of shards names for the tensors of a tower."""
     try:
         places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         shards = sorted({file for name, file in places.items() if name.startswith(tower)})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{index} must hold a weight_map from tensors to files ({error!r})") from error
     for file in shards:
         if Path(file).name != file:
@@ -739,9 +828,16 @@ def _file_of(source, name, revision, **hub_kwargs) -> str | None:
 
 
 def _empty(config) -> nn.Module:
-    """The transformers model of a configuration without weights, for its class, names and shapes."""
-    with torch.device("meta"):
-        return family_of(config).build(config)
+    """The transformers model of a configuration without weights, for its class, names and shapes.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    try:
+        with torch.device("meta"):
+            return family_of(config).build(config)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"the backbone's configuration describes no {config.model_type} model: {error}") from error
 
 
 def _with_weights(config, weights, source) -> nn.Module:
@@ -756,9 +852,7 @@ def _with_weights(config, weights, source) -> nn.Module:
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **family_of(config).model_options,
         )
-    _refuse_differences(info["missing_keys"], info["unexpected_keys"], source)
-    if others := sorted(str(item) for item in info["mismatched_keys"]):
-        raise ValueError(f"the backbone {str(source)!r} has tensors of another shape: {', '.join(others)}")
+    _refuse_differences(info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"], source)
     return backbone.eval()
 
 
@@ -802,6 +896,8 @@ def load_backbone(config, folder=None, found=None, **hub_kwargs):
         ) from error
     config.backbone, config.backbone_revision = source, found.revision
     weights, expected = backbone.state_dict(), config.backbone_fingerprint
+    used = {name: tensor for name, tensor in weights.items() if not name.endswith(_UNUSED_PARTS)}
+    refuse_unusable(used, f"the backbone {str(source)!r}")
     if expected is None:
         config.backbone_fingerprint = backbone_fingerprint(weights)
     elif not has_fingerprint(weights, expected, backbone.config.model_type):
@@ -995,13 +1091,16 @@ __all__ = [
     "has_fingerprint",
     "is_timm_config",
     "layer_number",
+    "listed",
     "load_backbone",
     "name_before",
     "name_today",
     "open_backbone",
+    "read_config",
     "read_timm_config",
     "read_weights",
     "refuse_local_backbone",
+    "refuse_unusable",
     "relative_to",
     "resized_config",
     "resized_weights",

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -44,11 +45,14 @@ from .loading_vptsp import (
     backbone_fingerprint,
     find_backbone,
     layer_number,
+    listed,
     load_backbone,
     name_before,
     name_today,
+    read_config,
     read_weights,
     refuse_local_backbone,
+    refuse_unusable,
     relative_to,
     tensor_digest,
     widest_dtype,
@@ -289,7 +293,7 @@ def add_peft(backbone, config) -> PeftParts:
         raise ValueError(f"peft_config: {' '.join(str(error).split())}") from error
     layers = peft_layers(backbone)
     if outside := [name for name in layers if layer_number(name) < 0]:
-        raise ValueError(f"peft_config must target parts of the backbone's layers, got {_listed(outside)}")
+        raise ValueError(f"peft_config must target parts of the backbone's layers, got {listed(outside)}")
     for name, module in backbone.named_modules():
         if name.replace(".base_layer", "") not in modules:
             module._is_hf_initialized = True  # or the backbone would draw its weights as it draws its own
@@ -326,7 +330,7 @@ def _peft_config(config, values):
         raise ValueError(f"peft_config: peft_type must be one of {', '.join(known)}, got {kind!r}")
     config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     if unknown := set(values) - {item.name for item in fields(config_class)}:  # of which PEFT would only warn
-        raise ValueError(f"peft_config: {config_class.__name__} of peft {peft.__version__} has no {_listed(unknown)}")
+        raise ValueError(f"peft_config: {config_class.__name__} of peft {peft.__version__} has no {listed(unknown)}")
     try:
         return peft, config_class(**values)
     except (TypeError, ValueError) as error:
@@ -371,7 +375,7 @@ def start_peft(backbone, config, parts):
     started = started.state_dict()
     if changed := [name for name, tensor in weights.items() if not torch.equal(started[name], tensor)]:
         raise ValueError(
-            f"peft_config must leave the backbone's own weights as they are, but {_listed(changed)} change"
+            f"peft_config must leave the backbone's own weights as they are, but {listed(changed)} change"
         )
     backbone.load_state_dict(started)
 
@@ -401,7 +405,7 @@ def refuse_other_adapters(model):
             tensors = {name}
         if others := tensors - known:
             raise ValueError(
-                f"PEFT has put an adapter into the model ({_listed(others)}), which is not saved: {PEFT_INSTEAD}"
+                f"PEFT has put an adapter into the model ({listed(others)}), which is not saved: {PEFT_INSTEAD}"
             )
 
 
@@ -414,7 +418,7 @@ def refuse_merged_peft(model):
     if merged := [name for name, layer in peft_layers(model).items() if layer.merged]:
         what = "LoRA" if model.config.lora_rank else "what it tunes"
         raise ValueError(
-            f"PEFT has merged {what} into {_listed(merged)}, where it would count twice: unmerge() it first"
+            f"PEFT has merged {what} into {listed(merged)}, where it would count twice: unmerge() it first"
         )
 
 
@@ -509,7 +513,10 @@ def _written_aside(folder):
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
-        yield Path(aside)
+        try:
+            yield Path(aside)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{folder} can't be written to: {error}") from error
         for path in sorted(Path(aside).iterdir(), key=lambda path: path.name == CONFIG_NAME):
             with path.open("rb+") as stream:  # what is renamed must be on the disk before its name is
                 os.fsync(stream.fileno())
@@ -552,7 +559,7 @@ def _refuse_other_model(folder):
         return
     try:
         kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except (AttributeError, ValueError):
+    except (AttributeError, RecursionError, ValueError):
         kind = None
     if kind != VPTSPConfig.model_type:
         raise ValueError(f"{folder} holds another model (model_type {kind!r} in {CONFIG_NAME}), which would be lost")
@@ -600,15 +607,10 @@ def _is_of_backbone(tensor, original, lora=None):
     return bool(((tensor.double() - expected).abs() <= near).all())
 
 
-def _listed(names, at_most=8):
-    names = sorted(names)
-    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
-
-
 def _refuse_differences(missing, unknown, source, others=()):
     """Raise if a checkpoint holds other tensors than the model."""
     problems = (("lacks", missing), ("has unknown", unknown), ("has", others))
-    found = [f"{verb} {_listed(names)}" for verb, names in problems if names]
+    found = [f"{verb} {listed(names)}" for verb, names in problems if names]
     if found:
         raise ValueError(f"the checkpoint {str(source)!r} {' and '.join(found)}")
 
@@ -744,7 +746,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         known = {field.name for field in fields(VPTSPConfig)}
         if unknown := set(kwargs) - known:
-            raise ValueError(f"VPTSPConfig has no field {_listed(unknown)}")
+            raise ValueError(f"VPTSPConfig has no field {listed(unknown)}")
         found = find_backbone(backbone, revision, **hub_kwargs)
         config = VPTSPConfig(
             backbone_config=found.config_at(image_size),
@@ -829,9 +831,13 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         if changed:
             raise ValueError(
                 f"frozen weights of the model are not those of the backbone {self.config.backbone!r} any more "
-                f"({_listed(changed)}): somebody has changed them, as PEFT does when it merges. Without them, what is "
+                f"({listed(changed)}): somebody has changed them, as PEFT does when it merges. Without them, what is "
                 "saved would be another model: save them too, with save_backbone=True"
             )
+
+    def get_input_embeddings(self):
+        """The backbone's module that makes tokens of patches, for tools that ask for it."""
+        return self.retriever.backbone.get_input_embeddings()
 
     def add_adapter(self, *args, **kwargs):
         """Refused: adapters of PEFT are not saved with a retriever. LoRA is `lora_rank` of [`VPTSPConfig`].
@@ -875,7 +881,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             if kwargs.get(name) is not None:
                 raise ValueError(f"save_pretrained writes one {SAFE_WEIGHTS_NAME}: leave {name} out")
         if unknown := set(kwargs) - _SAVING_ARGUMENTS:  # which transformers passes over
-            raise TypeError(f"save_pretrained takes no {_listed(unknown)}")
+            raise TypeError(f"save_pretrained takes no {listed(unknown)}")
         refuse_other_adapters(self)
         refuse_other_scaling(self)
         _refuse_other_model(Path(save_directory))
@@ -1040,7 +1046,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub_kwargs)
         else:  # `AutoModel` has put backbone=... and dtype=... into the configuration
-            saved, _ = config.get_config_dict(pretrained_model_name_or_path, revision=revision, **hub_kwargs)
+            _, saved = read_config(pretrained_model_name_or_path, revision, **hub_kwargs)
             if backbone is None and config.backbone != saved.get("backbone"):
                 backbone = config.backbone
             given, stored = (str(dtype).removeprefix("torch.") for dtype in (config.dtype, saved.get("dtype")))
@@ -1054,7 +1060,9 @@ class VPTSPPreTrainedModel(PreTrainedModel):
                 f"backbone_config in {CONFIG_NAME} of {str(pretrained_model_name_or_path)!r} must be a mapping with a "
                 "model_type, got None"
             )
-        saved = read_weights(_safetensors_file(pretrained_model_name_or_path, revision, **hub_kwargs))
+        file = _safetensors_file(pretrained_model_name_or_path, revision, **hub_kwargs)
+        saved = read_weights(file)
+        refuse_unusable(saved, file)
         from_retriever = not any(name.startswith("vptsp.") for name in saved)
         saved = cls._named_as_here(saved, from_retriever)
         if not dtype_given:
@@ -1063,6 +1071,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         if not config.save_backbone:
             frozen = cls._frozen_weights(config, pretrained_model_name_or_path, backbone, hub_kwargs)
             saved = _named_as_in(frozen, saved, config.backbone_config.model_type)
+        cls._refuse_other_shapes(config, frozen | saved, pretrained_model_name_or_path)
         # Tensors read from a file lie at odd addresses, from which some kernels round otherwise; copies are aligned.
         state_dict = {name: tensor.clone() for name, tensor in (frozen | saved).items()}
         model, info = super().from_pretrained(
@@ -1105,6 +1114,21 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         hub_kwargs = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
         weights = names_beside_peft(load_backbone(config, folder=folder, **hub_kwargs), config)
         return {f"{cls.retriever_prefix}backbone.{name}": tensor for name, tensor in weights.items()}
+
+    @classmethod
+    def _refuse_other_shapes(cls, config, weights, source):
+        """Raise a `ValueError` if tensors have other shapes than the configuration says, before a model is built.
+
+        A damaged configuration may ask for more memory than there is.
+        """
+        with torch.device("meta"):
+            own = cls(copy.deepcopy(config)).state_dict()
+        others = [
+            f"{name} {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
+            for name, tensor in weights.items()
+            if name in own and own[name].shape != tensor.shape
+        ]
+        _refuse_differences((), (), source, others)
 
     def _refuse_incomplete(self, saved, info, from_retriever, source):
         """Raise a `ValueError` unless all that this model should have come from its checkpoint did.

@@ -63,6 +63,9 @@ def main(argv=None, prog="train.py"):
     except CheckpointWriteError as error:
         print(f"{prog}: error: {error.strerror or error}", file=sys.stderr)
         raise SystemExit(1) from error
+    except OSError as error:  # of a disk that is full, say; what is wrong with the data or the model has its own
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
     except TrainingInterrupted:  # has said all
         raise
     except KeyboardInterrupt:

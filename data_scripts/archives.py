@@ -9,7 +9,6 @@ Nothing here imports torch or `datasets`, and nothing is ever written where a me
 import contextlib
 import gzip
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,8 +23,10 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from ..files.atomic import write_json
+from ..files.json_files import read_json_object
 from .data_errors import DataError, some
 from .image_files import SLOW_SECONDS, ImageFile, is_hidden, is_image_name, relative_parts
+from .paths import usable_path
 
 
 __all__ = ["MAX_MEMBER_BYTES", "archive_kind", "free_bytes", "list_members", "read_members"]
@@ -45,6 +46,8 @@ _EXTENDED = (
 _LONG_NUMBER = re.compile(rb"\d{512}")
 _PLAIN = re.compile(r"[\w-][\w .,()-]*(?:/[\w-][\w .,()-]*)*", re.ASCII)
 """Most names; they need no closer look."""
+_ZIP_ERRORS = (ArithmeticError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
+"""Of `zipfile`, on contents made to deceive."""
 _ZIP_HEADER = struct.Struct("<4s5H3L2H")
 
 
@@ -95,7 +98,7 @@ def list_members(path: Path, index_dir: str | Path) -> list[ImageFile]:
             return [ImageFile(name, info.file_size, 0) for name, info in _zip_members(path, archive).items()]
     status = path.stat()
     key = hashlib.sha256(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()[:32]
-    index = Path(index_dir).expanduser() / INDEX_FOLDER / f"{key}.json"
+    index = usable_path(index_dir) / INDEX_FOLDER / f"{key}.json"
     try:
         index.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -113,10 +116,11 @@ def list_members(path: Path, index_dir: str | Path) -> list[ImageFile]:
 
 def _read_index(index: Path) -> list | None:
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        return content["members"] if content["version"] == _INDEX_VERSION else None
+        content = read_json_object(index)
+        members = [(str(name), int(size)) for name, size in content["members"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return members if content.get("version") == _INDEX_VERSION else None
 
 
 def read_members(path: Path, names: Collection[str], progress: bool = False) -> Iterator[tuple[str, bytes]]:
@@ -158,7 +162,7 @@ def read_members(path: Path, names: Collection[str], progress: bool = False) -> 
             try:
                 with archive.open(members[name]) as stream:
                     content = stream.read(members[name].file_size)  # `read()` would unpack whatever there is
-            except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+            except (zipfile.BadZipFile, zlib.error, EOFError, *_ZIP_ERRORS) as error:
                 raise DataError(f"{path}: the member {name!r} is damaged ({error}); download it again") from error
             yield name, content
 
@@ -173,7 +177,7 @@ def _check_size(path: Path, name: str, size: int) -> None:
 
 def free_bytes(folder: str | Path) -> int:
     """Free room on the disk of a folder, which need not exist yet."""
-    folder = Path(folder).expanduser().resolve()
+    folder = Path(os.path.realpath(usable_path(folder)))
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
@@ -208,6 +212,10 @@ def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         raise DataError(
             f"{path} is truncated: its table of contents, which a zip file has at its end, is missing ({error})"
             f"{_last_whole_zip_member(path)}. Download it again"
+        ) from error
+    except _ZIP_ERRORS as error:
+        raise DataError(
+            f"{path} is damaged: its table of contents can't be read ({error}). Download it again"
         ) from error
     with archive:
         yield archive

@@ -15,6 +15,7 @@ files therefore lives elsewhere (`images.py`, `class_folders.py`, `archives.py`,
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -27,6 +28,7 @@ from .class_split import asked_images, check_class_split, split_classes
 from .data_errors import DataError
 from .dataset_options import BenchmarkOptions, ClassSplitOptions, option_names
 from .listing import GROUP_SPLITS, SplitListing, SplitRows
+from .prepared_tables import prepared_tables
 
 
 __all__ = ["BenchmarkConfig", "ClassSplitConfig", "ImageDatasetBuilder", "ImageDatasetConfig", "quiet_progress"]
@@ -197,16 +199,15 @@ class ImageDatasetBuilder(datasets.GeneratorBasedBuilder):
         for group in GROUP_SPLITS:
             if not listing.group_splits(group):  # all classes train
                 continue
-            builder = cls(group, data_dir, cache_dir=cache_dir, listing=listing, **options)
+            make = functools.partial(cls, group, data_dir, cache_dir=cache_dir, listing=listing, **options)
             if streaming:
-                streams = builder.as_streaming_dataset()
+                streams = make().as_streaming_dataset()
                 for name, stream in streams.items():  # so that who reads it knows how long it is
                     count = listing.counts(name).images
                     stream.info.splits = datasets.SplitDict({name: datasets.SplitInfo(name, num_examples=count)})
                 splits.update(streams)
             else:
-                builder.download_and_prepare()
-                splits.update(builder.as_dataset())
+                splits.update(prepared_tables(make, cache_dir, f"{group}-{listing.fingerprint}"))
         return splits
 
     @classmethod

@@ -15,6 +15,7 @@ from ..files.marks import written_as
 from .data_errors import DataError, some
 from .image_files import SLOW_SECONDS, ImageFile, LeftOut, is_hidden, is_image_name, list_images, refuse_own_folder
 from .labels import UNLABELLED
+from .paths import usable_path
 
 
 __all__ = [
@@ -54,8 +55,10 @@ def existing_folder(data_dir: str | Path | None) -> Path:
     """
     if data_dir is None or not str(data_dir):
         raise DataError("data_dir is missing: give the folder that holds the images")
-    folder = Path(data_dir).expanduser().resolve()
+    folder = Path(os.path.realpath(usable_path(data_dir)))
     if not folder.exists():
+        if folder.is_symlink():
+            raise DataError(f"data_dir {folder} is a link that leads back to itself")
         above = next(parent for parent in folder.parents if parent.exists())
         raise DataError(f"data_dir {folder} does not exist (the nearest folder that does is {above})")
     if not folder.is_dir():

@@ -8,10 +8,10 @@ import random
 import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 
 from ..names.registry import near_names
 from .data_errors import DataError, some
+from .paths import usable_path
 
 
 __all__ = ["CLASS_SPLITS", "asked_images", "check_class_split", "class_list_file", "read_class_list", "split_classes"]
@@ -56,7 +56,7 @@ def read_class_list(value: str | Sequence[str], option: str) -> list[str]:
     else:
         where = f"{option} file {path}"
         try:
-            text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+            text = usable_path(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"{option}: expected a text file with one class name per line at {path}: {error}"

@@ -18,6 +18,7 @@ from .data_arguments import BUILDER_OPTIONS, DataArguments, check_data_arguments
 from .data_errors import DataError
 from .dataset_registry import DATASETS
 from .dataset_report import class_size_histogram, contact_sheet, count_table, find_unreadable, view_splits
+from .paths import usable_path
 
 
 __all__ = ["main"]
@@ -40,7 +41,7 @@ def main(words: Sequence[str] | None = None) -> int:
         given = {name: value for name, value in vars(options).items() if name in _DATA_OPTIONS}
         args = DataArguments(dataset_name=options.name, **given)
         check_data_arguments(args)
-        picture = Path(options.picture or f"{options.name}.png").expanduser()
+        picture = usable_path(options.picture or f"{options.name}.png")
         _check_picture(picture)
         return _report(args, picture, options.decode, options.max_classes)
     except DataError as error:

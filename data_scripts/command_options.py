@@ -11,6 +11,7 @@ from dataclasses import fields
 from ..names.registry import nearest
 from .data_arguments import DataArguments
 from .dataset_registry import DATASETS
+from .paths import place
 
 
 # Options that `--help` leaves to `--help-all`: of data sets of one kind, of their splits, and what is seldom changed.
@@ -111,6 +112,7 @@ def add_data_options(parser, names: Iterable[str]):
     for name in names:
         item = types[name]
         kind = {"int": int, "float": float, "bool": truth}.get(getattr(item.type, "__name__", str(item.type)), str)
+        kind = place if name in ("data_dir", "data_cache_dir", "image_root") else kind
         extra = {"nargs": "+"} if "list" in str(item.type) else {}
         text = f"data set: {', '.join(DATASETS)}" if name == "dataset_name" else item.metadata["help"]
         shown = {"int": "N", "bool": "TRUE", "float": "X"}.get(getattr(item.type, "__name__", ""), "VALUE")

@@ -1,5 +1,6 @@
 """What data a run uses, as one dataclass for `HfArgumentParser`. Importing this is cheap."""
 
+import os
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from .dataset_options import LABELS, DatasetOptions, LabelOptions, option_names
 from .dataset_registry import DATASETS, find_dataset, load_splits, refuse_unknown_options
 from .hub_places import hub_places
 from .image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
+from .paths import check_folder_to_write, usable_path
 from .sources import locate
 from .table_files import refuse_table, table_kind
 
@@ -169,9 +171,11 @@ def check_data_arguments(args: DataArguments) -> None:
     """
     entry = find_dataset(args.dataset_name)
     refuse_unknown_options(args.dataset_name, args.builder_options())
+    if args.data_cache_dir is not None:
+        check_folder_to_write(args.data_cache_dir, "data_cache_dir")
     for name in ("train_classes", "test_classes"):
         path = class_list_file(getattr(args, name))
-        if path is not None and not Path(path).expanduser().is_file():
+        if path is not None and not usable_path(path).is_file():
             raise DataError(f"{name}: expected a text file with one class name per line at {path}, there is none")
     if args.dataset_name == "hub":
         hub_places(args, args.data_dir)
@@ -221,7 +225,7 @@ def check_output_apart(args: DataArguments, output_dir: str | Path) -> None:
     """
     if args.data_dir is None or find_dataset(args.dataset_name).any_of:  # a benchmark has folders of its own
         return
-    root, output = (Path(place).expanduser().resolve() for place in (args.data_dir, output_dir))
+    root, output = (Path(os.path.realpath(usable_path(place))) for place in (args.data_dir, output_dir))
     if root == output or root in output.parents:
         raise DataError(
             f"output_dir {output} lies in data_dir {root}, where pictures of this run would be taken for data by the "

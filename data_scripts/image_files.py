@@ -187,13 +187,14 @@ def _walk_images(
     for entry in entries:
         if is_hidden(entry.name):
             continue
-        if entry.is_dir():
+        kind = _kind(entry)
+        if kind == "folder":
             if entry.is_symlink() and (above is None or _identity(entry) in above):
                 left_out.links.append(f"{entry.path} -> {Path(entry.path).readlink()}")
             elif not left_out.takes(entry.path):
                 yield from _walk_images(entry.path, f"{prefix}{entry.name}/", left_out, above)
         elif is_image_name(entry.name):
-            if not entry.is_file():
+            if kind is None:
                 what = f"a broken link to {Path(entry.path).readlink()}" if entry.is_symlink() else "no regular file"
                 raise DataError(f"{entry.path} is {what}")
             status = entry.stat()
@@ -207,6 +208,14 @@ def _walk_images(
             yield ImageFile(path, status.st_size, status.st_mtime_ns)
         else:
             left_out.add([entry.name])
+
+
+def _kind(entry: os.DirEntry) -> str | None:
+    """`folder` or `file`; None of anything else, such as a link that leads nowhere or back to itself."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else None
+    except OSError:
+        return None
 
 
 def _identity(place: os.DirEntry | Path) -> tuple[int, int]:

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from .paths import usable_path
+
 
 if TYPE_CHECKING:
     import datasets
@@ -47,7 +49,7 @@ def image_names(table: "datasets.Dataset", data_dir: str | Path | None = None) -
 
 def common_root(files: list[str], preferred: str | Path | None = None) -> Path | None:
     """`preferred` (of a file, its folder) if all files lie in it, else the deepest folder that they share."""
-    preferred = None if preferred is None else Path(preferred).expanduser().absolute()
+    preferred = None if preferred is None else usable_path(preferred).absolute()
     if preferred is not None and preferred.is_file():
         preferred = preferred.parent
     if preferred is not None and all(preferred in Path(file).parents for file in files):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import textwrap
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from transformers import AutoImageProcessor
 from transformers.image_utils import PILImageResampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from ..files.json_files import JsonError, read_json_object
 from ..loading_vptsp import check_hub_arguments, read_timm_config, timm_preprocessing
 from .normalisation import Normalisation
 from .transforms import EvalTransform
@@ -25,6 +27,8 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _LIKE_VIT = ("DINOv3ViTImageProcessor", "DINOv3ViTImageProcessorFast")
 # Fields in which their defaults are others.
 _NEEDED_OF_THEM = ("do_normalize", "do_rescale", "do_resize", "image_mean", "image_std", "resample", "size")
+
+_MAX_SIDE = 1 << 15  # in pixels, beyond any model's
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +112,7 @@ def _load_processor(name, revision, hub_kwargs, needed):
     check_hub_arguments(hub_kwargs)
     revision = revision or "main"
     try:
+        _check_file(name, revision, hub_kwargs)
         processor = AutoImageProcessor.from_pretrained(
             name, revision=revision, backend="pil", trust_remote_code=False, **hub_kwargs
         )
@@ -119,12 +124,30 @@ def _load_processor(name, revision, hub_kwargs, needed):
         return processor
     except ImportError as error:
         return _without_torchvision(name, revision, hub_kwargs, error)
+    except JsonError as error:
+        raise OSError(f"the image processor of {str(name)!r} can't be read: {error}") from error
     except OSError as error:
         if all(_is_absent(name, file, revision, hub_kwargs) for file in PROCESSOR_FILES):
             return None
-        raise OSError(f"the image processor of {str(name)!r} can't be read: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the image processor of {str(name)!r} can't be used: {error}") from error
+        file = "" if Path(name).is_dir() else f" ({PROCESSOR_FILES[0]} of that repository is not to be had)"
+        reason = " ".join(str(error).split())
+        raise OSError(f"the image processor of {str(name)!r} can't be read{file}: {reason}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = textwrap.shorten(str(error), 400)  # transformers lists all kinds that it knows
+        raise ValueError(f"the image processor of {str(name)!r} can't be used: {reason}") from error
+
+
+def _check_file(name, revision, hub_kwargs):
+    """Raise a `ValueError` if what transformers will read is no JSON object, of which it says nothing that helps."""
+    subfolder = hub_kwargs.get("subfolder") or ""
+    for file in PROCESSOR_FILES:
+        path = Path(name, subfolder, file)
+        if not Path(name).is_dir():
+            path = try_to_load_from_cache(
+                str(name), (PurePosixPath(subfolder) / file).as_posix(), hub_kwargs.get("cache_dir"), revision
+            )
+        if isinstance(path, (str, Path)) and Path(path).is_file():
+            read_json_object(path, "the fields of an image processor")
 
 
 def _without_torchvision(name, revision, hub_kwargs, error):
@@ -148,8 +171,14 @@ def _check_sizes(processor):
         size = getattr(processor, field, None) or {}
         sides = {name: size.get(name) for name in ("shortest_edge", "longest_edge", "height", "width")}
         for name, side in sides.items():
-            if side is not None and getattr(processor, used_by, True) and not (isinstance(side, int) and side >= 1):
-                raise ValueError(f"{field}.{name} must be an integer >= 1, got {side!r}")
+            if side is None or not getattr(processor, used_by, True):
+                continue
+            if not isinstance(side, int) or isinstance(side, bool) or not 1 <= side <= _MAX_SIDE:
+                raise ValueError(f"{field}.{name} must be an integer in [1, {_MAX_SIDE}], got {side!r}")
+    if getattr(processor, "do_center_crop", False):
+        crop = getattr(processor, "crop_size", None) or {}
+        if crop.get("height") is None or crop.get("width") is None:
+            raise ValueError(f"crop_size must have height and width with do_center_crop, got {dict(crop)}")
 
 
 def _is_absent(name, file, revision, hub_kwargs) -> bool:

@@ -4,6 +4,7 @@ Nothing here imports torch or `datasets`.
 """
 
 import logging
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from .class_folders import existing_folder, visible_folders
 from .data_errors import DataError, some
 from .image_files import ImageFile, LeftOut, is_image_name, list_images, relative_parts
 from .listing import GROUP_SPLITS, FileRow, SplitCounts, SplitListing, make_row_listing, verify_split_counts
+from .paths import usable_path
 
 
 __all__ = [
@@ -60,8 +62,8 @@ def locate(
     Raises:
         DataError: it is not there. Where a folder above or below has it, the message says which was meant.
     """
-    if data_dir and Path(data_dir).expanduser().is_file():
-        return of_archive(Path(data_dir).expanduser().resolve())
+    if data_dir and usable_path(data_dir).is_file():
+        return of_archive(Path(os.path.realpath(usable_path(data_dir))))
     root = existing_folder(data_dir)
     incomplete = None
     try:

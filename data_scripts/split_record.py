@@ -1,14 +1,15 @@
 """Which images and classes of a run were on which side: written beside its retriever, read when it is evaluated."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files.json_files import read_json_object
 from .data_arguments import BUILDER_OPTIONS, DataArguments
 from .data_errors import DataError
 from .hub_places import TEST_REPOS, is_folder
 from .image_names import image_names
+from .paths import usable_path
 
 
 __all__ = ["PLACES", "SPLITS_NAME", "has_seen_classes", "read_split_record", "record_splits"]
@@ -39,7 +40,7 @@ def record_splits(args: DataArguments, splits: Mapping[str, Any]) -> dict[str, A
     folders = [name for name in TEST_REPOS.values() if is_folder(options[name])]
     for name in ["data_dir", *folders]:
         if options[name] is not None:
-            options[name] = str(Path(options[name]).expanduser().absolute())
+            options[name] = str(usable_path(options[name]).absolute())
     parts = {}
     for name, part in splits.items():
         part = getattr(part, "as_given", part)  # clusters change
@@ -63,7 +64,7 @@ def read_split_record(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json_object(path)
         record["data"]["dataset_name"], record["splits"]["train"]["classes"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(

@@ -15,6 +15,7 @@ from typing import Any
 from ..files.json_files import without_duplicates
 from .class_folders import existing_folder, visible_folders
 from .data_errors import DataError, some
+from .paths import usable_path
 
 
 __all__ = [
@@ -100,7 +101,7 @@ def table_kind(place: str | Path | None) -> str:
     """
     if place is None or not str(place):
         raise DataError(f"data_dir is missing: give a table ({', '.join(TABLE_ENDINGS)}) or a folder with one")
-    path = Path(place).expanduser()
+    path = usable_path(place)
     if path.is_file():
         if not is_table_file(path):
             raise DataError(f"{path} is no table: expected a file ending in {', '.join(TABLE_ENDINGS)}")
@@ -129,7 +130,7 @@ def refuse_table(place: str | Path | None) -> None:
     Raises:
         DataError: it is a table, or what `save_to_disk` wrote.
     """
-    path = Path(place or "").expanduser()
+    path = usable_path(place or "")
     if path.is_file() and is_table_file(path):
         raise DataError(f"data_dir must be a folder, but {path} is a table: give --dataset_name table")
     if place and any((path / name).is_file() for name in SAVED_FILES):

@@ -28,6 +28,7 @@ from .given_splits import ColumnsConfig, LazySplits, choose_layout, image_column
 from .hub import load_saved
 from .image_files import LeftOut, list_images, say_shared_files
 from .labels import check_class_name, check_label
+from .paths import other_form, usable_path
 from .table_columns import IMAGE_NAMES, LABEL_NAMES, SPLIT_NAMES, choose_column, plain_value, typed_column
 from .table_files import metadata_files, missing_text, read_text_table, shortened, table_kind
 from .unlabelled_tables import split_unlabelled
@@ -100,7 +101,7 @@ def read_tables(
     if hasattr(place, "columns"):
         table = _of_frame(place, config)
         return table.name, table.splits(config, labelled)
-    kind, path = table_kind(place), Path(place).expanduser().absolute()
+    kind, path = table_kind(place), usable_path(place).absolute()
     if kind in ("saved", "parquet"):
         found = _load_folder(kind, path, cache_dir)
         return str(path), LazySplits(
@@ -252,7 +253,7 @@ class _Table:
             self._check_stored(rows, image)
             return rows
         if paths is not None:
-            root = self.root if config.image_root is None else Path(os.path.expanduser(config.image_root)).absolute()  # noqa: PTH111
+            root = self.root if config.image_root is None else usable_path(config.image_root).absolute()
             stored: Any = [{"path": path, "bytes": None} for path in self._files(paths, root)]
         elif isinstance(feature, datasets.Value) and "binary" in feature.dtype:
             stored = self._contents(rows, image)
@@ -323,7 +324,9 @@ class _Table:
             found.append(name)
         if missing:
             names, places = [paths[row] for row in missing], [self.where(row) for row in missing]
-            raise DataError(f"{missing_text(names, places, len(paths), self.name)}; paths are relative to {root}")
+            hint = other_form(os.path.normpath(root / names[0]))
+            text = missing_text(names, places, len(paths), self.name)
+            raise DataError(f"{text}; paths are relative to {root}{hint}")
         return found
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import json
 import logging
 import sys
@@ -23,7 +24,6 @@ from transformers.image_utils import PILImageResampling
 from transformers.utils.logging import disable_progress_bar
 
 from .._version import __version__
-from ..backbones_vptsp import PromptKeyValue, project_prompts
 from ..data_scripts.command_options import CommandParser
 from ..data_scripts.normalisation import Normalisation
 from ..data_scripts.preprocessing import load_image_processor
@@ -57,10 +57,14 @@ class FoldedRetriever(nn.Module):
         self.retriever = copy.copy(model)
         self.retriever._modules = {name: part for name, part in model._modules.items() if name != "prompts"}
         self.num_prompted_layers = 0
-        for layer, tokens in zip(model.family.layers(model.backbone), model.prompts(), strict=False):
-            if len(tokens):
-                with torch.no_grad():
-                    prompts = project_prompts(model.family, layer, tokens)
+        with torch.no_grad():
+            projected = model.project_prompts()  # of classes of the code that came with the model
+        self.register_buffer("shallow_prompts", None)
+        for prompts in projected:
+            if isinstance(prompts, torch.Tensor):  # of shallow prompts, which are tokens of the first layer
+                self.shallow_prompts = prompts
+            elif prompts.key.shape[-2]:
+                self.prompt_type = type(prompts)
                 self.register_buffer(f"prompt_key_{self.num_prompted_layers}", prompts.key.contiguous())
                 self.register_buffer(f"prompt_value_{self.num_prompted_layers}", prompts.value.contiguous())
                 self.num_prompted_layers += 1
@@ -68,9 +72,11 @@ class FoldedRetriever(nn.Module):
     def forward(self, pixel_values):
         """`(B, 3, S, S)` -> `(B, E)`, L2-normalised."""
         prompts = [
-            PromptKeyValue(getattr(self, f"prompt_key_{layer}"), getattr(self, f"prompt_value_{layer}"))
+            self.prompt_type(getattr(self, f"prompt_key_{layer}"), getattr(self, f"prompt_value_{layer}"))
             for layer in range(self.num_prompted_layers)
         ]
+        if self.shallow_prompts is not None:
+            prompts = [self.shallow_prompts]
         tokens = self.retriever.embed_patches(pixel_values)
         return self.retriever.head(self.retriever.encode(tokens, prompts))
 
@@ -95,7 +101,9 @@ def export_program(model, path, image_processor=None) -> float:
     metadata = json.dumps(export_metadata(model, image_processor), indent=2, allow_nan=False)
 
     def write(file):
-        torch.export.save(_traced(model), file, extra_files={"metadata.json": metadata})
+        content = io.BytesIO()  # torch ends the process where it can't write to a file
+        torch.export.save(_traced(model), content, extra_files={"metadata.json": metadata})
+        Path(file).write_bytes(content.getbuffer())
 
     def read(file):
         program = torch.export.load(file).module()

@@ -13,6 +13,7 @@ import sys
 
 from vptsp.data_scripts.command_options import CommandParser
 from vptsp.data_scripts.data_errors import DataError
+from vptsp.data_scripts.paths import place
 
 from .page_content import MAX_MEGAPIXELS, SearchPage
 from .page_layout import MAX_UPLOAD_MB, launch
@@ -64,16 +65,16 @@ def open_page(
 def main(words=None):
     """Entry point; exit status 2 and one line on stderr where something is not what it should be."""
     parser = CommandParser(prog="vptsp app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--index", required=True, help="what `vptsp index` wrote")
+    parser.add_argument("--index", type=place, required=True, help="what `vptsp index` wrote")
     parser.add_argument("--model", help="folder or Hub name of the model, where it isn't where the index says")
     parser.add_argument("--backbone", help="folder or Hub name of its backbone, where it isn't where the model says")
-    parser.add_argument("--image_root", help="folder of the images, where it isn't where the index says")
+    parser.add_argument("--image_root", type=place, help="folder of the images, where it isn't where the index says")
     parser.add_argument(
         "--compare_backbone",
         action="store_true",
         help="embed the images with the backbone alone too, and show both; kept for the next start",
     )
-    parser.add_argument("--embeddings_cache", metavar="FOLDER", help="where these embeddings are kept")
+    parser.add_argument("--embeddings_cache", type=place, metavar="FOLDER", help="where these embeddings are kept")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (default this machine)"
     )
@@ -93,7 +94,9 @@ def main(words=None):
         default=MAX_MEGAPIXELS,
         help="width times height of a query at most, in millions (default 50)",
     )
-    parser.add_argument("--write_space", metavar="FOLDER", help="write a Hugging Face Space instead of serving")
+    parser.add_argument(
+        "--write_space", type=place, metavar="FOLDER", help="write a Hugging Face Space instead of serving"
+    )
     args = parser.parse_args(words)
     try:
         if args.compare_backbone and args.write_space is not None:

@@ -24,6 +24,9 @@ def atomic_path(path):
 
     Yields:
         `Path` of a file that is not there yet, hidden, ending in `.tmp`.
+
+    Raises:
+        OSError: it can't be written, as on a full disk; the error names the file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
@@ -32,6 +35,10 @@ def atomic_path(path):
         sync_path(temporary)  # what is renamed must be on the disk before its name is
         temporary.replace(path)
         _sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # writing doesn't say which
     finally:
         temporary.unlink(missing_ok=True)
 

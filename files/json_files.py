@@ -1,5 +1,34 @@
 """Reading JSON so that nothing in it is passed over."""
 
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+class JsonError(ValueError):
+    """A file that is not JSON, or not what was expected. The message names it."""
+
+
+def read_json_object(path, what="a JSON object") -> dict:
+    """The object that a JSON file (UTF-8) holds.
+
+    Args:
+        path: The file.
+        what: What the object should be, for the error.
+
+    Raises:
+        OSError: the file can't be read.
+        JsonError: it is not JSON, nested too deeply to be read, or no object; the message names it.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise JsonError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise JsonError(f"{path} must hold {what}, got a {type(values).__name__}")
+    return values
+
 
 def without_duplicates(pairs):
     """A JSON object, as `object_pairs_hook` of `json.loads`.
@@ -13,4 +42,4 @@ def without_duplicates(pairs):
     return dict(pairs)
 
 
-__all__ = ["without_duplicates"]
+__all__ = ["JsonError", "read_json_object", "without_duplicates"]

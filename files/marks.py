@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from .json_files import JsonError, read_json_object
 
 
 RESULTS_NAME = "all_results.json"
@@ -29,10 +30,9 @@ def written_as(folder) -> str | None:
 
 def _fields(path) -> set:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return set(read_json_object(path))
+    except (OSError, JsonError):
         return set()
-    return set(values) if isinstance(values, dict) else set()
 
 
 __all__ = ["INDEX_FILE", "RESULTS_NAME", "RUN", "SPACE_FILE", "STORE_FILE", "written_as"]

@@ -56,7 +56,7 @@ def read_yaml(path):
     """
     try:
         return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise YamlError(" ".join(str(error).split())) from error
 
 

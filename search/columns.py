@@ -130,8 +130,8 @@ def arrow_column(values, kind=None):
 
 
 def kind_of_arrow(arrow_type):
-    """The kind of an Arrow column that [`arrow_column`] made."""
-    return next(kind for kind, made in _ARROW_TYPES.items() if made == arrow_type)
+    """The kind of an Arrow column that [`arrow_column`] made; None of any other."""
+    return next((kind for kind, made in _ARROW_TYPES.items() if made == arrow_type), None)
 
 
 def common_kind(name, there, new):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 from ..data_scripts.data_errors import DataError
 from ..data_scripts.image_files import list_images
+from ..data_scripts.paths import usable_path
 from .filters import parse_words
 from .image_sources import list_source
 from .inputs import load_embedder, model_of, orders_of, refuse_model_options
@@ -78,7 +78,7 @@ def query_files(places):
     """
     files = []
     for place in places:
-        path = Path(place).expanduser()
+        path = usable_path(place)
         if path.is_dir():
             found = [str(path / image.path) for image in list_images(path)]
             if not found:

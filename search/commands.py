@@ -19,6 +19,7 @@ from ..data_scripts.command_options import CommandParser, add_data_options
 from ..data_scripts.data_arguments import BUILDER_OPTIONS
 from ..data_scripts.data_errors import DataError
 from ..data_scripts.image_formats import MAX_IMAGE_PIXELS
+from ..data_scripts.paths import place
 from ..files.locks import InUseError
 from .worker_counts import FEW_IMAGES
 
@@ -61,13 +62,15 @@ def _parser() -> argparse.ArgumentParser:
 
     embed = parts["embed"]
     embed.add_argument("--model", required=True, help="retriever or backbone: folder or Hub name")
-    embed.add_argument("--output", required=True, metavar="STORE", help="folder to write to")
+    embed.add_argument("--output", type=place, required=True, metavar="STORE", help="folder to write to")
     embed.add_argument("--split", help="split of the data set (default: all images)")
 
     evaluate = parts["evaluate"]
     evaluate.add_argument("--model", help="retriever or backbone: folder or Hub name")
-    evaluate.add_argument("--store", help="stored embeddings instead of a model and data")
-    evaluate.add_argument("--gallery_store", metavar="STORE", help="gallery, where it isn't the queries themselves")
+    evaluate.add_argument("--store", type=place, help="stored embeddings instead of a model and data")
+    evaluate.add_argument(
+        "--gallery_store", type=place, metavar="STORE", help="gallery, where it isn't the queries themselves"
+    )
 
     evaluate.add_argument(
         "--before_after", action="store_true", help="draw before_after.png: the retriever against its backbone alone"
@@ -84,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("index", "evaluate"):
         _add_projection_options(parts[name])
     for name in ("evaluate", "compare"):
-        parts[name].add_argument("--output", required=True, metavar="FOLDER", help="where JSON and Markdown go")
+        parts[name].add_argument(
+            "--output", type=place, required=True, metavar="FOLDER", help="where JSON and Markdown go"
+        )
         parts[name].add_argument("--split", help="split; default: test, or query against gallery where there are")
         parts[name].add_argument("--recall_at", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K")
         parts[name].add_argument("--resample", default="classes", choices=("classes", "queries"))
@@ -107,8 +112,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_index_options(index):
-    index.add_argument("--index", required=True, help="folder, FILE.db or http://HOST:PORT (Milvus; #COLLECTION)")
-    index.add_argument("--store", help="stored embeddings instead of a model and data")
+    index.add_argument(
+        "--index", type=place, required=True, help="folder, FILE.db or http://HOST:PORT (Milvus; #COLLECTION)"
+    )
+    index.add_argument("--store", type=place, help="stored embeddings instead of a model and data")
     index.add_argument("--model", help="retriever or backbone: folder or Hub name")
     index.add_argument("--split", help="split of the data set (default: all images)")
     index.add_argument("--factory", help="faiss's name of a new index; default auto: chooses by size, says why")
@@ -148,7 +155,7 @@ def _add_where(parser, text):
 
 
 def _add_search_options(search):
-    search.add_argument("--index", required=True, help="what `index` wrote")
+    search.add_argument("--index", type=place, required=True, help="what `index` wrote")
     search.add_argument(
         "--image",
         nargs="+",
@@ -173,10 +180,14 @@ def _add_search_options(search):
 
 def _add_data_options(parser):
     group = parser.add_argument_group("images", "--images, or --dataset_name (default folder) and what it needs")
-    group.add_argument("--images", metavar="PLACE", help="folder of images, table, or .txt file with a path per line")
+    group.add_argument(
+        "--images", type=place, metavar="PLACE", help="folder of images, table, or .txt file with a path per line"
+    )
     add_data_options(group, DATA_OPTIONS)
     group.add_argument("--skip_corrupt", action="store_true", help="leave out images that can't be read")
-    group.add_argument("--embeddings_cache", metavar="FOLDER", help="where embeddings are kept, by model and content")
+    group.add_argument(
+        "--embeddings_cache", type=place, metavar="FOLDER", help="where embeddings are kept, by model and content"
+    )
     group.add_argument(
         "--num_workers",
         type=int,

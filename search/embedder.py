@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import PreTrainedConfig
 
 from ..data_scripts.data_errors import ImageError
 from ..data_scripts.image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
@@ -27,6 +26,7 @@ from ..data_scripts.normalisation import Normalisation
 from ..data_scripts.preprocessing import build_image_processor, load_image_processor
 from ..data_scripts.transforms import central_crop, is_elongated
 from ..eval.embedding_loop import embed_batches
+from ..loading_vptsp import read_config
 from ..modeling_vptsp import VPTSPModel, refuse_other_adapters
 from .fingerprints import model_fingerprint
 from .model_names import check_model_name
@@ -159,7 +159,7 @@ class Embedder:
     """Images to L2-normalised embeddings; see [`Embedder.from_pretrained`].
 
     Args:
-        model: `VPTSPModel`, in float32.
+        model: `VPTSPModel`, in the dtype that it was saved in.
         processor: Image processor of transformers.
         name: What the model is called in stores and indexes: its folder or its name on the Hub.
         backbone_only: Embed with the model's backbone alone, without prompts or head.
@@ -197,13 +197,15 @@ class Embedder:
         self.views = views
         self.batch_size = batch_size
         self.dtype = dtype
-        self.device = torch.device(device) if device is not None else default_device()
+        self.device = default_device() if device is None else _check_device(device)
         self.preprocess = ImagePreprocessor(processor, config.backbone_config.image_size, max_image_pixels, views)
         self.embedding_dim = config.pooled_dim if backbone_only else config.embedding_dim
+        _check_crop(processor, config.backbone_config.image_size)
         self._fingerprint = model_fingerprint(model, processor, backbone_only, views)
+        stays = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} <= {dtype}
         self.model = model.to(device=self.device, dtype=dtype).eval()
         self._running = threading.Lock()
-        self._weights = self._fingerprint if dtype == torch.float32 else self._digest()
+        self._weights = self._fingerprint if stays else self._digest()
 
     @property
     def fingerprint(self):
@@ -243,8 +245,10 @@ class Embedder:
             DataError: the name is that of a folder, which is not there.
             OSError: a file is not to be had.
             ValueError: neither a retriever nor a supported backbone; `image_size` or `resize_size` with a retriever;
-                or `backbone` with a bare backbone.
+                `backbone` with a bare backbone; or the device is not there.
         """
+        if options.get("device") is not None:
+            _check_device(options["device"])
         name = check_model_name(name)
         if backbone is not None:
             backbone = check_model_name(backbone, "backbone")
@@ -386,8 +390,9 @@ def is_retriever(name, revision=None):
 
     Raises:
         OSError: there is no configuration to be had.
+        ValueError: it is damaged.
     """
-    return PreTrainedConfig.get_config_dict(name, revision=revision or "main")[0].get("model_type") == "vptsp"
+    return read_config(name, revision)[1].get("model_type") == "vptsp"
 
 
 def default_device():
@@ -395,6 +400,31 @@ def default_device():
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _check_crop(processor, image_size):
+    """Raise a `ValueError` if an image processor cuts squares of another size than the model takes."""
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    if crop is not None and (crop["height"], crop["width"]) != (image_size, image_size):
+        raise ValueError(
+            f"the image processor (preprocessor_config.json) makes images of {crop['height']} x {crop['width']} "
+            f"pixels, but the model takes {image_size} x {image_size}"
+        )
+
+
+def _check_device(device):
+    """The device of a name; a ValueError unless it is there."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be cpu or an accelerator such as cuda:1, got {device!r}") from error
+    available = torch.accelerator.is_available()
+    known = torch.accelerator.current_accelerator().type if available else "cpu"
+    count = torch.accelerator.device_count() if available else 1
+    if found.type != "cpu" and (found.type != known or (found.index or 0) >= count):
+        there = f"{count} {known}" if available else "only the CPU"
+        raise ValueError(f"there is no device {str(device)!r}: PyTorch {torch.__version__} sees {there}")
+    return found
 
 
 __all__ = [

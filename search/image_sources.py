@@ -26,6 +26,7 @@ from ..data_scripts.data_fingerprint import content_digest
 from ..data_scripts.image_files import has_images, list_images
 from ..data_scripts.image_names import common_root, image_names
 from ..data_scripts.labels import check_labels
+from ..data_scripts.paths import other_form, usable_path
 from ..data_scripts.table_columns import check_column, free_name, plain_value
 from ..data_scripts.table_files import is_table_file, is_table_folder
 
@@ -139,7 +140,7 @@ def folder_source(folder):
     Raises:
         DataError: there is no such folder, it can't be read, or holds no images.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = usable_path(folder).absolute()
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
     source = _file_source([file.path for file in list_images(folder)], folder, folder, f"images in {folder}")
@@ -167,15 +168,16 @@ def list_source(path):
     Raises:
         DataError: the list or a file in it is not there, or the list names none or one twice.
     """
-    path = Path(path).expanduser().absolute()
+    path = usable_path(path).absolute()
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the list of images {path} can't be read: {error}") from error
     files = [os.path.normpath(path.parent / line) for line in lines if line and not line.startswith("#")]
     missing = [file for file in files if not os.path.isfile(file)]  # noqa: PTH113 (that of Path raises where a name is too long)
     if missing:
-        raise DataError(f"{path} names {len(missing)} files that are not there: {some(missing)}")
+        shown = some(file if len(file) < 200 else f"{file[:100]}...{file[-50:]}" for file in missing)
+        raise DataError(f"{path} names {len(missing)} files that are not there: {shown}{other_form(missing[0])}")
     root = common_root(files, path.parent)
     class_root = common_root(files) or path.parent
     if class_root != path.parent and any(Path(file).parent == class_root for file in files):
@@ -418,7 +420,7 @@ def place_source(place, **options):
     Raises:
         DataError: as these functions; or options for what is no table.
     """
-    path = Path(place).expanduser()
+    path = usable_path(place)
     if is_table_file(path) or is_table_folder(path):
         return table_source(path, options.pop("data_cache_dir", None), **options)
     if options:

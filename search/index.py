@@ -49,6 +49,7 @@ from .index_factory import (
 )
 from .index_files import (
     INDEX_FILE,
+    DamagedIndexError,
     IndexChangedError,
     IndexInfo,
     find_info,
@@ -316,7 +317,7 @@ class RetrievalIndex(VectorIndex):
     def _hits(self, similarity, found):
         rows = np.searchsorted(self._table_keys, found.clip(0)).clip(max=len(self) - 1)
         if ((self._table_keys[rows] != found) & (found >= 0)).any():
-            raise RuntimeError(
+            raise DamagedIndexError(
                 "this index has vectors without rows: adding to it was interrupted, or it is damaged and was opened "
                 "without verifying. Open it again"
             )

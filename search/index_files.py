@@ -12,9 +12,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import faiss
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..data_scripts.data_errors import DataError, some
@@ -22,6 +24,8 @@ from ..files.atomic import TEMPORARY_SUFFIX, atomic_path
 from ..files.digests import file_record
 from ..files.locks import LOCK_FILE, locked
 from ..files.marks import INDEX_FILE
+from ..names.field_values import AT_LEAST_ONE, NOT_NEGATIVE
+from .columns import CONTENT_COLUMN, SOURCE_COLUMN, kind_of_arrow
 from .index_factory import inverted_lists
 from .journal import JOURNAL_FILE, read_journal
 from .model_names import near_folders
@@ -32,6 +36,10 @@ from .records import check_files, load_record, save_record
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+
+
+class DamagedIndexError(DataError, RuntimeError):
+    """Vectors and rows don't belong together, which was noticed only in a search."""
 
 
 class IndexChangedError(DataError):
@@ -72,10 +80,18 @@ class IndexInfo:
     effort: str | None = None
     generation: int = 0
     format_version: int = FORMAT_VERSION
-    files: dict | None = field(default=None, metadata={"optional": True})
+    files: Any = field(default=None, metadata={"optional": True})  # a dict, or `check_files` says so
     sources: list[dict] | None = field(default=None, metadata={"optional": True})
     projection: dict | None = field(default=None, metadata={"optional": True})
     quantise: str | None = field(default=None, metadata={"optional": True})
+
+    BOUNDS: ClassVar = {
+        "embedding_dim": AT_LEAST_ONE,
+        "num_items": NOT_NEGATIVE,
+        "next_key": NOT_NEGATIVE,
+        "generation": NOT_NEGATIVE,
+    }
+    CHOICES: ClassVar = {}
 
     def __post_init__(self):
         self.sources = self.sources or []
@@ -138,7 +154,7 @@ def write_index(folder, index, table, info, projection=None):
     before = find_info(folder)
     info = replace(info, num_items=len(table), generation=0 if before is None else before.generation + 1, files=None)
     with atomic_path(folder / info.index_name) as path:
-        faiss.write_index(wrapped(index, projection), str(path))
+        _write_vectors(wrapped(index, projection), path)
     with atomic_path(folder / info.metadata_name) as path:
         pq.write_table(table, path, compression="zstd")
     info.files = {name: file_record(folder / name) for name in (info.index_name, info.metadata_name)}
@@ -149,6 +165,26 @@ def write_index(folder, index, table, info, projection=None):
             if path.name not in info.files:
                 path.unlink()
     return info
+
+
+def _write_vectors(index, path):
+    """As faiss writes to a file, which does not say when the last of it finds the disk full."""
+    failures = []
+
+    def write(content):
+        try:
+            return stream.write(content)
+        except OSError as error:
+            failures.append(error)
+            raise
+
+    with Path(path).open("wb") as stream:
+        try:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(write, 1 << 20))
+        except Exception:
+            if failures:
+                raise failures[0] from None
+            raise
 
 
 def read_index(folder, mmap, verify):
@@ -202,6 +238,7 @@ def _read_generation(folder, info, mmap, verify):
         index, projection = _unwrapped(index, info)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the index in {folder} can't be read: {error}") from error
+    _check_kinds(index, table, info, folder)
     if not index.ntotal == len(table) == info.num_items:
         raise DataError(
             f"the files of the index in {folder} don't belong together: {index.ntotal} vectors, {len(table)} rows "
@@ -230,6 +267,35 @@ def _unwrapped(index, info):
     return index, projection
 
 
+def _check_kinds(index, table, info, folder):
+    """A DataError unless both files of an index in `folder` are of the kind that `write_index` writes."""
+    path = folder / info.index_name
+    if not isinstance(index, faiss.IndexIDMap2) and inverted_lists(index) is None:
+        raise DataError(f"{path} must be an index of faiss with keys, got a {type(index).__name__}")
+    width = info.embedding_dim if info.projection is None else info.projection["dim"]
+    if (index.d, index.metric_type) != (width, faiss.METRIC_INNER_PRODUCT):
+        raise DataError(
+            f"{path} must be an index by inner product of width {width}, got one of metric "
+            f"{index.metric_type} and width {index.d}"
+        )
+    path = folder / info.metadata_name
+    for name in ("key", "id"):
+        if name not in table.column_names or table.column(name).null_count:
+            raise DataError(f"{path} must have a column {name} without gaps")
+    own = {"key": "integer", "id": "text", CONTENT_COLUMN: "text", SOURCE_COLUMN: "integer"}
+    for column in table.schema:
+        kinds = (own[column.name],) if column.name in own else ("text", "integer", "number")
+        if kind_of_arrow(column.type) not in kinds:
+            raise DataError(f"{path} must have a column {column.name} of {' or '.join(kinds)}, got {column.type}")
+    if pc.count_distinct(table.column("id")).as_py() != len(table):
+        raise DataError(f"{path} has ids that occur more than once: it is damaged")
+    sources = pc.min_max(table.column(SOURCE_COLUMN)).as_py() if SOURCE_COLUMN in table.column_names else {}
+    if any(number is not None and not 0 <= number < len(info.sources) for number in sources.values()):
+        raise DataError(
+            f"{path} has items of source {sources['max']}, but {INDEX_FILE} has {len(info.sources)} sources"
+        )
+
+
 def check_tied(index, table, what):
     """A ValueError unless rows and vectors are of the same items: the same keys, in the table ascending."""
     keys = table.column("key").to_numpy()
@@ -256,6 +322,7 @@ def _keys_of(index):
 
 __all__ = [
     "INDEX_FILE",
+    "DamagedIndexError",
     "IndexChangedError",
     "IndexInfo",
     "check_tied",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from ..data_scripts.data_errors import DataError
+from ..data_scripts.paths import usable_path
 from ..names.registry import did_you_mean, near_names
 
 
@@ -20,7 +20,7 @@ def check_model_name(name, option="model"):
         DataError: it can only be a folder (it begins with a dot, a slash or a tilde, has no slash or more than one, or
             begins with a folder that is there), and there is none; the message names near ones.
     """
-    name, path = os.fspath(name), Path(name).expanduser()
+    name, path = os.fspath(name), usable_path(name)
     if path.is_dir():
         return str(path) if name.startswith("~") else name
     if path.exists():

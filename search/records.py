@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import NoneType
+from typing import get_type_hints
 
 from ..data_scripts.data_errors import DataError, some
 from ..files.atomic import write_json
 from ..files.digests import DamagedFileError, check_file
+from ..files.json_files import JsonError, read_json_object
+from ..names.field_values import check_fields
+
+
+_SOURCE_TYPES = {"root": (str, NoneType), "name": (str, NoneType), "prefix": str}
 
 
 def save_record(path, record):
@@ -31,8 +37,9 @@ def load_record(cls, path, what):
     """Read what [`save_record`] wrote.
 
     Args:
-        cls: The dataclass; its default `format_version` is the only one it reads. Fields whose metadata say
-            `optional` may be missing, since older versions didn't write them; they have their defaults then.
+        cls: The dataclass; its default `format_version` is the only one it reads, and values are compared with its
+            annotations, `BOUNDS` and `CHOICES` (see [`check_fields`]). Fields whose metadata say `optional` may be
+            missing, since older versions didn't write them; they have their defaults then.
         path: The file.
         what: What its folder would be, for errors.
 
@@ -43,11 +50,9 @@ def load_record(cls, path, what):
     if not path.is_file():
         raise DataError(f"{path.parent} is no {what}: it has no {path.name}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path} must hold the fields of a {what}, got a {type(values).__name__}")
+        values = read_json_object(path, f"the fields of a {what}")
+    except JsonError as error:
+        raise DataError(str(error)) from error
     expected = {item.name: item.default for item in fields(cls)}
     values = {item.name: item.default for item in fields(cls) if item.metadata.get("optional")} | values
     version = values.get("format_version")
@@ -55,27 +60,40 @@ def load_record(cls, path, what):
         raise DataError(f"{path} must have format_version {expected['format_version']}, got {version!r}")
     if different := set(expected) ^ set(values):
         raise DataError(f"{path} has missing or unknown fields: {some(sorted(different))}")
-    if not isinstance(values["image_root"], (str, type(None))):
-        raise DataError(f"{path} must have a text or null as image_root, got {values['image_root']!r}")
+    try:
+        check_fields(values, get_type_hints(cls), cls.BOUNDS, cls.CHOICES)
+    except ValueError as error:
+        raise DataError(f"{path} must have a value of the right kind in each field: {error}") from error
     check_model(values["model"], path)
     values["image_root"] = _resolve(values["image_root"], path.parent)
     for source in _check_sources(values.get("sources"), path):
         source["root"] = _resolve(source["root"], path.parent)
     if values["model"] is not None:
         values["model"]["name"] = _resolve(values["model"]["name"], path.parent)
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def check_model(model, owner):
     """A DataError unless this says who made embeddings: a dict with at least `name` and `fingerprint`, or None."""
-    if model is not None and not (isinstance(model, dict) and {"name", "fingerprint"} <= set(model)):
-        raise DataError(f"{owner} must have a model with name and fingerprint, or none, got {model!r}")
+    if model is not None:
+        check_texts_of(model, ("name", "fingerprint"), f"{owner} must have a model", "or none")
+
+
+def check_texts_of(values, names, what, *more):
+    """A DataError unless values are a dict with texts under these names; `what` begins the message, `more` ends it."""
+    if not (isinstance(values, dict) and all(isinstance(values.get(name), str) for name in names)):
+        listed = f"{', '.join(names[:-1])} and {names[-1]}"
+        raise DataError(f"{', '.join([f'{what} with {listed}', *more])}, got {values!r}")
 
 
 def _check_sources(sources, owner):
     """The sources of an index, none where it has none; else a DataError."""
     for source in sources or []:
-        if not (isinstance(source, dict) and set(source) == {"root", "name", "prefix"}):
+        known = isinstance(source, dict) and set(source) == set(_SOURCE_TYPES)
+        if not known or not all(isinstance(source[name], kind) for name, kind in _SOURCE_TYPES.items()):
             raise DataError(f"{owner} must have sources with root, name and prefix, got {source!r}")
     return sources or []
 
@@ -116,4 +134,4 @@ def _resolve(name, folder):
     return name
 
 
-__all__ = ["check_files", "check_model", "load_record", "save_record"]
+__all__ = ["check_files", "check_model", "check_texts_of", "load_record", "save_record"]

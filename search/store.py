@@ -22,27 +22,34 @@ import logging
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from ..data_scripts.data_errors import DataError, some
 from ..data_scripts.labels import check_labels
+from ..eval.checks import check_embeddings
 from ..files.atomic import TEMPORARY_SUFFIX, atomic_path
 from ..files.digests import file_record
 from ..files.locks import LOCK_FILE, locked
 from ..files.marks import STORE_FILE
-from .records import check_files, load_record, save_record
+from ..names.field_values import AT_LEAST_ONE
+from .records import check_files, check_texts_of, load_record, save_record
 
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 EMBEDDING_DTYPES = ("float32", "float16")
+_MAX_SHARDS = 1_000_000  # a folder takes no more in reasonable time
 _SKIPPED = b"skipped"
 _COLUMNS = ("id", "label", "class_name", "content", "embedding")
+_TYPES = {"id": pa.string(), "label": pa.int64(), "class_name": pa.string()}
+_NEVER_NULL = ("id", "class_name", "embedding")
 
 
 class NothingReadableError(DataError):
@@ -77,7 +84,17 @@ class StoreInfo:
     skipped: list[str] = field(default_factory=list)
     complete: bool = False
     format_version: int = FORMAT_VERSION
-    files: dict | None = field(default=None, metadata={"optional": True})
+    files: Any = field(default=None, metadata={"optional": True})  # a dict, or `check_files` says so
+
+    BOUNDS: ClassVar = dict.fromkeys(("num_images", "embedding_dim", "shard_size"), AT_LEAST_ONE)
+    CHOICES: ClassVar = {"embedding_dtype": EMBEDDING_DTYPES}
+
+    def __post_init__(self):
+        if self.num_shards > _MAX_SHARDS:
+            raise ValueError(
+                f"shard_size must be so large that {self.num_images:,} images (num_images) make at most "
+                f"{_MAX_SHARDS:,} shards, got {self.shard_size}"
+            )
 
     @property
     def num_shards(self):
@@ -101,7 +118,11 @@ def load_store_info(folder):
     Raises:
         DataError: it is no store.
     """
-    return load_record(StoreInfo, Path(folder) / STORE_FILE, "store of embeddings")
+    path = Path(folder) / STORE_FILE
+    info = load_record(StoreInfo, path, "store of embeddings")
+    check_texts_of(info.model, ("name", "kind", "fingerprint", "dtype"), f"{path} must have a model")
+    check_texts_of(info.data, ("description", "fingerprint"), f"{path} must have data")
+    return info
 
 
 def find_store(folder, info):
@@ -287,12 +308,11 @@ class EmbeddingStore:
             raise DataError(f"{self.folder} lacks {some(self.info.shard_name(shard) for shard in missing)}")
         else:
             logger.warning("the store %s was written without checksums: damage can't be noticed", self.folder)
-        try:
-            found = len(self._names)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.folder} can't be read ({error})") from error
+        found = len(self._names)
         if found != len(self):
             raise DataError(f"{self.folder} has {found} rows, expected {len(self)}: it is damaged")
+        if pc.count_distinct(self._names.column("id")).as_py() != found:
+            raise DataError(f"{self.folder} has ids that occur more than once: it is damaged")
 
     def __len__(self):
         return self.info.num_images - len(self.info.skipped)
@@ -301,8 +321,25 @@ class EmbeddingStore:
         return pa.concat_tables([self._read_shard(shard, columns) for shard in range(self.info.num_shards)])
 
     def _read_shard(self, shard, columns):
-        with pq.ParquetFile(self.folder / self.info.shard_name(shard)) as file:
-            return file.read(columns)
+        path = self.folder / self.info.shard_name(shard)
+        try:
+            with pq.ParquetFile(path) as file:
+                self._check_columns(path, file.schema_arrow)
+                table = file.read(columns)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path} can't be read ({error}): it is damaged") from error
+        for name in _NEVER_NULL:
+            if name in table.column_names and table.column(name).null_count:
+                raise DataError(f"{path} has rows without {name}: it is damaged")
+        return table
+
+    def _check_columns(self, path, schema):
+        dtype = pa.from_numpy_dtype(np.dtype(self.info.embedding_dtype))
+        expected = {**_TYPES, "embedding": pa.list_(dtype, self.info.embedding_dim)}
+        for name, kind in expected.items():
+            found = schema.field(name).type if name in schema.names else None
+            if found != kind:
+                raise DataError(f"{path} must have a column {name} of {kind}, got {found or 'none'}")
 
     @cached_property
     def _names(self):
@@ -356,7 +393,10 @@ class EmbeddingStore:
             for chunk in self._read_shard(shard, ["embedding"]).column(0).chunks:
                 block[start : start + len(chunk)] = torch.from_numpy(_as_matrix(chunk, self.info.embedding_dim))
                 start += len(chunk)
-        return block
+        try:
+            return check_embeddings(block, f"embeddings of {self.folder}")
+        except ValueError as error:
+            raise DataError(str(error)) from error
 
 
 def _as_matrix(column, embedding_dim):

@@ -339,3 +339,14 @@ def test_rnn_dropout_drops_before_normalising(backbone_folder, proxy_update):
     torch.testing.assert_close(rows.norm(dim=-1), torch.ones(2))
     rows = model.eval()(torch.randn(4, 3, 16, 16), torch.tensor([0, 0, 1, 1]), images_per_class=2).proxy_rows
     assert (rows != 0).all()
+
+
+def test_what_other_tools_ask_a_model_for(retriever_folder):
+    model = VPTSPModel.from_pretrained(retriever_folder)
+    config = model.config
+    assert (config.hidden_size, config.image_size, config.patch_size, config.projection_dim) == (24, 16, 8, 8)
+    assert model.get_input_embeddings() is model.backbone.get_input_embeddings()
+    tokens = model.get_input_embeddings()(torch.zeros(1, 3, 16, 16))
+    assert tokens.shape == (1, 4, 24)
+    training = VPTSPForMetricLearning.from_pretrained(retriever_folder, num_classes=3)
+    assert training.get_input_embeddings() is training.vptsp.backbone.get_input_embeddings()

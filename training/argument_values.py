@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import multiprocessing
+import os
 from dataclasses import fields
 from typing import get_type_hints
 
@@ -13,6 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import trainer_log_levels
 
+from ..data_scripts.paths import usable_path
 from ..names.field_values import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SEED, Bounds, check_fields, check_value
 from ..names.registry import nearest
 from .command_line import EVAL_METRICS
@@ -89,6 +91,9 @@ def check_values(args):
     """
     hints = training_hints(type(args))
     check_fields({name: getattr(args, name) for name in hints}, hints, TRAINING_BOUNDS, TRAINING_CHOICES)
+    for name in ("output_dir", "class_prompt_folder", "resume_from_checkpoint"):
+        if isinstance(value := getattr(args, name), (str, os.PathLike)):
+            usable_path(value)
     for name in JSON_FIELDS:
         if isinstance(value := getattr(args, name, None), str):
             _check_json(name, value)
@@ -113,7 +118,7 @@ def check_values(args):
 def _check_json(name, text):
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a mapping (as text, one in JSON), got {text!r}")

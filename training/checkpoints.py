@@ -7,7 +7,6 @@ that broke, a deletion that was cut short), the sizes and digests in its `run.js
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
@@ -23,6 +22,7 @@ from transformers.trainer_callback import TrainerState
 
 from ..files.atomic import sync_path, write_json
 from ..files.digests import DamagedFileError, check_file, folder_record
+from ..files.json_files import JsonError, read_json_object
 from .run_errors import CheckpointError, CheckpointWriteError
 
 
@@ -67,9 +67,9 @@ def load_tree(folder, name):
         CheckpointError: the files don't belong together.
     """
     folder = Path(folder)
-    text = (folder / f"{name}.json").read_text(encoding="utf-8")
+    packed = read_json(folder / f"{name}.json")
     try:
-        return _unpacked(json.loads(text), load_file(folder / f"{name}.safetensors"))
+        return _unpacked(packed, load_file(folder / f"{name}.safetensors"))
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder / name}.json and .safetensors don't belong together ({error!r})") from error
 
@@ -279,7 +279,7 @@ def check_files(folder) -> dict:
     if not (folder / RUN_NAME).is_file():
         raise CheckpointError(f"{folder} is no checkpoint of VPTSPTrainer: it has no {RUN_NAME}")
     record = read_json(folder / RUN_NAME)
-    version = record.get("format_version") if isinstance(record, dict) else None
+    version = record.get("format_version")
     if version not in READABLE_VERSIONS:
         expected = " or ".join(map(str, READABLE_VERSIONS))
         raise CheckpointError(f"{folder / RUN_NAME} has format_version {version!r}, expected {expected}")
@@ -363,14 +363,14 @@ def _check_file(folder, name, expected):
 
 
 def read_json(path):
-    """What a JSON file of a checkpoint holds.
+    """The object that a JSON file of a checkpoint holds.
 
     Raises:
         CheckpointError: it is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return read_json_object(path)
+    except JsonError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 

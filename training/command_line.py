@@ -17,6 +17,8 @@ from ..data_scripts.data_arguments import (
     check_output_apart,
     data_hints,
 )
+from ..data_scripts.data_errors import DataError
+from ..data_scripts.paths import check_folder_to_write, usable_path
 from ..files.yaml_files import YamlError, read_yaml
 from ..names.field_values import NOT_NEGATIVE, check_fields, check_value, from_text
 from ..names.registry import nearest
@@ -75,6 +77,10 @@ def read_config(path) -> dict:
     Raises:
         ConfigError: no such file, not YAML, or not a mapping.
     """
+    try:
+        usable_path(path)
+    except DataError as error:
+        raise ConfigError(f"the configuration: {error}") from error
     folder = Path(__file__).parent.parent / "configs"
     preset = folder / f"{path}.yaml"
     file = preset if preset.is_file() and not Path(path).is_file() else Path(path)
@@ -200,6 +206,7 @@ def check_early(argv):
         raise ConfigError(str(error)) from error
     check_data_arguments(data_args)
     if others.output_dir is not None:
+        check_folder_to_write(others.output_dir, "output_dir")
         check_output_apart(data_args, others.output_dir)
 
 

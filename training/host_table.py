@@ -150,7 +150,7 @@ class HostTable(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        processes = _processes_here()  # each makes files of its own, which take their room as they fill
+        processes = _processes_here()  # each makes files of its own
         needed, free = processes * self.num_bytes(num_states), shutil.disk_usage(folder).free
         if needed > free:
             raise OSError(
@@ -168,7 +168,14 @@ class HostTable(nn.Module):
             return torch.zeros(shape, dtype=torch.float32, device="cpu")
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="class_prompts-", delete=False) as file:
             name = file.name
-        mapped = torch.from_file(name, shared=True, size=math.prod(shape), dtype=torch.float32)
+            try:
+                _reserve(file.fileno(), 4 * math.prod(shape))
+                mapped = torch.from_file(name, shared=True, size=math.prod(shape), dtype=torch.float32)
+            except OSError as error:
+                Path(name).unlink()
+                raise OSError(
+                    error.errno, f"class_prompt_folder {self.folder} has no room for class prompts: {error.strerror}"
+                ) from error
         if os.name == "posix":
             Path(name).unlink()
         return mapped.view(shape)
@@ -214,6 +221,16 @@ class HostTable(nn.Module):
             if saved[name].dtype != tensor.dtype:
                 raise ValueError(f"{name} in {path} must be {tensor.dtype}, got {saved[name].dtype}")
             tensor.copy_(saved[name])
+
+
+def _reserve(descriptor, num_bytes):
+    """Give a file all its blocks now: one that gets them as it fills ends the process by SIGBUS on a full disk."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    else:  # macOS, Windows: by writing
+        zeros = bytes(1 << 20)
+        for start in range(0, num_bytes, len(zeros)):
+            os.write(descriptor, zeros[: num_bytes - start])
 
 
 def empty_pinned(shape):

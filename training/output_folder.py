@@ -6,13 +6,13 @@ Light to import, so that a run can refuse a folder before it loads anything.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from ..files.atomic import sync_path, write_text
+from ..files.json_files import JsonError, read_json_object
 from ..files.locks import LOCK_FILE, InUseError, locked
 from ..files.marks import RESULTS_NAME, RUN, written_as
 from .run_errors import CheckpointWriteError
@@ -194,8 +194,8 @@ def model_in(folder) -> str | None:
 
 def _model_type(path):
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
+        return read_json_object(path).get("model_type")
+    except (OSError, JsonError):
         return None
 
 
@@ -244,7 +244,7 @@ def finish_replacing(folder):
     marks = [Path(name) for name in _MARKS if Path(name) in files]
     for name in reversed(marks):
         (folder / name).unlink(missing_ok=True)
-    if Path(RESULTS_NAME) in marks and "picture" not in json.loads((ready / RESULTS_NAME).read_text(encoding="utf-8")):
+    if Path(RESULTS_NAME) in marks and "picture" not in read_json_object(ready / RESULTS_NAME):
         for name in PICTURES:  # of other results; those of these are drawn once these are there
             (folder / name).unlink(missing_ok=True)
     sync_path(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from transformers import TrainerCallback
 
 from ..files.atomic import write_json
+from ..files.json_files import read_json_object
 
 
 FILE_NAME = "proxy_movement.json"
@@ -99,7 +99,7 @@ def read_proxy_movement(path):
         ValueError: it is not one of these.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json_object(path)
         columns, records = content["columns"], content["records"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} must be the JSON file that ProxyMovement writes: {error!r}") from error

@@ -10,7 +10,7 @@ from typing import get_type_hints
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedConfig
 
-from ..configuration_vptsp import VPTSPConfig
+from ..configuration_vptsp import RANGES, VPTSPConfig, check_field
 from ..data_scripts.data_arguments import DataArguments, check_data_arguments, check_output_apart, data_hints
 from ..files.json_files import without_duplicates
 from ..loading_vptsp import find_backbone, resized_config
@@ -97,7 +97,9 @@ def parse_arguments(argv, prog="train.py"):
     hints |= {**data_hints(), **get_type_hints(RunArguments), **training_hints(VPTSPTrainingArguments)}
     known = {item.name for cls in classes for item in fields(cls) if item.init}
     bounds, choices = {**TRAINING_BOUNDS, **BOUNDS}, {**TRAINING_CHOICES, **CHOICES}
-    parser.set_defaults(**checked_values(path, values, known, hints, bounds, choices))
+    values = checked_values(path, values, known, hints, bounds, choices)
+    _check_model_fields(path, values)
+    parser.set_defaults(**values)
     try:
         model_args, training_args, data_args, run_args, left = parser.parse_args_into_dataclasses(
             argv, look_for_args_file=False, return_remaining_strings=True
@@ -113,10 +115,20 @@ def parse_arguments(argv, prog="train.py"):
                 model_fields[name] = json.loads(
                     model_fields[name], object_pairs_hook=without_duplicates, parse_constant=_no_number
                 )
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 holds = "JSON with a model_type" if name == "backbone_config" else "a JSON mapping"
                 raise ConfigError(f"{name} must be {holds}: {error}") from error
     return model_fields, training_args, data_args, run_args
+
+
+def _check_model_fields(path, values):
+    """A ConfigError that names the file if it has a field of the model that is out of its range."""
+    for name, value in values.items():
+        if name in VPTSPConfig.__annotations__ and name not in _MAPPINGS:
+            try:
+                check_field(name, value, VPTSPConfig.__annotations__[name], RANGES.get(name))
+            except ValueError as error:
+                raise ConfigError(f"{path}: {error}") from error
 
 
 def _no_number(text):

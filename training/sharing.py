@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from transformers.utils.hub import PushInProgress
 
 from ..data_scripts.split_record import SPLITS_NAME
 from ..files.atomic import atomic_path, write_json
+from ..files.json_files import read_json_object
 from ..files.marks import RESULTS_NAME
 from .checkpoints import STATE_NAME
 from .model_card import TAGS, retriever_card
@@ -87,7 +87,7 @@ class SharingTrainer(ResumableTrainer):
                 write_json(folder / f"{split}_results.json", dict(sorted(metrics.items())), indent=4)
                 if combined:
                     path = folder / RESULTS_NAME
-                    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+                    earlier = read_json_object(path) if path.is_file() else {}
                     write_json(path, dict(sorted({**earlier, **metrics}.items())), indent=4)
 
     def save_state(self):

@@ -7,7 +7,7 @@ import pytest
 import test_families
 import torch
 from conftest import tiny_vit_config
-from transformers import DeiTConfig
+from transformers import AutoModel, DeiTConfig
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel
 from vptsp.data_scripts.preprocessing import build_image_processor
@@ -131,6 +131,23 @@ def test_training_model_in_any_mode(tmp_path):
     pixel_values = torch.randn(3, 3, 16, 16)
     program = torch.export.load(tmp_path / "retriever.pt2").module()
     torch.testing.assert_close(program(pixel_values), model.eval().vptsp(pixel_values).embeddings)
+
+
+@pytest.mark.parametrize("fields", [{"prompt_mode": "shallow"}, {"prompt_step": 1}, {"num_prompts": 0}])
+def test_other_layouts_of_prompts(fields, tmp_path):
+    model = VPTSPModel(VPTSPConfig(**{"backbone_config": BACKBONES["vit"], "num_prompts": 3, **fields})).eval()
+    export.export_program(model, tmp_path / "retriever.pt2")
+    program, pixel_values = torch.export.load(tmp_path / "retriever.pt2").module(), torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(program(pixel_values), model(pixel_values).embeddings)
+
+
+def test_a_model_of_automodel(retriever_folder, tmp_path):
+    model = AutoModel.from_pretrained(retriever_folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules.")
+    assert export.export_program(model, tmp_path / "retriever.pt2") < 1e-4
+    pixel_values = torch.randn(3, 3, 16, 16)
+    program = torch.export.load(tmp_path / "retriever.pt2").module()
+    torch.testing.assert_close(program(pixel_values), model(pixel_values).embeddings)
 
 
 def test_what_can_not_be_exported_is_named(tmp_path, monkeypatch):

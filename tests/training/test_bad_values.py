@@ -9,7 +9,8 @@ import sys
 import pytest
 import yaml
 from conftest import tiny_vit_config
-from hypothesis import HealthCheck, given, settings
+from fuzzing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
@@ -253,10 +254,10 @@ anything = st.recursive(
 FIELDS = [(cls, item.name) for cls in (*CLASSES, VPTSPConfig) for item in dataclasses.fields(cls) if item.init]
 OWN = set(VPTSPConfig.__annotations__)
 FIELDS = [(cls, name) for cls, name in FIELDS if cls is not VPTSPConfig or name in OWN - {"sub_configs"}]
-quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-@quick
+@pytest.mark.fuzz
+@examples(150)
 @given(st.sampled_from(FIELDS), anything)
 def test_any_value_of_any_field(field, value):
     """It is taken, or refused by a `ValueError` of one line that names the field."""
@@ -271,7 +272,8 @@ def test_any_value_of_any_field(field, value):
         assert name.removesuffix("_config") in str(error) and "\n" not in str(error), (name, value, error)
 
 
-@quick
+@pytest.mark.fuzz
+@examples(150)
 @given(st.dictionaries(st.sampled_from([name for _, name in FIELDS]), anything, max_size=3))
 def test_any_file(tmp_path_factory, values):
     file = tmp_path_factory.getbasetemp() / "any.yaml"
@@ -282,7 +284,8 @@ def test_any_file(tmp_path_factory, values):
         assert "\n" not in str(error)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@pytest.mark.fuzz
+@examples(100)
 @given(st.binary(max_size=40) | st.text(alphabet="seed: []{}&*!?|>'\"#%@\n-1.,~", max_size=40).map(str.encode))
 def test_any_bytes(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "bytes.yaml"
@@ -291,6 +294,22 @@ def test_any_bytes(tmp_path_factory, content):
         parse_arguments([str(file), "--use_cpu", "true"])
     except ConfigError as error:
         assert "bytes.yaml" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("num_prompts", -1, "must be an integer >= 0, got -1"),
+        ("embedding_dim", 0, "must be an integer >= 1, got 0"),
+        ("embedding_dropout", 1.0, r"must be in \[0, 1\), got 1.0"),
+        ("loss_alpha", 0, "must be > 0, got 0"),
+    ],
+)
+def test_the_file_of_a_bad_field_of_the_model_is_named(name, value, expected, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{name}: {value}\n")
+    with pytest.raises(ConfigError, match=f"run.yaml: {name} {expected}"):
+        parse_arguments([str(file), "--use_cpu", "true"])
 
 
 def test_what_is_right_is_taken(tmp_path):
