@@ -15,6 +15,7 @@ import importlib
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -94,11 +95,13 @@ def export_program(model, path, image_processor=None) -> float:
     model = _own_retriever(model)
     metadata = json.dumps(export_metadata(model, image_processor), indent=2, allow_nan=False)
 
-    def write(file):
-        torch.export.save(_traced(model), file, extra_files={"metadata.json": metadata})
+    def write(file):  # a stream, since torch warns of the temporary file's name
+        with Path(file).open("wb") as stream:
+            torch.export.save(_traced(model), stream, extra_files={"metadata.json": metadata})
 
     def read(file):
-        program = torch.export.load(file).module()
+        with Path(file).open("rb") as stream:
+            program = torch.export.load(stream).module()
         return lambda pixel_values: program(pixel_values.to(model.device)).cpu()
 
     return _write_checked(model, Path(path), write, read)
@@ -208,7 +211,9 @@ def _images(model, number):
 def _write_checked(model, path, write, read) -> float:
     """Write a file beside `path`, compare, and move it there if it is right."""
     with atomic_path(path) as partial:
-        write(str(partial))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # of torch, on its own copies
+            write(str(partial))
         difference = _largest_difference(model, read(str(partial)))
         if not difference <= TOLERANCE:  # also where it is not a number
             raise RuntimeError(
