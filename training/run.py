@@ -22,6 +22,7 @@ from ..configuration_vptsp import VPTSPConfig
 from ..data_scripts.image_datasets import image_datasets
 from ..data_scripts.preprocessing import build_image_processor
 from ..data_scripts.split_record import SPLITS_NAME, has_seen_classes, record_splits
+from ..data_scripts.torch_dataset import ImageDataset
 from ..eval.evaluated_images import EvaluatedImages
 from ..loading_vptsp import resized_config
 from .fitting import fit_to_data
@@ -245,6 +246,9 @@ def run(model_fields, training_args, data_args, run_args, command):
     with _hub_token(training_args.hub_token):
         images = image_datasets(data_args)
         notes = fit_to_data(training_args, images, run_args.final_metrics)
+        for part in images.values():
+            if isinstance(part, ImageDataset):  # a stream is read as it comes
+                part.check_headers()
         return _run(model_fields, training_args, data_args, run_args, command, images, notes)
 
 

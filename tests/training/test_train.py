@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModel
 from vptsp import VPTSPConfig, VPTSPModel, VPTSPTrainer, train
 from vptsp.files.atomic import write_json
 from vptsp.files.locks import locked
-from vptsp.training import run
+from vptsp.training import run, run_arguments
 from vptsp.training.run import save_results
 from vptsp.training.run_arguments import RunArguments, check_run, parse_arguments
 
@@ -247,6 +248,40 @@ def test_corrupt_image_is_named(arguments, tmp_path, images, capsys):
     (root / "class4" / "2.jpg").write_bytes(b"\xff\xd8\xff no picture")
     message = refused([*arguments, "--data_dir", str(root)], capsys)
     assert str(Path("class4") / "2.jpg") in message
+
+
+def test_a_corrupt_training_image_is_found_before_anything_is_loaded(arguments, tmp_path, images, capsys, monkeypatch):
+    root = tmp_path / "broken"
+    shutil.copytree(images, root)
+    for place in ("class0/2.jpg", "class1/0.jpg"):
+        (root / place).write_bytes(b"\xff\xd8\xff no picture")
+    monkeypatch.setattr(run, "build_model", lambda *args: pytest.fail("a model was built"))
+    message = refused([*arguments, "--data_dir", str(root)], capsys)
+    assert f"{root / 'class0' / '2.jpg'}: can't read this image" in message and "so can't 1 others" in message
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("moment", ["parse_arguments", "evaluate_backbone", "print_comparison"])
+@pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_outside_of_the_steps_says_what_was_saved(
+    arguments, tmp_path, capsys, monkeypatch, moment, signum, status
+):
+    place = {"evaluate_backbone": VPTSPTrainer, "print_comparison": run, "parse_arguments": run_arguments}[moment]
+    monkeypatch.setattr(place, moment, lambda *args, **kwargs: signal.raise_signal(signum))
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as ended:
+        train.main([*arguments, "--num_train_epochs", "1"])
+    assert ended.value.code == status
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    folder = tmp_path / "run"
+    said = {
+        "parse_arguments": "nothing was saved",
+        "evaluate_backbone": f"nothing was saved, {folder} holds no checkpoint",
+        "print_comparison": f"what was saved before stays, up to checkpoint-3 in {folder}",
+    }[moment]
+    name = "SIGTERM" if signum == signal.SIGTERM else "interrupted"
+    assert capsys.readouterr().err.splitlines()[-1] == f"train.py: {name}: {said}"
+    assert bool(list(folder.glob("checkpoint-*"))) == (moment == "print_comparison")
 
 
 def test_corrupt_images_can_be_skipped_and_are_listed(arguments, tmp_path, images):
