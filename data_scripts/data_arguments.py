@@ -55,6 +55,12 @@ class DataArguments(DatasetOptions, DatasetPlace):
         ValueError: a value is out of range; the message names the field.
     """
 
+    validation_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training classes that don't train and choose the best epoch; 0: test images do."
+        },
+    )
     streaming: bool = field(
         default=False, metadata={"help": "Read the data as a stream and write no tables; see docs/streaming.md."}
     )
@@ -87,6 +93,11 @@ class DataArguments(DatasetOptions, DatasetPlace):
         for name in _CLASS_LISTS:
             if getattr(self, name) is not None:  # YAML reads the names of digits as numbers
                 setattr(self, name, [str(item) for item in getattr(self, name)])
+        if not 0 <= self.validation_share < 1:
+            raise DataError(f"validation_share must be between 0 and 1 (1 excluded), got {self.validation_share}")
+        if self.validation_share and (self.streaming or self.class_split == "seen"):
+            other = "a stream has no table of them" if self.streaming else "with class_split 'seen' all train and test"
+            raise DataError(f"validation_share keeps training classes apart, but {other}: give one of them")
         if self.layout not in LAYOUTS:
             raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         check_class_split(self.train_classes, self.test_classes, self.test_share, self.class_split)
@@ -111,10 +122,15 @@ class DataArguments(DatasetOptions, DatasetPlace):
         return {name: getattr(self, name) for name in BUILDER_OPTIONS if getattr(self, name) != defaults[name]}
 
     def load_splits(self):
-        """`load_splits` with these arguments; see there."""
-        return load_splits(
+        """`load_splits` with these arguments, see there; with a `validation_share` also the split `validation`."""
+        splits = load_splits(
             self.dataset_name, self.data_dir, self.data_cache_dir, streaming=self.streaming, **self.builder_options()
         )
+        if not self.validation_share:
+            return splits
+        from .validation_split import split_off_validation  # slow to load
+
+        return split_off_validation(splits, self.validation_share, self.class_split, self.split_seed)
 
 
 @cache

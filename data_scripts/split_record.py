@@ -34,7 +34,7 @@ def record_splits(args: DataArguments, splits: Mapping[str, Any]) -> dict[str, A
         `data`: the arguments by which it can be loaded again; `seen_classes`; and per split its `classes`, each with
         the names of its images (null for a stream, which is not read for it), and the split's `fingerprint`.
     """
-    options = {name: getattr(args, name) for name in (*PLACES, *BUILDER_OPTIONS)}
+    options = {name: getattr(args, name) for name in (*PLACES, *BUILDER_OPTIONS, "validation_share")}
     if args.data_dir is not None:
         options["data_dir"] = str(Path(args.data_dir).expanduser().absolute())
     parts = {}

@@ -37,10 +37,13 @@ def fit_to_data(training_args, images, final_metrics="all"):
             "more classes, another --test_share, or --test_share 0 to train on all of them"
         )
     notes = [_fit_batch(training_args, num_classes)]
-    if set(images) == {"train"}:
+    tests = {name: part for name, part in images.items() if name not in ("train", "validation")}
+    if "validation" in images:
+        notes.append(_check_validation(images["validation"], tests))
+    elif not tests:
         notes.append(_without_test(training_args, num_classes))
-    else:
-        _check_answered(images, final_metrics)
+    if tests:
+        _check_answered(tests, final_metrics)
     return [note for note in notes if note is not None]
 
 
@@ -68,6 +71,16 @@ def _without_test(args, num_classes):
     args.do_eval = False
     args.load_best_model_at_end = False
     return f"evaluation        none: all {num_classes} classes train"
+
+
+def _check_validation(validation, tests):
+    if np.unique(validation.labels, return_counts=True)[1].max() < 2:
+        raise ConfigError("validation_share: no validation image can be found by another one, as no class has two")
+    scored = "" if tests else "; nothing is tested"
+    return (
+        f"validation        {validation.num_classes} of the training classes, which don't train: the scores of epochs "
+        f"are theirs, and choose the best{scored}"
+    )
 
 
 def _check_answered(images, final_metrics):

@@ -357,7 +357,7 @@ def test_what_is_drawn_of_a_run(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "draw_run", lambda *args, **options: drawn.append((args, options)) or ([], {}))
     monkeypatch.setattr(run, "EvaluatedImages", lambda dataset, evaluated: (dataset, evaluated))
     trainer = SimpleNamespace(
-        args=SimpleNamespace(output_dir=tmp_path, seed=3), eval_dataset="data", last_evaluated="after",
+        args=SimpleNamespace(output_dir=tmp_path, seed=3), eval_dataset="validation", last_evaluated="after",
         split_record=None,
         processing_class=None, state=SimpleNamespace(log_history=[{"step": 4}]),
         model=SimpleNamespace(retriever=SimpleNamespace(eval=lambda: "retriever")),
@@ -365,7 +365,7 @@ def test_what_is_drawn_of_a_run(monkeypatch, tmp_path):
     results = {"frozen_recall_at_1": 0.1, "final_recall_at_1": 0.2, "seed": 0}
     for proxies in (False, True):
         run.draw_pictures(
-            tmp_path, trainer, results, "before", RunArguments(picture_queries=2, picture_proxies=proxies)
+            tmp_path, trainer, "data", results, "before", RunArguments(picture_queries=2, picture_proxies=proxies)
         )
     (arguments, options), (others, _) = drawn
     assert arguments[1] == ("data", "after") and options["frozen"] == ("data", "before")
@@ -380,8 +380,8 @@ def test_the_pictures_get_the_frozen_evaluation(monkeypatch, tmp_path):
     trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), is_world_process_zero=lambda: True, **done)
     results = {"frozen_recall_at_1": 0.1, "final_recall_at_1": 0.2, "seed": 0}
     evaluated, options = {"query": None}, RunArguments(picture_queries=2)
-    save_results(results, trainer, options, evaluated)
-    assert given == [(results, evaluated, options)]
+    save_results(results, trainer, options, evaluated, "tests")
+    assert given == [("tests", results, evaluated, options)]
     assert results["picture"] is None
 
 
@@ -432,5 +432,5 @@ def test_results_that_are_no_numbers_are_null(tmp_path):
     trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), is_world_process_zero=lambda: True)
     trainer.save_retriever = lambda results: write_json(tmp_path / "all_results.json", results)
     trainer.delete_replaced = lambda: None
-    save_results({"final_nmi": float("nan")}, trainer, RunArguments(picture_queries=0), None)
+    save_results({"final_nmi": float("nan")}, trainer, RunArguments(picture_queries=0), None, None)
     assert (tmp_path / "all_results.json").read_text() == '{\n  "final_nmi": null\n}\n'
