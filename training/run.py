@@ -152,7 +152,8 @@ def draw_pictures(folder, trainer, tests, results, frozen_evaluated, run_args):
         Names of the files.
     """
     frozen = {name: value for name, value in results.items() if name.startswith("frozen_")}
-    frozen |= {f"frozen_{name}": value for name, value in without_prefix(frozen, "frozen_validation").items()}
+    on = "frozen_validation_"  # where there are, curves are of these classes
+    frozen |= {f"frozen_{name.removeprefix(on)}": value for name, value in frozen.items() if name.startswith(on)}
     seen = (trainer.split_record or {}).get("seen_classes")
     subject = {"subject": "classes that training has seen"} if seen else {}
     movement = Path(trainer.args.output_dir) / FILE_NAME

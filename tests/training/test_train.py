@@ -371,6 +371,9 @@ def test_what_is_drawn_of_a_run(monkeypatch, tmp_path):
     assert arguments[1] == ("data", "after") and options["frozen"] == ("data", "before")
     assert arguments[4] == [{"step": 0, "epoch": 0.0, "frozen_recall_at_1": 0.1}, {"step": 4}]
     assert (arguments[5], others[5]) == (None, [])
+    results["frozen_validation_recall_at_1"] = 0.3  # the classes whose scores the curves are of
+    run.draw_pictures(tmp_path, trainer, "data", results, "before", RunArguments())
+    assert drawn[-1][0][4][0]["frozen_recall_at_1"] == 0.3
 
 
 def test_the_pictures_get_the_frozen_evaluation(monkeypatch, tmp_path):
