@@ -24,6 +24,9 @@ quickstart: $(VENV)/.installed  ## the whole chain on scanned digits, offline, i
 test: $(VENV)/.installed  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+test-docs: $(VENV)/.installed  ## run the commands of README and docs as they are written
+	$(BIN)/python -m pytest -m slow tests/test_documented_commands.py
+
 # A short selection with the lowest versions that setup.cfg claims, in an environment of its own.
 LOWEST := .venv-lowest
 LOWEST_TESTS := tests/test_modeling.py tests/test_saved_format.py tests/test_families.py tests/test_fast_path.py \
@@ -57,4 +60,4 @@ clean:  ## remove what builds and runs leave (not the environment)
 	rm -rf build dist *.egg-info runs .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help install quickstart test test-lowest style quality wheel clean
+.PHONY: help install quickstart test test-docs test-lowest style quality wheel clean

@@ -26,19 +26,21 @@ def save_tiny(kind, folder):
     """A tiny random model at a folder, with an image processor."""
     torch.manual_seed(1)
     if kind == "dinov2":
-        model = Dinov2Model(Dinov2Config(**SIZES, image_size=224, patch_size=14))
+        sizes = {name: value for name, value in SIZES.items() if name != "intermediate_size"}
+        model = Dinov2Model(Dinov2Config(**sizes, image_size=224, patch_size=14))
     elif kind == "siglip":
         vision = {**SIZES, "image_size": 256, "patch_size": 16}
         model = SiglipModel(SiglipConfig(vision_config=vision, text_config={**SIZES, "vocab_size": 30}))
     else:
-        model = ViTModel(tiny_vit_config(**SIZES, image_size=224, patch_size=16))
+        layers = 4 if kind == "deep vit" else 2
+        model = ViTModel(tiny_vit_config(**{**SIZES, "num_hidden_layers": layers}, image_size=224, patch_size=16))
     model.save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 224, "width": 224}).save_pretrained(folder)
 
 
 ON_HUB = {
     "facebook/dinov2-small": "dinov2",
-    "facebook/dino-vits16": "vit",
+    "facebook/dino-vits16": "deep vit",
     "google/vit-base-patch16-224-in21k": "vit",
     "google/siglip2-base-patch16-256": "siglip",
 }
@@ -75,8 +77,8 @@ def write_world(folder):
         rows = csv.writer(stream)
         rows.writerow(["image", "product", "sku", "price"])
         for row, name in enumerate(groceries):
-            write_image(folder / "groceries" / name, seed=row)
-            rows.writerow([f"groceries/{name}", name.partition("/")[0], f"09{row:04d}", 1.5 + row])
+            write_image(folder / "photos" / name, seed=row)
+            rows.writerow([f"photos/{name}", name.partition("/")[0], f"09{row:04d}", 1.5 + row])
     for name in ("photo.jpg", "query.jpg", "queries/1.jpg", "queries/2.jpg"):
         write_image(folder / name, seed=7)
     save_tiny("dinov2", folder / "dinov2-small")
