@@ -88,4 +88,4 @@ def test_what_other_commands_call_an_option_is_understood():
         check_early(["--no_batch_size"])
     for short, name in SHORT_NAMES.items():
         assert short not in FIELDS and name in FIELDS
-        assert f"in short --{short} [" in re.search(rf"--{name} .*", HELP)[0]
+        assert f"in short {short} [" in re.search(rf"--{name} .*", HELP)[0]
