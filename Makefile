@@ -27,6 +27,8 @@ test: $(VENV)/.installed  ## run the tests
 # The same tests as among the others, with a hundred times as many inputs, others each time.
 fuzz: $(VENV)/.installed  ## try damaged inputs, for an hour or so
 	FUZZ_FACTOR=100 $(BIN)/python -m pytest -n 2 -m fuzz $(ARGS)
+test-docs: $(VENV)/.installed  ## run the commands of README and docs as they are written
+	$(BIN)/python -m pytest -m slow tests/test_documented_commands.py
 
 # A short selection with the lowest versions that setup.cfg claims, in an environment of its own.
 LOWEST := .venv-lowest
@@ -61,4 +63,4 @@ clean:  ## remove what builds and runs leave (not the environment)
 	rm -rf build dist *.egg-info runs .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help install quickstart test fuzz test-lowest style quality wheel clean
+.PHONY: help install quickstart test test-docs fuzz test-lowest style quality wheel clean

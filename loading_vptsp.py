@@ -884,8 +884,9 @@ def load_backbone(config, folder=None, found=None, **hub_kwargs):
     source = config.backbone
     if source is None:
         raise ValueError("the configuration names no backbone: give its place with backbone=...")
-    if folder is not None and (Path(folder) / source).is_dir():
-        source = str(Path(folder) / source)
+    if folder is not None and (beside := Path(folder) / source).is_dir():
+        plain = Path(os.path.normpath(beside))  # without "..", which may lead elsewhere where there are links
+        source = str(plain if plain.is_dir() and plain.samefile(beside) else beside)
     try:
         found = found or find_backbone(source, config.backbone_revision, **hub_kwargs)
         backbone = open_backbone(found, **hub_kwargs)

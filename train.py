@@ -17,13 +17,8 @@ from vptsp.data_scripts.data_errors import DataError
 from vptsp.files.locks import InUseError
 from vptsp.training.command_help import help_text
 from vptsp.training.output_folder import OutputFolderError
-from vptsp.training.run_errors import (
-    CheckpointError,
-    CheckpointWriteError,
-    ConfigError,
-    TrainingError,
-    TrainingInterrupted,
-)
+from vptsp.training.run_errors import CheckpointError, CheckpointWriteError, ConfigError, TrainingError
+from vptsp.training.termination import ended_by_signals
 
 
 def main(argv=None, prog="train.py"):
@@ -40,23 +35,12 @@ def main(argv=None, prog="train.py"):
     if {"-h", "--help"} & set(argv):
         print(help_text(prog), end="")
         return
+    arguments = None
     try:
-        # PyTorch and transformers' models, which take seconds, are loaded neither for the help nor for what is wrong
-        # with the file, the data or the place of the results
-        if "--help-all" not in argv:
-            from vptsp.training.command_line import check_early
-
-            check_early(argv)
-        from vptsp.training.model_card import without_tokens
-        from vptsp.training.run import run
-        from vptsp.training.run_arguments import all_options_text, check_run, parse_arguments
-
-        if "--help-all" in argv:
-            print(all_options_text(prog), end="")
-            return
-        arguments = parse_arguments(argv, prog)
-        check_run(*arguments)
-        run(*arguments, command=without_tokens([*prog.split(), *argv], arguments[1].hub_token))
+        with ended_by_signals(prog, lambda: arguments and arguments[1].output_dir):
+            arguments = _parsed(argv, prog)
+            if arguments is not None:
+                _run(arguments, argv, prog)
     except (ConfigError, DataError, CheckpointError, InUseError, OutputFolderError, TrainingError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -66,11 +50,31 @@ def main(argv=None, prog="train.py"):
     except OSError as error:  # of a disk that is full, say; what is wrong with the data or the model has its own
         print(f"{prog}: error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
-    except TrainingInterrupted:  # has said all
-        raise
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; what was saved before stays", file=sys.stderr)
-        raise SystemExit(130) from None
+
+
+def _parsed(argv, prog):
+    """The arguments of a run, checked; None where only the help was asked for."""
+    # PyTorch and transformers' models, which take seconds, are loaded neither for the help nor for what is wrong with
+    # the file, the data or the place of the results
+    if "--help-all" not in argv:
+        from vptsp.training.command_line import check_early
+
+        check_early(argv)
+    from vptsp.training.run_arguments import all_options_text, check_run, parse_arguments
+
+    if "--help-all" in argv:
+        print(all_options_text(prog), end="")
+        return None
+    arguments = parse_arguments(argv, prog)
+    check_run(*arguments)
+    return arguments
+
+
+def _run(arguments, argv, prog):
+    from vptsp.training.model_card import without_tokens
+    from vptsp.training.run import run
+
+    run(*arguments, command=without_tokens([*prog.split(), *argv], arguments[1].hub_token))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 
-from ..names.registry import near_names
+from ..names.registry import near_values
 from .data_errors import DataError, some
 from .paths import usable_path
 
@@ -202,7 +202,7 @@ def _find_names(names: list[str], value: str | Sequence[str], option: str) -> se
     if unknown:
         hints = []
         for name in unknown[:5]:
-            near = near_names(name, names, likeness=0.5) or [n for n in names if name and name in n][:2]
+            near = near_values(name, names, likeness=0.5)
             hints.append(f"{name!r}" + (f" (near: {', '.join(map(repr, near))})" if near else ""))
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise DataError(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import functools
 import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import fields
+from itertools import pairwise
 
 from ..names.registry import nearest
 from .data_arguments import DataArguments
@@ -46,6 +48,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *args, formatter_class=None, **kwargs):
         super().__init__(*args, formatter_class=_wide(formatter_class), add_help=False, **kwargs)
+        self.register("action", "store_true", _Truth)  # for the parser and its groups
         self.add_argument("-h", "--help", action=_Help, help="this text")
         self.add_argument("--help-all", action=_Help, help="all options")
 
@@ -74,16 +77,49 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """As `parse_args`: a word that no option takes is an error of the command that it was given to."""
-        found, left = super().parse_known_args(args, namespace)
+        words = self._spelt_out(sys.argv[1:] if args is None else args)
+        found, left = super().parse_known_args(words, namespace)
         if left:
+            flag, _, given = words[max(words.index(left[0]) - 1, 0)].partition("=")
+            if not left[0].startswith("-") and given and isinstance(self._option_string_actions.get(flag), _Truth):
+                self.error(f"argument {flag}: expected true or false, got {left[0]!r}")
             options = (word for action in self._actions for word in action.option_strings)
             known = [word.removeprefix("--") for word in options if word.startswith("--")]
             near = nearest(left[0].partition("=")[0].removeprefix("--"), known, most=1) if left[0][:2] == "--" else ""
             self.error(f"unrecognized arguments: {' '.join(left)}{near}")
         return found, left
 
+    def _spelt_out(self, words):
+        """Words as this parser knows them: `--skip-corrupt` is `--skip_corrupt`, and alone `--skip_corrupt=true`."""
+        spelt = []
+        for word, following in pairwise([*words, ""]):
+            name, given, value = word.partition("=")
+            if name.startswith("--") and name not in self._option_string_actions:
+                name = "--" + name[2:].replace("-", "_")
+            action = self._option_string_actions.get(name)
+            if action is None:
+                spelt.append(word)
+            elif isinstance(action, _Truth) and not given and following.lower() not in _TRUTHS:
+                spelt.append(f"{name}=true")
+            else:
+                spelt.append(name + given + value)
+        return spelt
+
     def error(self, message: str):
         self.exit(2, f"error: {message} (--help-all lists the options)\n")
+
+
+class _Truth(argparse.Action):
+    """An option that is true or false: `--quiet`, `--quiet true`, `--quiet=false`, as training has them too.
+
+    It takes the place of argparse's `store_true`.
+    """
+
+    def __init__(self, option_strings, dest, default=False, **kwargs):
+        super().__init__(option_strings, dest, default=default, type=truth, metavar="[true]", **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
 
 
 class _Help(argparse.Action):
@@ -111,20 +147,35 @@ def add_data_options(parser, names: Iterable[str]):
     types = {item.name: item for item in fields(DataArguments)}
     for name in names:
         item = types[name]
-        kind = {"int": int, "float": float, "bool": truth}.get(getattr(item.type, "__name__", str(item.type)), str)
-        kind = place if name in ("data_dir", "data_cache_dir", "image_root") else kind
+        how = {
+            bool: {"action": "store_true"},
+            int: {"type": int, "metavar": "N"},
+            float: {"type": float, "metavar": "X"},
+        }
+        if name in ("data_dir", "data_cache_dir", "image_root"):
+            how[item.type] = {"type": place, "metavar": "VALUE"}
         extra = {"nargs": "+"} if "list" in str(item.type) else {}
         text = f"data set: {', '.join(DATASETS)}" if name == "dataset_name" else item.metadata["help"]
-        shown = {"int": "N", "bool": "TRUE", "float": "X"}.get(getattr(item.type, "__name__", ""), "VALUE")
-        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text, metavar=shown, **extra)
+        parser.add_argument(
+            f"--{name}", default=argparse.SUPPRESS, help=text, **how.get(item.type, {"metavar": "VALUE", **extra})
+        )
+        if item.default is True:  # as in training
+            parser.add_argument(
+                f"--no_{name}", dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            )
+
+
+_TRUTHS = {
+    **dict.fromkeys(("true", "t", "yes", "y", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "0"), False),
+}
 
 
 def truth(word: str) -> bool:
     """`true` or `false`, or other words for them."""
-    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if word.lower() not in known:
+    if word.lower() not in _TRUTHS:
         raise argparse.ArgumentTypeError(f"expected true or false, got {word!r}")
-    return known[word.lower()]
+    return _TRUTHS[word.lower()]
 
 
 __all__ = ["FURTHER", "CommandParser", "add_data_options", "truth"]

@@ -58,6 +58,12 @@ class DataArguments(DatasetOptions, DatasetPlace):
         ValueError: a value is out of range; the message names the field.
     """
 
+    validation_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training classes that don't train and choose the best epoch; 0: test images do."
+        },
+    )
     streaming: bool = field(
         default=False, metadata={"help": "Read the data as a stream and write no tables; see docs/streaming.md."}
     )
@@ -94,6 +100,15 @@ class DataArguments(DatasetOptions, DatasetPlace):
         for name in _CLASS_LISTS:
             if getattr(self, name) is not None:  # YAML reads the names of digits as numbers
                 setattr(self, name, [str(item) for item in getattr(self, name)])
+        if not 0 <= self.validation_share < 1:
+            raise DataError(f"validation_share must be between 0 and 1 (1 excluded), got {self.validation_share}")
+        reasons = {
+            "a stream has no table of them": self.streaming,
+            "with class_split 'seen' all train and test": self.class_split == "seen",
+            f"with labels {self.labels!r} they are clusters": self.labels != "given",
+        }
+        if self.validation_share and (other := next((text for text, holds in reasons.items() if holds), None)):
+            raise DataError(f"validation_share keeps training classes apart, but {other}: give one of them")
         if self.layout not in LAYOUTS:
             raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         check_class_split(self.train_classes, self.test_classes, self.test_share, self.class_split)
@@ -135,7 +150,10 @@ class DataArguments(DatasetOptions, DatasetPlace):
         return given
 
     def load_splits(self):
-        """`load_splits` with these arguments; see there. With `labels` `none`, those of `train` are put away."""
+        """`load_splits` with these arguments, see there; with a `validation_share` also the split `validation`.
+
+        With `labels` `none`, those of `train` are put away.
+        """
         splits = load_splits(
             self.dataset_name, self.data_dir, self.data_cache_dir, streaming=self.streaming, **self.builder_options()
         )
@@ -143,7 +161,11 @@ class DataArguments(DatasetOptions, DatasetPlace):
             from .unlabelled_tables import without_labels  # slow to load
 
             splits["train"] = without_labels(splits["train"])
-        return splits
+        if not self.validation_share:
+            return splits
+        from .validation_split import split_off_validation  # slow to load
+
+        return split_off_validation(splits, self.validation_share, self.class_split, self.split_seed)
 
 
 @cache

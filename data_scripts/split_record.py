@@ -36,7 +36,7 @@ def record_splits(args: DataArguments, splits: Mapping[str, Any]) -> dict[str, A
         `data`: the arguments by which it can be loaded again; `seen_classes`; and per split its `classes`, each with
         the names of its images (null for a stream, which is not read for it), and the split's `fingerprint`.
     """
-    options = {name: getattr(args, name) for name in (*PLACES, *BUILDER_OPTIONS)}
+    options = {name: getattr(args, name) for name in (*PLACES, *BUILDER_OPTIONS, "validation_share")}
     folders = [name for name in TEST_REPOS.values() if is_folder(options[name])]
     for name in ["data_dir", *folders]:
         if options[name] is not None:

@@ -3,8 +3,10 @@
 Nothing here imports torch or `datasets`.
 """
 
+import logging
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..names.registry import nearest
@@ -21,8 +23,11 @@ __all__ = [
     "choose_column",
     "free_name",
     "plain_value",
+    "say_mixed",
     "typed_column",
 ]
+
+logger = logging.getLogger(__name__)
 
 Value = str | int | float | None
 """What a further column holds."""
@@ -136,3 +141,40 @@ def check_column(name: Any, values: Sequence[Any], count: int, where: str) -> No
             raise DataError(
                 f"{where}: the column {name!r} must hold text, numbers or None, got {value!r} in row {row}"
             )
+
+
+def say_mixed(
+    values: Sequence[Any], kept: Sequence[Value], column: str, place: Callable[[int], str], typed: bool
+) -> None:
+    """Say of a column with numbers that it is text, as filters and sorting notice, and which row makes it so.
+
+    Args:
+        values: As the table holds them.
+        kept: As they go along.
+        column: Its name.
+        place: File and line of a row.
+        typed: The table knows no types, and so codes and names are numbers too: said only where most are numbers.
+    """
+    if not any(isinstance(value, str) for value in kept):
+        return
+    numbers = [row for row, value in enumerate(values) if _is_number(value)]
+    others = [row for row, value in enumerate(kept) if value is not None and not _is_number(values[row])]
+    if numbers and others and (not typed or len(numbers) >= len(others)):
+        logger.warning(
+            "%s: the column %r is text, no numbers to compare, as it holds %s here (so do %d of %d rows) and %s at %s",
+            place(others[0]),
+            column,
+            repr(values[others[0]]),
+            len(others),
+            len(values),
+            repr(values[numbers[0]]),
+            place(numbers[0]),
+        )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number, or text that could be one, with leading zeros too."""
+    try:
+        return not isinstance(value, bool) and math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False

@@ -29,7 +29,7 @@ from .hub import load_saved
 from .image_files import LeftOut, list_images, say_shared_files
 from .labels import check_class_name, check_label
 from .paths import other_form, usable_path
-from .table_columns import IMAGE_NAMES, LABEL_NAMES, SPLIT_NAMES, choose_column, plain_value, typed_column
+from .table_columns import IMAGE_NAMES, LABEL_NAMES, SPLIT_NAMES, choose_column, plain_value, say_mixed, typed_column
 from .table_files import metadata_files, missing_text, read_text_table, shortened, table_kind
 from .unlabelled_tables import split_unlabelled
 
@@ -414,6 +414,8 @@ def _as_rows(columns: dict[str, list], config, name: str, place: Callable[[int],
             kept[column] = typed_column(values)
         else:
             kept[column] = _alike(values, column, name, place)
+        if column not in chosen:
+            say_mixed(values, kept[column] or (), column, place, typed)
         _check_unicode(kept[column] or (), lambda row, column=column: f"{place(row)}: the column {column!r}")
     return datasets.Dataset.from_dict({name: values for name, values in kept.items() if values is not None})
 

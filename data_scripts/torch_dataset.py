@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from .data_errors import DataError, ImageError, some
 from .data_fingerprint import digest, evenly_spaced, image_contents, relative_names
 from .decoding import EncodedImage
 from .image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
-from .images import open_image
+from .images import image_errors, open_header, open_image
 from .labels import check_label, check_labels
 from .sampler import SampleKey
 from .skipped import SkippedImages
@@ -34,6 +35,7 @@ __all__ = [
     "stored_image",
 ]
 
+_HEADER_THREADS, _HEADER_BATCH = 8, 1000
 ImageTransform = Callable[["Image.Image | EncodedImage", random.Random | None], torch.Tensor]
 
 
@@ -192,6 +194,40 @@ class ImageDataset(Dataset):
     def open_images(self, indices: Iterable[int]) -> "dict[int, Image.Image]":
         """`open_image` of several rows, by row."""
         return {int(index): self.open_image(index) for index in indices}
+
+    def check_headers(self) -> None:
+        """Open every image, of which only the header is read: what is no image, too large or not there is found
+        before anything long begins. Damage further in shows when the image is decoded. Nothing with `skip_corrupt`.
+
+        Raises:
+            ImageError: images can't be opened; the message names the first of them, and how many there are.
+        """
+        if self._skipped is not None:
+            return
+        found = []
+        with ThreadPoolExecutor(_HEADER_THREADS) as threads:
+            rows = self.hf_dataset.select_columns([self.image_column]).with_format("arrow")
+            batches = rows.iter(_HEADER_BATCH) if len(self) else ()
+            for start, batch in zip(range(0, len(self), _HEADER_BATCH), batches, strict=True):
+                stored = [image for chunk in batch.column(0).chunks for image in chunk]
+                found += filter(None, threads.map(self._header_error, stored, range(start, start + len(stored))))
+        if found:
+            others = f"; so can't {len(found) - 1} others" if len(found) > 1 else ""
+            raise ImageError(f"{found[0]}{others} (skip_corrupt leaves out what can't be read)")
+
+    def _header_error(self, stored: pa.StructScalar, row: int) -> ImageError | None:
+        """What is wrong with the header of what a row holds, which is not copied."""
+        content, path = stored["bytes"], stored["path"].as_py()
+        name = path or f"row {row}"
+        try:
+            with image_errors(name):
+                stream = pa.BufferReader(content.as_buffer()) if content.is_valid else path
+                if stream is None:
+                    raise ValueError("there is neither a path nor contents")
+                open_header(stream, self.max_image_pixels).close()
+        except ImageError as error:
+            return error
+        return None
 
     def stored_images(self) -> Iterator[str | bytes]:
         """What holds each row's image, path or contents, in order; nothing is decoded."""

@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -106,7 +107,8 @@ def export_program(model, path, image_processor=None) -> float:
         Path(file).write_bytes(content.getbuffer())
 
     def read(file):
-        program = torch.export.load(file).module()
+        with Path(file).open("rb") as stream:
+            program = torch.export.load(stream).module()
         return lambda pixel_values: program(pixel_values.to(model.device)).cpu()
 
     return _write_checked(model, Path(path), write, read)
@@ -216,7 +218,9 @@ def _images(model, number):
 def _write_checked(model, path, write, read) -> float:
     """Write a file beside `path`, compare, and move it there if it is right."""
     with atomic_path(path) as partial:
-        write(str(partial))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # of torch, on its own copies
+            write(str(partial))
         difference = _largest_difference(model, read(str(partial)))
         if not difference <= TOLERANCE:  # also where it is not a number
             raise RuntimeError(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, MutableMapping
+from itertools import islice
 from typing import Generic, TypeVar
 
 
 Entry = TypeVar("Entry")
+_MANY = 5000
+"""Texts whose likeness with another is computed within a second."""
 
 
 def near_names(name, known: Iterable[str], most: int = 2, likeness: float = 0.6) -> list[str]:
@@ -15,7 +18,22 @@ def near_names(name, known: Iterable[str], most: int = 2, likeness: float = 0.6)
     return difflib.get_close_matches(str(name), [str(item) for item in known], n=most, cutoff=likeness)
 
 
-def did_you_mean(names: Iterable[str]) -> str:
+def near_values(value, known: Iterable, likeness: float = 0.6) -> list:
+    """At most two of the known values that may be meant: texts that are alike or contain it, in any case; or the
+    numbers next to it."""
+    if not isinstance(value, str):
+        known = [item for item in known if not isinstance(item, str)]
+        below, above = [item for item in known if item < value], [item for item in known if item > value]
+        return [*([max(below)] if below else []), *([min(above)] if above else [])]
+    value, texts = value.casefold(), {item.casefold(): item for item in known if isinstance(item, str)}
+    candidates, middle = list(texts), len(value) // 2
+    if len(candidates) > _MANY:  # where one half is as it is written
+        candidates = [text for text in texts if value[:middle] in text or value[middle:] in text][:_MANY]
+    containing = (text for text in texts if value and value in text)
+    return [texts[text] for text in near_names(value, candidates, likeness=likeness) or islice(containing, 2)]
+
+
+def did_you_mean(names: Iterable) -> str:
     """`; did you mean 'vpt' or 'vptsp_g'?`; nothing for no names."""
     shown = " or ".join(map(repr, names))
     return f"; did you mean {shown}?" if shown else ""
@@ -99,4 +117,4 @@ def _origin(entry):
     return getattr(made, "__qualname__", made)
 
 
-__all__ = ["Registry", "near_names", "nearest"]
+__all__ = ["Registry", "near_names", "near_values", "nearest"]

@@ -7,16 +7,15 @@ from pathlib import Path
 from ..data_scripts.data_errors import DataError
 from ..eval.evaluated_images import draw_before_after
 from .backbone_alone import backbone_alone
-from .embed import cached_store
 from .evaluated_stores import evaluated_stores
 from .inputs import (
-    choose_sets,
+    embedded,
     is_main_rank,
     load_embedder,
-    load_sources,
     model_or_store,
+    no_progress_bars,
     orders_of,
-    store_options,
+    sets_of,
     stores_of,
 )
 from .report import evaluate_stores, write_report
@@ -59,7 +58,6 @@ def run(options):
 
 def backbone_stores(name, options):
     """Embeddings of queries and gallery (or None) by the backbone alone that a retriever was tuned on."""
-    embedder = backbone_alone(load_embedder(name, options))
-    sets = choose_sets(load_sources(options), options.split)
-    cache, how = options.embeddings_cache, store_options(options)
-    return [None if source is None else cached_store(embedder, source, cache, **how) for source in sets]
+    with no_progress_bars():
+        embedder = backbone_alone(load_embedder(name, options))
+    return embedded(embedder, sets_of(options), options)

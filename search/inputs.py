@@ -25,8 +25,6 @@ from .views import views_of
 
 def load_embedder(name, options):
     """The model of a command, on its device."""
-    from transformers.utils import logging  # slow to load, and stores need no model
-
     name = check_model_name(name)
     backbone, sizes = options.backbone, {"image_size": options.image_size, "resize_size": options.resize_size}
     if options.command == "compare":  # what is meant for the other one
@@ -34,7 +32,7 @@ def load_embedder(name, options):
             sizes = dict.fromkeys(sizes)
         else:
             backbone, sizes = None, _size_to_compare(options, sizes)
-    with _no_progress_bars(logging):
+    with no_progress_bars():
         embedder = Embedder.from_pretrained(
             name,
             revision=options.revision,
@@ -66,13 +64,17 @@ def _is_saved_retriever(name, options):
 
 
 @contextlib.contextmanager
-def _no_progress_bars(logging):
+def no_progress_bars():
     """Loading weights takes a second and needs no bar."""
+    from transformers.utils import logging  # slow to load, and stores need no model
+
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_sources(options):
@@ -228,12 +230,21 @@ def stores_of(name, options, gallery_store=None):
     if (Path(name) / STORE_FILE).is_file():
         gallery = None if gallery_store is None else EmbeddingStore.open(gallery_store)
         return EmbeddingStore.open(name), gallery
-    sets = choose_sets(load_sources(options), options.split, whole=options.command == "index")
-    embedder = load_embedder(name, options)
-    return tuple(
-        None if source is None else cached_store(embedder, source, options.embeddings_cache, **store_options(options))
-        for source in sets
-    )
+    sets = sets_of(options)
+    return embedded(load_embedder(name, options), sets, options)
+
+
+def sets_of(options):
+    """Queries and gallery (or None) that a command names. They are looked up once, and so are warnings of them."""
+    if not hasattr(options, "sets"):
+        options.sets = choose_sets(load_sources(options), options.split)
+    return options.sets
+
+
+def embedded(embedder, sets, options):
+    """Stored embeddings of queries and gallery (or None)."""
+    cache, how = options.embeddings_cache, store_options(options)
+    return tuple(None if source is None else cached_store(embedder, source, cache, **how) for source in sets)
 
 
 def is_main_rank():
@@ -244,13 +255,16 @@ def is_main_rank():
 __all__ = [
     "check_compared",
     "choose_sets",
+    "embedded",
     "is_main_rank",
     "load_embedder",
     "load_sources",
     "model_of",
     "model_or_store",
+    "no_progress_bars",
     "orders_of",
     "refuse_model_options",
+    "sets_of",
     "store_options",
     "stores_of",
 ]

@@ -15,7 +15,7 @@ import torch
 from ..data_scripts.data_errors import some
 from ..eval.checks import check_embeddings
 from ..eval.reranking import check_reordering
-from ..names.registry import did_you_mean, near_names
+from ..names.registry import did_you_mean, near_values
 from .columns import check_items, check_metadata
 from .filters import find_column, parse_conditions
 from .views import views_of
@@ -303,9 +303,9 @@ class VectorIndex(ABC):
             there = {_folded(value): value for value in self.values_of(column)}
             for value in values:
                 if _folded(value) not in there:
-                    texts = [name for name in there if isinstance(name, str)]
-                    near = [there[name] for name in near_names(_folded(value), texts)]
-                    raise ValueError(f"where: no item has {column} {value!r}{did_you_mean(near)}")
+                    near = did_you_mean(near_values(value, there.values()))
+                    some_values = "" if near else f"; there are {some(sorted(there.values()))}"
+                    raise ValueError(f"where: no item has {column} {value!r}{near or some_values}")
 
     @abstractmethod
     def embeddings_of(self, ids):
@@ -325,7 +325,9 @@ class VectorIndex(ABC):
         ids = [ids] if isinstance(ids, str) else list(ids)
         present = self.present(ids)
         if unknown := [name for name in ids if name not in present]:
-            raise ValueError(f"{len(unknown)} ids are not in the index: {some(unknown)}")
+            known = self.values_of("id")
+            near = dict.fromkeys(item for name in unknown[:3] for item in near_values(name, known))
+            raise ValueError(f"{len(unknown)} ids are not in the index: {some(unknown)}{did_you_mean(near)}")
         return ids
 
     def refuse_present(self, ids):

@@ -1,5 +1,9 @@
 """modeling_vptsp.py: a retriever that names a backbone on this machine says so when it is saved."""
 
+import os
+import shutil
+from pathlib import Path
+
 import torch
 
 from vptsp import VPTSPForMetricLearning, VPTSPModel
@@ -25,3 +29,17 @@ def test_nothing_is_said_where_nothing_is_missing(backbone_folder, tmp_path, cap
     on_hub.config.backbone = "owner/name"
     on_hub.save_pretrained(tmp_path / "hub")
     assert caplog.text == ""
+
+
+def test_the_way_to_a_backbone_beside_it_is_shown_without_detours(backbone_folder, tmp_path):
+    model = VPTSPModel.from_backbone(backbone_folder, num_prompts=2, embedding_dim=8)
+    shutil.copytree(backbone_folder, tmp_path / "models" / "backbone")
+    model.config.backbone = str(tmp_path / "models" / "backbone")
+    model.save_pretrained(tmp_path / "runs" / "a" / "b")
+    again = VPTSPModel.from_pretrained(tmp_path / "runs" / "a" / "b")
+    assert again.config.backbone == str(tmp_path / "models" / "backbone")
+    if os.name == "posix":  # through a link, ".." leads elsewhere
+        (tmp_path / "far").mkdir()
+        (tmp_path / "far" / "b").symlink_to(tmp_path / "runs" / "a" / "b")
+        linked = VPTSPModel.from_pretrained(tmp_path / "far" / "b")
+        assert Path(linked.config.backbone).samefile(tmp_path / "models" / "backbone")

@@ -48,14 +48,14 @@ proxies and loss
   --loss NAME                       proxy_anchor, proxy_nca, recall_at_k, hyperbolic, pml.NAME [proxy_anchor]
 training
   --num_train_epochs N              passes over the training images [3.0]
-  --per_device_train_batch_size N   images in a batch [64]
+  --per_device_train_batch_size N   images in a batch, in short batch_size [64]
   --images_per_class K              images of each class in it [2]
   --learning_rate X                 [0.0005]
   --proxy_learning_rate X           of the original proxies [0.01]
   --optim NAME                      optimiser [adamw_torch_fused]
   --weight_decay X                  [0.0]
   --bf16 true                       compute in bfloat16
-  --dataloader_num_workers N        processes that read images [0]
+  --dataloader_num_workers N        processes that read images, in short num_workers [0]
   --seed N                          [42]
 results
   --output_dir FOLDER               retriever, scores, model card, pictures, checkpoints [runs/vptsp]

@@ -28,6 +28,8 @@ from .run_errors import ConfigError
 EVAL_METRICS = ("retrieval", "all")
 BOUNDS = {**DATA_BOUNDS, "picture_queries": NOT_NEGATIVE}
 CHOICES = {"final_metrics": EVAL_METRICS}
+SHORT_NAMES = {"batch_size": "per_device_train_batch_size", "num_workers": "dataloader_num_workers"}
+"""What other commands call an option -> the field that it is here."""
 
 
 @dataclass
@@ -61,14 +63,25 @@ def split_command_line(argv):
     Returns:
         path: As it was given; None where there is none.
         values: Its fields, as the file holds them; nothing where there is none.
-        words: The rest.
+        words: The rest, with `SHORT_NAMES` spelt out.
 
     Raises:
-        ConfigError: it can't be read.
+        ConfigError: it can't be read, or an option is given under both of its names.
     """
     if not argv or argv[0].startswith("-"):
-        return None, {}, argv
-    return argv[0], read_config(argv[0]), argv[1:]
+        return None, {}, _spelt_out(argv)
+    return argv[0], read_config(argv[0]), _spelt_out(argv[1:])
+
+
+def _spelt_out(words):
+    names = [word.partition("=")[0][2:].replace("-", "_") if word.startswith("--") else None for word in words]
+    for short, name in SHORT_NAMES.items():
+        if short in names and name in names:
+            raise ConfigError(f"--{short} is --{name}: give one of them")
+    return [
+        word if name not in SHORT_NAMES else "".join((f"--{SHORT_NAMES[name]}", *word.partition("=")[1:]))
+        for word, name in zip(words, names, strict=True)
+    ]
 
 
 def read_config(path) -> dict:

@@ -39,13 +39,16 @@ def fit_to_data(training_args, images, final_metrics="all"):
             "more classes, another --test_share, or --test_share 0 to train on all of them"
         )
     notes = [_fit_batch(training_args, num_classes)]
+    tests = {name: part for name, part in images.items() if name not in ("train", "validation")}
     if clustered:
         notes.append(_without_choice(training_args))
-    if set(images) == {"train"}:
+    if "validation" in images:
+        notes.append(_check_validation(images["validation"], tests))
+    elif not tests:
         kind = "no labelled images to test on" if clustered else f"all {num_classes} classes train"
         notes.append(_without_test(training_args, kind))
-    else:
-        _check_answered(images, final_metrics)
+    if tests:
+        _check_answered(tests, final_metrics)
     return [note for note in notes if note is not None]
 
 
@@ -81,6 +84,16 @@ def _without_test(args, kind):
     args.do_eval = False
     args.load_best_model_at_end = False
     return f"evaluation        none: {kind}"
+
+
+def _check_validation(validation, tests):
+    if np.unique(validation.labels, return_counts=True)[1].max() < 2:
+        raise ConfigError("validation_share: no validation image can be found by another one, as no class has two")
+    scored = "" if tests else "; nothing is tested"
+    return (
+        f"validation        {validation.num_classes} of the training classes, which don't train: the scores of epochs "
+        f"are theirs, and choose the best{scored}"
+    )
 
 
 def _check_answered(images, final_metrics):

@@ -318,10 +318,11 @@ def _scores(results, training_args) -> str | None:
     if same := results.get("final_num_in_gallery"):
         text += f" {same:,} queries are in the gallery too, where they are excluded."
     if getattr(training_args, "load_best_model_at_end", False):
-        text += (
-            f" The checkpoint is the best of the run by {training_args.metric_for_best_model} on these same images, "
-            "which flatters the tuned scores."
+        validates = "validation_classes" in results.get("dataset", {})
+        where = (
+            "images of other training classes" if validates else "these same images, which flatters the tuned scores"
         )
+        text += f" The checkpoint is the best of the run by {training_args.metric_for_best_model} on {where}."
     if rounds := results.get("rounds"):
         text += f" Training had no labels: {rounds[-1]['clusters']:,} clusters of its photos took the place of classes"
         text += " beside those that some photos have." if rounds[-1]["given_classes"] else "."

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import sys
 import time
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -23,6 +21,7 @@ from ..data_scripts.hub_places import hub_places
 from ..data_scripts.image_datasets import image_datasets
 from ..data_scripts.preprocessing import build_image_processor
 from ..data_scripts.split_record import SPLITS_NAME, has_seen_classes, record_splits
+from ..data_scripts.torch_dataset import ImageDataset
 from ..data_scripts.unlabelled import ClusteredImages
 from ..eval.evaluated_images import EvaluatedImages
 from ..loading_vptsp import resized_config
@@ -35,7 +34,7 @@ from .progress import RunProgress, ScoreTable
 from .proxy_movement import FILE_NAME, ProxyMovement, read_proxy_movement
 from .run_errors import ConfigError
 from .run_pictures import draw_run
-from .run_record import record_data_arguments
+from .run_record import record_data_arguments, versions
 from .trainer import VPTSPTrainer
 from .tuned_counts import tuned_counts
 from .unlabelled_run import prepare_clusters, scores_line, scores_without_labels, warn_if_no_gain
@@ -59,13 +58,19 @@ def build_model(model_fields, num_classes, image_size, token=None):
     )
 
 
-def check_classes_answered(trainer):
+def test_images(images):
+    """The data set that tests, a dict of query and gallery, or None; of all data sets by split."""
+    parts = {name: part for name, part in images.items() if name not in ("train", "validation")}
+    return parts.get("test", parts) or None
+
+
+def check_classes_answered(tests, last_evaluated):
     """Refuse, before training, a test set that has no distances between classes and no intervals.
 
     Raises:
-        ConfigError: fewer than two classes of the queries that `trainer` evaluated last can be answered.
+        ConfigError: fewer than two classes of the queries that were evaluated last can be answered.
     """
-    evaluated = EvaluatedImages(trainer.eval_dataset, trainer.last_evaluated)
+    evaluated = EvaluatedImages(tests, last_evaluated)
     answered = evaluated.query_labels[evaluated.num_relevant > 0].unique()
     if len(answered) < 2:
         raise ConfigError(
@@ -105,15 +110,6 @@ def _length(dataset) -> int | None:
         return None
 
 
-def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors", "numpy", "pillow")
-    return {
-        "python": platform.python_version(),
-        "vptsp": metadata.version("vptsp"),
-        **{n: metadata.version(n) for n in names},
-    }
-
-
 def peak_memory_megabytes() -> float:
     """Of the accelerator, or of this process where there is none."""
     if torch.cuda.is_available():
@@ -145,12 +141,13 @@ class StepTimer(TrainerCallback):
     on_save = on_evaluate
 
 
-def draw_pictures(folder, trainer, results, frozen_evaluated, run_args):
+def draw_pictures(folder, trainer, tests, results, frozen_evaluated, run_args):
     """Pictures of the evaluation that `trainer` made last, and of its training; says which and where.
 
     Args:
         folder: Where to.
         trainer: After training.
+        tests: The data set, or dict of query and gallery, that was evaluated.
         results: Of the run, the frozen backbone's scores among them.
         frozen_evaluated: `trainer.last_evaluated` of the frozen backbone.
         run_args: [`RunArguments`].
@@ -159,20 +156,22 @@ def draw_pictures(folder, trainer, results, frozen_evaluated, run_args):
         Names of the files.
     """
     frozen = {name: value for name, value in results.items() if name.startswith("frozen_")}
+    on = "frozen_validation_"  # where there are, curves are of these classes
+    frozen |= {f"frozen_{name.removeprefix(on)}": value for name, value in frozen.items() if name.startswith(on)}
     seen = (trainer.split_record or {}).get("seen_classes")
     subject = {"subject": "classes that training has seen"} if seen else {}
     movement = Path(trainer.args.output_dir) / FILE_NAME
     records = read_proxy_movement(movement) if movement.is_file() else []
     written, problems = draw_run(
         folder,
-        EvaluatedImages(trainer.eval_dataset, trainer.last_evaluated, **subject),
+        EvaluatedImages(tests, trainer.last_evaluated, **subject),
         trainer.model.retriever.eval(),
         trainer.processing_class,
         [{"step": 0, "epoch": 0.0, **frozen}, *trainer.state.log_history],
         records if run_args.picture_proxies else None,
         count=run_args.picture_queries,
         seed=trainer.args.seed,
-        frozen=EvaluatedImages(trainer.eval_dataset, frozen_evaluated),
+        frozen=EvaluatedImages(tests, frozen_evaluated),
     )
     print(f"pictures          {folder}: {', '.join(path.name for path in written)}", flush=True)
     for name, problem in problems.items():
@@ -188,7 +187,8 @@ def prepare(model_fields, training_args, data_args, images=None):
         images: The data sets by split, where they are loaded already.
 
     Returns:
-        trainer: Ready to train; its `eval_dataset` is one data set, or a dict of query and gallery.
+        trainer: Ready to train; its `eval_dataset` is what chooses the best epoch: the validation images, where there
+            are, else the test images.
         images: All data sets, by split.
         step_seconds: A list that training fills.
 
@@ -196,7 +196,7 @@ def prepare(model_fields, training_args, data_args, images=None):
         ConfigError or DataError: data, model and batches don't fit together.
     """
     images = image_datasets(data_args) if images is None else images
-    parts = {name: part for name, part in images.items() if name != "train"}
+    tests = test_images(images)
     timer = StepTimer()
     set_seed(training_args.seed)
     try:
@@ -206,7 +206,7 @@ def prepare(model_fields, training_args, data_args, images=None):
             model=model,
             args=training_args,
             train_dataset=images["train"],
-            eval_dataset=parts.get("test", parts) or None,
+            eval_dataset=images.get("validation", tests),
             processing_class=build_image_processor(
                 data_args.image_size,
                 data_args.resize_size,
@@ -248,6 +248,9 @@ def run(model_fields, training_args, data_args, run_args, command):
     training_args.disable_tqdm |= not sys.stderr.isatty()  # in a log, bars are noise
     with _hub_token(training_args.hub_token):
         images = image_datasets(data_args)
+        for part in images.values():
+            if isinstance(part, ImageDataset):  # a stream is read as it comes
+                part.check_headers()
         if isinstance(images["train"], ClusteredImages):
             fields = {**model_fields, "proxy_update": "none"}  # whose class prompts nobody needs yet
             token = training_args.hub_token
@@ -273,7 +276,7 @@ def _run(model_fields, training_args, data_args, run_args, command, images, note
             print(note, flush=True)
         results, frozen_evaluated = train_and_evaluate(trainer, images, step_seconds, run_args)
         results = {"command": command, "seed": training_args.seed, **described_data(data_args, images), **results}
-        save_results(results, trainer, run_args, frozen_evaluated)
+        save_results(results, trainer, run_args, frozen_evaluated, test_images(images))
         if training_args.push_to_hub and (
             commit := trainer.push_to_hub(results=results)
         ):  # None on all processes but the first
@@ -298,11 +301,15 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
 
     table = ScoreTable(trainer.args.recall_at, write=tqdm.write if is_main else lambda line: None)
     RunProgress.of(trainer, table)
-    tests = trainer.eval_dataset is not None
-    frozen = trainer.evaluate_backbone() if tests else {}
+    tests = test_images(images)
+    frozen, chosen_on = {}, {}
+    if "validation" in images:  # where the curves of its scores start
+        chosen_on = trainer.evaluate_backbone(metric_key_prefix="frozen_validation")
+    if tests is not None:
+        frozen = trainer.evaluate_backbone(tests)
     frozen_evaluated = trainer.last_evaluated
-    if tests and run_args.final_metrics == "all":
-        check_classes_answered(trainer)
+    if tests is not None and run_args.final_metrics == "all":
+        check_classes_answered(tests, frozen_evaluated)
     if trainer.rounds is not None:
         with trainer.backbone_alone():
             frozen |= scores_without_labels(trainer, "frozen")
@@ -310,12 +317,15 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
         trainer.rounds.say = table.say
         table.say(report_line(trainer.rounds.reports[0]))
     table.header()
-    if tests:
+    if tests is not None:
         table.rows("frozen backbone", without_prefix(frozen, "frozen"))
+    if chosen_on:
+        table.rows("  validation", without_prefix(chosen_on, "frozen_validation"))
     outcome = trainer.train(resume_from_checkpoint=checkpoint or False)
-    final = trainer.evaluate(metric_key_prefix="final", eval_metrics=run_args.final_metrics) if tests else {}
-    if tests:
-        print_comparison(table, frozen, final, trainer)
+    final = {}
+    if tests is not None:
+        final = trainer.evaluate(tests, metric_key_prefix="final", eval_metrics=run_args.final_metrics)
+        print_comparison(table, frozen, final, trainer, "validation" in images)
     if trainer.rounds is not None:
         final |= scores_without_labels(trainer, "final") | {"rounds": trainer.rounds.reports}
         table.say(scores_line("frozen backbone", frozen, "frozen"))
@@ -325,6 +335,7 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
     results = {
         **summary,
         **frozen,
+        **chosen_on,
         **final,
         "best_step": trainer.state.best_global_step,
         "train_runtime": outcome.metrics["train_runtime"],
@@ -336,7 +347,7 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
     return results, frozen_evaluated
 
 
-def print_comparison(table, frozen, final, trainer):
+def print_comparison(table, frozen, final, trainer, validates):
     """What tuning brought, in the table's last lines."""
     args, state = trainer.args, trainer.state
     step = state.best_global_step if args.load_best_model_at_end else state.global_step
@@ -344,10 +355,13 @@ def print_comparison(table, frozen, final, trainer):
     table.rows("frozen backbone", without_prefix(frozen, "frozen"))
     table.rows("tuned", without_prefix(final, "final"), step)
     if args.load_best_model_at_end:
-        table.say(
-            f"chosen            the best of its evaluations by {args.metric_for_best_model}, on these same test "
-            "images, which flatters it (--load_best_model_at_end false keeps the last)"
+        where = (
+            "images of the validation classes, not on these test images"
+            if validates
+            else "these same test images, which flatters it (--validation_share 0.2 chooses on training classes, "
+            "--load_best_model_at_end false keeps the last)"
         )
+        table.say(f"chosen            the best of its evaluations by {args.metric_for_best_model}, on {where}")
 
 
 def without_prefix(metrics, prefix):
@@ -380,7 +394,7 @@ def described_data(data_args, images):
     return {"versions": versions(), "dataset": dataset}
 
 
-def save_results(results, trainer, run_args, frozen_evaluated):
+def save_results(results, trainer, run_args, frozen_evaluated, tests):
     """Put retriever, scores and model card into `output_dir`, all at once, then pictures.
 
     `results` gets the name of the picture that is to be shared.
@@ -394,7 +408,7 @@ def save_results(results, trainer, run_args, frozen_evaluated):
     if run_args.picture_queries and not any(name.startswith("final_") for name in results):
         print("no pictures: there are no test images")
     elif run_args.picture_queries:
-        drawn = draw_pictures(output / "pictures", trainer, results, frozen_evaluated, run_args)
+        drawn = draw_pictures(output / "pictures", trainer, tests, results, frozen_evaluated, run_args)
         results["picture"] = "pictures/neighbours.png" if "neighbours.png" in drawn else None
         trainer.create_model_card(results=results)
 

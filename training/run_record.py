@@ -136,7 +136,7 @@ def record_run(args, model, train_dataset, eval_dataset, **parts) -> dict:
         "model": _without_places(model.config.to_dict()),
         "tuned": [f"{n} {tuple(p.shape)} {p.dtype}" for n, p in model.named_parameters() if p.requires_grad],
         "train_data": _data_record(train_dataset),
-        "versions": _versions(),
+        "versions": versions(),
     }
     if eval_dataset is not None:
         record["eval_data"] = _data_record(eval_dataset)
@@ -178,8 +178,7 @@ def run_differences(saved, now) -> list[str]:
         saved: Record of a checkpoint.
         now: Record of the run that is to go on from it.
     """
-    if saved.get("versions") != now["versions"]:
-        changed = _differences(saved.get("versions", {}), now["versions"])
+    if changed := _differences(saved.get("versions", {}), now["versions"]):
         logger.warning("going on with other versions, which may round otherwise: %s", "; ".join(changed))
     parts = [name for name in now if name != "versions" and name in saved]
     return [line for name in parts for line in _differences(saved[name], now[name], name)]
@@ -232,8 +231,10 @@ def _data_record(dataset):
     return record | {"images": len(labels), "labels": hashlib.sha256(labels.tobytes()).hexdigest()}
 
 
-def _versions():
-    names = ("torch", "transformers", "accelerate", "numpy", "vptsp")
+def versions() -> dict[str, str]:
+    """Of Python, this package and the libraries that results may depend on."""
+    names = ("vptsp", "torch", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors")
+    names += ("numpy", "pillow")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
@@ -245,4 +246,5 @@ __all__ = [
     "record_data_arguments",
     "record_run",
     "run_differences",
+    "versions",
 ]

@@ -3,8 +3,10 @@
 import gc
 import pickle
 import random
+import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from vptsp import (
     collate_images,
     load_splits,
 )
+from vptsp.data_scripts import torch_dataset
 from vptsp.data_scripts.skipped import SkippedImages
 
 
@@ -134,3 +137,26 @@ def test_the_list_of_skipped_images(caplog):
     del skipped
     gc.collect()
     assert not path.exists()
+
+
+def test_headers_are_checked_without_decoding(table, tmp_path, monkeypatch):
+    """Files and contents alike; `a/001` and others here have whole headers and are cut off within their pixels."""
+    ImageDataset(table, transform).check_headers()
+    files = [Path(image["path"]) for image in table["image"]]
+    rows = [{"path": f"in a table/{file.name}", "bytes": file.read_bytes()} for file in files]  # the path of no file
+    contents = datasets.Dataset.from_dict({"image": rows, "label": table["label"]}, features=table.features)
+    ImageDataset(contents, transform).check_headers()
+    monkeypatch.setattr(torch_dataset, "_HEADER_BATCH", 4)  # of 9
+    rows[5] |= {"bytes": b"no picture"}
+    rows[7] |= {"bytes": b""}
+    contents = datasets.Dataset.from_dict({"image": rows, "label": table["label"]}, features=table.features)
+    for broken in (contents, contents.select(range(5, 9)), contents.select([0, 7, 5])):
+        first = rows[7 if len(broken) == 3 else 5]["path"]
+        with pytest.raises(ImageError, match=rf"^{re.escape(first)}: can't read this image .*; so can't 1 others"):
+            ImageDataset(broken, transform).check_headers()
+        ImageDataset(broken, transform, skip_corrupt=True).check_headers()
+    files[2].unlink()
+    with pytest.raises(ImageError, match=r"002\.png: there is no such file"):
+        ImageDataset(table, transform).check_headers()
+    with pytest.raises(ImageError, match=r"more than max_image_pixels 3\); so can't 8 others"):
+        ImageDataset(table, transform, max_image_pixels=3).check_headers()

@@ -1,7 +1,10 @@
 """Exported files: the same embeddings, prompts folded into constants, metadata, and what is refused."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import test_families
@@ -216,3 +219,19 @@ def test_a_file_that_gives_no_embeddings_is_not_kept(tmp_path, monkeypatch, kind
     with pytest.raises(RuntimeError, match=message):
         export.export_program(retriever, tmp_path / "retriever.pt2")
     assert not list(tmp_path.iterdir())
+
+
+def test_torch_has_nothing_to_say_of_a_file_that_is_right(tmp_path):
+    """In a process of its own, as torch keeps where its log goes."""
+    code = (
+        "import sys, torch, test_export as t\n"
+        "from vptsp.deploy import export\n"
+        "model = t.make_retriever(t.BACKBONES['vit'])\n"
+        "export.export_program(model, sys.argv[1] + '/r.pt2'), export.export_onnx(model, sys.argv[1] + '/r.onnx')\n"
+    )
+    places = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.onnx", "r.pt2"]
+    assert not [word for word in ("pt2", "package", "Warning") if word in done.stderr], done.stderr

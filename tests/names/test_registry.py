@@ -5,7 +5,7 @@ import doctest
 import pytest
 
 from vptsp.names import registry
-from vptsp.names.registry import Registry, near_names, nearest
+from vptsp.names.registry import Registry, near_names, near_values, nearest
 
 
 def test_examples():
@@ -55,3 +55,14 @@ def test_unknown_names_come_with_near_ones():
     assert near_names("Aple", ["Apple", "Ape", "Pear"], likeness=0.5) == ["Apple", "Ape"]
     assert near_names(3, [30, 4], likeness=0.9) == []
     assert nearest("Aple", ["Ape", "Apple"], most=1) == "; did you mean 'Apple'?"
+
+
+def test_near_values_are_alike_contain_what_was_asked_or_lie_next_to_it():
+    assert near_values("mgu", ["Mug", "cup"]) == ["Mug"]
+    assert near_values("7", ["007", "010", "0070"]) == ["007", "0070"]
+    assert near_values("", ["a"]) == near_values("zzz", ["a"]) == near_values(1, []) == near_values(1, ["1"]) == []
+    assert near_values(7, [9.5, 1, 8, 3, 20]) == [3, 8]
+    assert near_values(0, [9.5, 1]) == [1] and near_values(30, [9.5, 1]) == [9.5]
+    many = [f"class_{i // 50}/train_{i}.jpg" for i in range(20_000)]  # more than are compared one by one
+    for wrong in ("class_7/tran_350.jpg", "clas_7/train_350.jpg", "class_7/train_350"):
+        assert "class_7/train_350.jpg" in near_values(wrong, many)

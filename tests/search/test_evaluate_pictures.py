@@ -53,3 +53,19 @@ def test_refusals(place, backbone_folder, tmp_path, capsys):
     assert "is a bare backbone" in capsys.readouterr().err
     assert evaluate(place, tmp_path, "--store", place / "x", "--before_after") == 2
     assert "--before_after goes with --model" in capsys.readouterr().err
+
+
+def test_what_is_said_of_images_is_said_once(place, backbone_folder, tmp_path, caplog, capsys):
+    """Also where two models look at the same images."""
+    images, model = write_classes(tmp_path / "images", {"a": 3, "b": 3}), str(place / "model")
+    (images / "a" / "notes.eps").write_text("x")
+    compared = ["compare", model, str(backbone_folder), "--output", str(tmp_path / "c"), "--images", str(images)]
+    for command in (
+        lambda: main([*compared, "--embeddings_cache", str(tmp_path / "cache"), "--quiet"]),
+        lambda: evaluate(place, tmp_path / "e", "--model", model, "--images", images, "--before_after"),
+    ):
+        caplog.clear()
+        assert command() == 0
+        said = [record.getMessage() for record in caplog.records if "left out: .eps 1" in record.getMessage()]
+        assert len(said) == 1
+        assert "Loading weights" not in capsys.readouterr().err

@@ -158,7 +158,12 @@ def test_filters_groups_and_thresholds(catalogue, photos, capsys):
         (["--where", "price<cheap"], "price holds numbers, got 'cheap'"),
         (["--where", "sku<4"], "sku holds texts, which only = and != compare"),
         (["--group_by", "classname"], "there is no column 'classname'; the columns are"),
-        (["--id", "mug/9.png"], "1 ids are not in the index: 'mug/9.png'"),
+        (["--id", "mug/9.png"], "1 ids are not in the index: 'mug/9.png'; did you mean 'mug/00"),
+        (["--id", "Mug/000.PNG"], "1 ids are not in the index: 'Mug/000.PNG'; did you mean 'mug/000.png'"),
+        (["--where", "price=33"], "where: no item has price 33; did you mean 30 or 40?"),
+        (["--where", "price!=-3"], "where: no item has price -3; did you mean 0?"),
+        (["--where", "sku=7"], "where: no item has sku '7'; did you mean '007'?"),
+        (["--where", "class_name=zzz"], "where: no item has class_name 'zzz'; there are 'Cup', 'glass', 'mug'"),
     ],
 )
 def test_what_cannot_be_asked(catalogue, capsys, words, message):

@@ -10,7 +10,8 @@ from transformers import HfArgumentParser
 
 from vptsp import DataArguments, VPTSPTrainingArguments, train
 from vptsp.training.command_help import HELP, help_text
-from vptsp.training.run_arguments import RunArguments, model_arguments_class
+from vptsp.training.command_line import SHORT_NAMES, check_early
+from vptsp.training.run_arguments import ConfigError, RunArguments, model_arguments_class, parse_arguments
 from vptsp.training.unsupported_arguments import NOT_OFFERED, REFUSED_FIELDS
 
 
@@ -72,3 +73,19 @@ def test_its_types_and_defaults(capsys):
 @pytest.mark.parametrize("name", sorted(REFUSED_FIELDS))
 def test_refused_fields_are_not_offered(name):
     assert (name in NOT_OFFERED) == (name != "debug")  # of which one value is honoured
+
+
+def test_what_other_commands_call_an_option_is_understood():
+    words = ["--backbone", "b", "--batch_size", "6", "--num-workers=1"]
+    _, args, _, _ = parse_arguments(words)
+    assert (args.per_device_train_batch_size, args.dataloader_num_workers) == (6, 1)
+    for twice in (["--per_device_train_batch_size", "4"], ["--per-device-train-batch-size=4"]):
+        with pytest.raises(ConfigError, match="--batch_size is --per_device_train_batch_size: give one of them"):
+            parse_arguments([*words, *twice])
+        with pytest.raises(ConfigError, match="give one of them"):
+            check_early([*words, *twice])
+    with pytest.raises(ConfigError, match="there is no option --no_batch_size"):
+        check_early(["--no_batch_size"])
+    for short, name in SHORT_NAMES.items():
+        assert short not in FIELDS and name in FIELDS
+        assert f"in short {short} [" in re.search(rf"--{name} .*", HELP)[0]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModel
 from vptsp import VPTSPConfig, VPTSPModel, VPTSPTrainer, train
 from vptsp.files.atomic import write_json
 from vptsp.files.locks import locked
-from vptsp.training import run
+from vptsp.training import run, run_arguments
 from vptsp.training.run import save_results
 from vptsp.training.run_arguments import RunArguments, check_run, parse_arguments
 
@@ -249,6 +250,40 @@ def test_corrupt_image_is_named(arguments, tmp_path, images, capsys):
     assert str(Path("class4") / "2.jpg") in message
 
 
+def test_a_corrupt_training_image_is_found_before_anything_is_loaded(arguments, tmp_path, images, capsys, monkeypatch):
+    root = tmp_path / "broken"
+    shutil.copytree(images, root)
+    for place in ("class0/2.jpg", "class1/0.jpg"):
+        (root / place).write_bytes(b"\xff\xd8\xff no picture")
+    monkeypatch.setattr(run, "build_model", lambda *args: pytest.fail("a model was built"))
+    message = refused([*arguments, "--data_dir", str(root)], capsys)
+    assert f"{root / 'class0' / '2.jpg'}: can't read this image" in message and "so can't 1 others" in message
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("moment", ["parse_arguments", "evaluate_backbone", "print_comparison"])
+@pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_outside_of_the_steps_says_what_was_saved(
+    arguments, tmp_path, capsys, monkeypatch, moment, signum, status
+):
+    place = {"evaluate_backbone": VPTSPTrainer, "print_comparison": run, "parse_arguments": run_arguments}[moment]
+    monkeypatch.setattr(place, moment, lambda *args, **kwargs: signal.raise_signal(signum))
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as ended:
+        train.main([*arguments, "--num_train_epochs", "1"])
+    assert ended.value.code == status
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    folder = tmp_path / "run"
+    said = {
+        "parse_arguments": "nothing was saved",
+        "evaluate_backbone": f"nothing was saved, {folder} holds no checkpoint",
+        "print_comparison": f"what was saved before stays, up to checkpoint-3 in {folder}",
+    }[moment]
+    name = "SIGTERM" if signum == signal.SIGTERM else "interrupted"
+    assert capsys.readouterr().err.splitlines()[-1] == f"train.py: {name}: {said}"
+    assert bool(list(folder.glob("checkpoint-*"))) == (moment == "print_comparison")
+
+
 def test_corrupt_images_can_be_skipped_and_are_listed(arguments, tmp_path, images):
     root = tmp_path / "broken"
     shutil.copytree(images, root)
@@ -322,7 +357,7 @@ def test_what_is_drawn_of_a_run(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "draw_run", lambda *args, **options: drawn.append((args, options)) or ([], {}))
     monkeypatch.setattr(run, "EvaluatedImages", lambda dataset, evaluated: (dataset, evaluated))
     trainer = SimpleNamespace(
-        args=SimpleNamespace(output_dir=tmp_path, seed=3), eval_dataset="data", last_evaluated="after",
+        args=SimpleNamespace(output_dir=tmp_path, seed=3), eval_dataset="validation", last_evaluated="after",
         split_record=None,
         processing_class=None, state=SimpleNamespace(log_history=[{"step": 4}]),
         model=SimpleNamespace(retriever=SimpleNamespace(eval=lambda: "retriever")),
@@ -330,12 +365,15 @@ def test_what_is_drawn_of_a_run(monkeypatch, tmp_path):
     results = {"frozen_recall_at_1": 0.1, "final_recall_at_1": 0.2, "seed": 0}
     for proxies in (False, True):
         run.draw_pictures(
-            tmp_path, trainer, results, "before", RunArguments(picture_queries=2, picture_proxies=proxies)
+            tmp_path, trainer, "data", results, "before", RunArguments(picture_queries=2, picture_proxies=proxies)
         )
     (arguments, options), (others, _) = drawn
     assert arguments[1] == ("data", "after") and options["frozen"] == ("data", "before")
     assert arguments[4] == [{"step": 0, "epoch": 0.0, "frozen_recall_at_1": 0.1}, {"step": 4}]
     assert (arguments[5], others[5]) == (None, [])
+    results["frozen_validation_recall_at_1"] = 0.3  # the classes whose scores the curves are of
+    run.draw_pictures(tmp_path, trainer, "data", results, "before", RunArguments())
+    assert drawn[-1][0][4][0]["frozen_recall_at_1"] == 0.3
 
 
 def test_the_pictures_get_the_frozen_evaluation(monkeypatch, tmp_path):
@@ -345,8 +383,8 @@ def test_the_pictures_get_the_frozen_evaluation(monkeypatch, tmp_path):
     trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), is_world_process_zero=lambda: True, **done)
     results = {"frozen_recall_at_1": 0.1, "final_recall_at_1": 0.2, "seed": 0}
     evaluated, options = {"query": None}, RunArguments(picture_queries=2)
-    save_results(results, trainer, options, evaluated)
-    assert given == [(results, evaluated, options)]
+    save_results(results, trainer, options, evaluated, "tests")
+    assert given == [("tests", results, evaluated, options)]
     assert results["picture"] is None
 
 
@@ -397,5 +435,5 @@ def test_results_that_are_no_numbers_are_null(tmp_path):
     trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), is_world_process_zero=lambda: True)
     trainer.save_retriever = lambda results: write_json(tmp_path / "all_results.json", results)
     trainer.delete_replaced = lambda: None
-    save_results({"final_nmi": float("nan")}, trainer, RunArguments(picture_queries=0), None)
+    save_results({"final_nmi": float("nan")}, trainer, RunArguments(picture_queries=0), None, None)
     assert (tmp_path / "all_results.json").read_text() == '{\n  "final_nmi": null\n}\n'
