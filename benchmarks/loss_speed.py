@@ -3,10 +3,10 @@
     python benchmarks/loss_speed.py --output loss_speed.json
     python benchmarks/loss_speed.py --classes 11318 --batch_size 128 --device cuda
 
-The product is the least that comparing with all classes costs: `embeddings @ proxies.T` and its two gradients. Ours is
-all that a step does beside the passes, without the optimiser: proxies of state and original proxies, similarities, loss
-and gradients. `table` computes the same by the plain formula, with every similarity in one table. All take turns, and
-medians are compared; on the CPU of the process's own time on one thread, so that other work does not count.
+The product is the least that comparing with all classes costs: `embeddings @ proxies.T` and its two gradients. Ours
+is all that a step does beside the passes, without the optimiser: proxies of state and original proxies, similarities,
+loss and gradients. `table` computes the same by the plain formula, with every similarity in one table. All take turns,
+and medians are compared; on the CPU of the process's own time on one thread, so that other work does not count.
 """
 
 import argparse

@@ -46,6 +46,7 @@ class BlockedSimilarity:
             are excluded for it are among them, and come last.
         excluded: As above.
         dtype: float64 if either input is, else float32.
+        queries: `(Q, E)`, in this dtype, on the device.
     """
 
     def __init__(self, query_embeddings, gallery_embeddings=None, *, device=None, excluded=None):
@@ -65,10 +66,8 @@ class BlockedSimilarity:
         self.device = torch.device(device) if device is not None else query_embeddings.device
         self.num_queries, self.num_gallery = len(query_embeddings), len(gallery_embeddings)
         self.num_retrievable = self.num_gallery - int(self.excludes_self)
-        self._queries = query_embeddings.detach().to(self.device, self.dtype)
-        self._gallery = (
-            self._queries if self.excludes_self else gallery_embeddings.detach().to(self.device, self.dtype)
-        )
+        self.queries = query_embeddings.detach().to(self.device, self.dtype)
+        self._gallery = self.queries if self.excludes_self else gallery_embeddings.detach().to(self.device, self.dtype)
         self._copies, self._originals = _find_copies(self._gallery)
         self.excluded = None if excluded is None else self._check_excluded(excluded)
         self._buffer = None
@@ -111,8 +110,8 @@ class BlockedSimilarity:
             self._buffer = torch.empty(len(indices), self.num_gallery, dtype=self.dtype, device=self.device)
         similarity = self._buffer[: len(indices)]
         indices = indices.to(self.device)
-        with _full_precision():  # and `out` keeps autocast away
-            torch.mm(self._queries[indices], self._gallery.T, out=similarity)
+        with full_precision():  # and `out` keeps autocast away
+            torch.mm(self.queries[indices], self._gallery.T, out=similarity)
         if len(self._copies):
             similarity.index_copy_(1, self._copies, similarity.index_select(1, self._originals))
         if self.excludes_self:  # after the copies, or a copy of the query would be masked with it
@@ -214,7 +213,7 @@ def _find_copies(gallery):
 
 
 @contextmanager
-def _full_precision():
+def full_precision():
     """Matrix products in the precision of their inputs, whatever TF32 or bfloat16 setting training has made."""
     try:
         before = torch.get_float32_matmul_precision()
@@ -236,4 +235,4 @@ def _full_precision():
                 switch.fp32_precision = value
 
 
-__all__ = ["NORM_TOLERANCE", "BlockedSimilarity", "check_block_size", "nearest_neighbours"]
+__all__ = ["NORM_TOLERANCE", "BlockedSimilarity", "check_block_size", "full_precision", "nearest_neighbours"]

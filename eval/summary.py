@@ -28,6 +28,7 @@ def embedding_metrics(
     seed=0,
     device=None,
     excluded=None,
+    progress=False,
 ):
     """Retrieval, clustering and geometry of embeddings, with confidence intervals on demand.
 
@@ -35,8 +36,8 @@ def embedding_metrics(
     is one, and each once.
 
     Args:
-        query_embeddings, query_labels, gallery_embeddings, gallery_labels, recall_at, map_at, device, excluded: As of
-            [`retrieval_metrics`].
+        query_embeddings, query_labels, gallery_embeddings, gallery_labels, recall_at, map_at, device, excluded,
+            progress: As of [`retrieval_metrics`].
         clustering: Whether to add [`clustering_metrics`]; k-means takes longest where there are many classes.
         geometry: Whether to add [`geometry_metrics`].
         confidence: In (0, 1), such as 0.95: adds a percentile bootstrap interval to each retrieval metric. None: none.
@@ -66,7 +67,7 @@ def embedding_metrics(
         as_tensor(values) for values in (query_embeddings, query_labels, gallery_embeddings, gallery_labels)
     ]
     excluded = as_tensor(excluded)
-    scores = retrieval_scores(*sets, recall_at, device=device, map_at=map_at, excluded=excluded)
+    scores = retrieval_scores(*sets, recall_at, device=device, map_at=map_at, excluded=excluded, progress=progress)
     metrics = mean_scores(scores) | count_in_gallery(excluded)
     if confidence is not None:
         clusters = query_labels if resample == "classes" else None
