@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
-# Classes at a time: as many as an accelerator, or a compiled graph, wants at least; on a processor, as its cache holds.
+# Classes at a time: as many as an accelerator, or a compiled graph, wants at least; on a CPU, as its cache holds.
 BLOCK = 8192
 CACHE_BYTES = 2**20
 
@@ -23,8 +23,8 @@ CACHE_BYTES = 2**20
 def others_per_class(embeddings, original, state, bias_ratio, classes, alpha, delta):
     """Sum over the other classes of `log(1 + sum_b exp(alpha * (s[b, c] + delta)))`: Proxy-Anchor's negative term.
 
-    Its gradient is computed in the forward pass, and held (as large as `original`) for the backward pass, which uses it
-    up: a second one through the same graph is an error of autograd.
+    Its gradient is computed in the forward pass, and held (as large as `original`) for the backward pass, which uses
+    it up: a second one through the same graph is an error of autograd.
 
     Args:
         embeddings: `(B, E)` float, L2-normalised.
@@ -36,8 +36,8 @@ def others_per_class(embeddings, original, state, bias_ratio, classes, alpha, de
         delta: Margin.
 
     Returns:
-        The sum, a scalar; and `original` at the classes of the batch, `(M, E)`. (Were these rows taken elsewhere, their
-        gradient would be another `(C, E)`, of zeros but for M rows, to be added to this one.)
+        The sum, a scalar; and `original` at the classes of the batch, `(M, E)`. (Were these rows taken elsewhere,
+        their gradient would be another `(C, E)`, of zeros but for M rows, to be added to this one.)
     """
     with_gradients = torch.is_grad_enabled() and (embeddings.requires_grad or original.requires_grad)
     return _PerClass.apply(embeddings, original, state, bias_ratio, classes, alpha, delta, with_gradients)

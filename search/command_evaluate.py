@@ -33,6 +33,7 @@ def run(options):
             confidence=options.confidence,
             resample=options.resample,
             seed=options.seed,
+            progress=True,
         )
         print(write_report(options.output, report), end="")
         if frozen is not None:
