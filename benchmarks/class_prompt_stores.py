@@ -59,7 +59,10 @@ class Run:
         table = [] if store == "offloaded" else [self.model.class_prompts.tokens]
         apart = {id(tensor) for tensor in (proxies, *table)}
         others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in apart]
-        make = {"adamw": torch.optim.AdamW, "sgd": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}[args.optim]
+        make = {
+            "adamw": lambda p, lr: torch.optim.AdamW(p, lr, fused=True),
+            "sgd": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, fused=True),
+        }[args.optim]
         self.optimizers = {"passes": make(others, lr=1e-4), "proxies": make([proxies], lr=1e-2)}
         if table:
             self.optimizers["rows"] = make(table, lr=1e-4)

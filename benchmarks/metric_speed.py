@@ -4,8 +4,8 @@
     python benchmarks/metric_speed.py --items 60000 --rounds 1 --accuracy_calculator_items 20000
     python benchmarks/metric_speed.py --items 60000 --device cuda
 
-The pass is the least that any exact evaluation computes: for blocks of queries, the same for both, the similarities
-into memory that is used again, and the best of each row (as many as the largest class asks for). The contenders take
+The pass is what any exact evaluation by whole rows computes: for blocks of queries, the similarities into memory that
+is used again, and the best of each row (as many as the largest class asks for). The contenders take
 turns, and medians of the rounds are compared. On the CPU, processor time is measured, so that other work on the
 machine counts for little. Memory is what one call adds to that of a process of its own, at its peak. The data are
 clusters, without ties:
@@ -35,7 +35,7 @@ from vptsp.files.atomic import write_json
 
 
 CASES = ("own", "mixed", "gallery")
-BLOCK_SIZE = 256  # queries; about what fits into the memory that `retrieval_metrics` allows itself for 60,000 items
+BLOCK_SIZE = 256  # queries of the pass; about what `retrieval_metrics` takes at a time of a gallery of 60,000 items
 RECALL_AT = (1, 2, 4, 8)
 
 
@@ -71,7 +71,7 @@ def blocked_pass(queries, query_labels, gallery=None, gallery_labels=None):
 
 
 def our_metrics(*sets):
-    return retrieval_metrics(*sets, recall_at=RECALL_AT, block_size=BLOCK_SIZE)
+    return retrieval_metrics(*sets, recall_at=RECALL_AT)
 
 
 def accuracy_calculator(*sets):

@@ -28,11 +28,13 @@ Where neighbours are tied, each score is its mean over all their orders (see `ti
 from __future__ import annotations
 
 import torch
+from tqdm.auto import tqdm
 
 from .checks import as_tensor, check_labels, refuse_same_sets
 from .neighbours import BlockedSimilarity, check_block_size
+from .own_gallery import MAX_DEPTH, SIDE, NearestOthers
 from .reranking import check_reordering, reordered_rows
-from .ties import rank_with_ties
+from .ties import rank_sorted, rank_with_ties
 
 
 def count_relevant(query_labels, gallery_labels=None, excluded=None):
@@ -84,6 +86,7 @@ def retrieval_scores(
     excluded=None,
     rerank=None,
     expand=None,
+    progress=False,
 ):
     """The scores of every single query, whose means are [`retrieval_metrics`]; same arguments, formulas in the module.
 
@@ -100,6 +103,7 @@ def retrieval_scores(
         query_embeddings, query_labels, gallery_embeddings, gallery_labels, device, excluded
     )
     recall_at, map_at = _check_ranks(recall_at, "recall_at"), _check_ranks(map_at, "map_at")
+    ranks = (1, *recall_at, *map_at)
     num_relevant = count_relevant(query_labels, None if blocks.excludes_self else gallery_labels, blocks.excluded)
     check_block_size(block_size)
     check_reordering(rerank, expand)
@@ -109,25 +113,29 @@ def retrieval_scores(
         names.remove("map_at_r_published")
     scores = {name: torch.full((blocks.num_queries,), torch.nan, dtype=torch.float64) for name in names}
 
+    def write(rows, ranking):
+        found = _scores(ranking, num_relevant[rows.to(blocks.device)], recall_at, map_at, blocks.num_retrievable)
+        for name, values in scores.items():
+            values[rows] = found[name].cpu()
+
+    asked = (num_relevant > 0).cpu()
+    as_they_are = rerank is None and expand is None
+    if as_they_are and blocks.excludes_self and blocks.num_queries > (block_size or SIDE):
+        for rows, ranking in _rank_by_squares(blocks, query_labels, num_relevant, ranks, block_size, progress):
+            write(rows, ranking)
+            asked[rows] = False
+
     # By class size, so that a few large classes don't make every block look as deep as theirs
     by_relevant = num_relevant.cpu().sort(stable=True)
-    order = by_relevant.indices[by_relevant.values > 0]
-    if not len(order):
-        return {name: values.to(query_embeddings.device) for name, values in scores.items()}
-    deepest = min(max([int(by_relevant.values[-1]) + 1, *recall_at, *map_at]), blocks.num_retrievable)
-    for rows in order.split(block_size or blocks.block_size(deepest)):
-        here = rows.to(blocks.device)
-        block = _block_scores(
-            reordered_rows(blocks, rows, rerank, expand),
-            query_labels[here],
-            gallery_labels,
-            num_relevant[here],
-            recall_at,
-            map_at,
-            blocks,
-        )
-        for name, values in scores.items():
-            values[rows] = block[name].cpu()
+    order = by_relevant.indices[asked[by_relevant.indices]]
+    deepest = min(max(int(by_relevant.values[-1]) + 1, *ranks), blocks.num_retrievable)
+    with tqdm(total=len(order), desc="Queries", disable=not progress, leave=False, delay=5) as bar:
+        for rows in order.split(block_size or blocks.block_size(deepest)) if len(order) else ():
+            here = rows.to(blocks.device)
+            depth = min(max(int(num_relevant[here].max()) + 1, *ranks), blocks.num_retrievable)
+            similarity = reordered_rows(blocks, rows, rerank, expand)
+            write(rows, rank_with_ties(similarity, query_labels[here], gallery_labels, depth))
+            bar.update(len(rows))
     return {name: values.to(query_embeddings.device) for name, values in scores.items()}
 
 
@@ -143,6 +151,7 @@ def retrieval_metrics(
     excluded=None,
     rerank=None,
     expand=None,
+    progress=False,
 ):
     """Recall@K, MAP@R and R-precision of embeddings, exactly, by cosine similarity.
 
@@ -161,7 +170,7 @@ def retrieval_metrics(
         gallery_embeddings: `(G, E)` likewise, or None.
         gallery_labels: `(G,)` integer, or None.
         recall_at: The K of Recall@K, each >= 1. A K beyond the gallery's size means all of it (Recall@K is then 1).
-        block_size: Queries at a time; None: as many as fit into 256 MiB.
+        block_size: Queries at a time; None: 2,048 where they are the gallery, else as many as fit into 256 MiB.
         device: Where to compute; None: where the queries are.
         map_at: The K of mAP@K, each >= 1 (1000 is customary), from the same similarities; none by default.
         excluded: `(n, 2)` integer, pairs of a query and a gallery item that it may not find, of
@@ -169,6 +178,7 @@ def retrieval_metrics(
         rerank: [`Reranking`] of what each query finds; None: the order is that of the similarities. Among items that
             are tied at the end of its shortlist, those of the lower rows belong to it.
         expand: [`QueryExpansion`] of each query, before that; None: queries as they are.
+        progress: Show a progress bar where it takes more than some seconds.
 
     Returns:
         Dict with `recall_at_K` for each K, `map_at_r`, `map_at_r_published`, `r_precision` and `map_at_K` for each K
@@ -191,7 +201,7 @@ def retrieval_metrics(
         (0.5, 0.375)
     """
     sets = (query_embeddings, query_labels, gallery_embeddings, gallery_labels)
-    scores = retrieval_scores(*sets, recall_at, block_size, device, map_at, excluded, rerank, expand)
+    scores = retrieval_scores(*sets, recall_at, block_size, device, map_at, excluded, rerank, expand, progress)
     return mean_scores(scores) | count_in_gallery(excluded)
 
 
@@ -231,12 +241,24 @@ def count_in_gallery(excluded):
     return {"num_in_gallery": num_queries} if num_queries else {}
 
 
-def _block_scores(similarity, query_labels, gallery_labels, num_relevant, recall_at, map_at, blocks):
-    """Scores of one block of queries, all with R > 0: dict of `(b,)` float64."""
-    can_find = blocks.num_retrievable
+def _rank_by_squares(blocks, labels, num_relevant, ranks, side, progress):
+    """Rows and rankings of queries that are their own gallery, with R > 0; those that need whole rows are left out."""
+    shallow = (num_relevant < MAX_DEPTH) & (num_relevant > 0)
+    if max(ranks) > MAX_DEPTH or not 2 * int(shallow.sum()) > int((num_relevant > 0).sum()):
+        return
+    depth = min(max(int(num_relevant[shallow].max()) + 1, *ranks), blocks.num_retrievable)
+    nearest = NearestOthers(blocks.queries, depth, side, progress)
+    for rows in shallow.nonzero().squeeze(1).split(SIDE):
+        similarity, items, certain = nearest.rows(rows)
+        rows, items = rows[certain], items[certain]
+        ranking = rank_sorted(similarity[certain], labels[items] == labels[rows, None])
+        if len(rows):
+            yield rows.cpu(), ranking.first(depth)
+
+
+def _scores(ranking, num_relevant, recall_at, map_at, can_find):
+    """Scores of some queries, all with R > 0, of their first ranks: dict of `(b,)` float64."""
     deepest = min(int(num_relevant.max()) + 1, can_find)
-    depth = min(max([deepest, *recall_at, *map_at]), can_find)
-    ranking = rank_with_ties(similarity, query_labels, gallery_labels, depth)
     scores = {f"recall_at_{k}": ranking.chance_of_hit(min(k, can_find)) for k in recall_at}
     all_terms = ranking.expected_precision_terms()
     terms = all_terms[:, :deepest]

@@ -47,6 +47,7 @@ class BlockedSimilarity:
             are excluded for it are among them, and come last.
         excluded: As above.
         dtype: float64 if either input is, else float32.
+        queries: `(Q, E)`, in this dtype, on the device.
     """
 
     def __init__(self, query_embeddings, gallery_embeddings=None, *, device=None, excluded=None):
@@ -66,8 +67,8 @@ class BlockedSimilarity:
         self.device = torch.device(device) if device is not None else query_embeddings.device
         self.num_queries, self.num_gallery = len(query_embeddings), len(gallery_embeddings)
         self.num_retrievable = self.num_gallery - int(self.excludes_self)
-        self._queries = query_embeddings.detach().to(self.device, self.dtype)
-        self.gallery = self._queries if self.excludes_self else gallery_embeddings.detach().to(self.device, self.dtype)
+        self.queries = query_embeddings.detach().to(self.device, self.dtype)
+        self.gallery = self.queries if self.excludes_self else gallery_embeddings.detach().to(self.device, self.dtype)
         self._copies, self._originals = _find_copies(self.gallery)
         self.excluded = None if excluded is None else self._check_excluded(excluded)
         self._buffer = None
@@ -95,10 +96,6 @@ class BlockedSimilarity:
         per_query = self.num_gallery * (3 * self.dtype.itemsize + 8) + 96 * k
         return max(1, min(self.num_queries, num_bytes // per_query))
 
-    def queries(self, indices):
-        """`(b, E)` embeddings of some queries."""
-        return self._queries[indices.to(self.device)]
-
     @torch.no_grad()
     def rows(self, indices, queries=None):
         """Similarities of some queries with the whole gallery.
@@ -115,8 +112,9 @@ class BlockedSimilarity:
             self._buffer = torch.empty(len(indices), self.num_gallery, dtype=self.dtype, device=self.device)
         similarity = self._buffer[: len(indices)]
         indices = indices.to(self.device)
-        with _full_precision():  # and `out` keeps autocast away
-            torch.mm(self.queries(indices) if queries is None else queries, self.gallery.T, out=similarity)
+        with full_precision():  # and `out` keeps autocast away
+            queries = self.queries[indices.to(self.device)] if queries is None else queries
+            torch.mm(queries, self.gallery.T, out=similarity)
         if len(self._copies):
             similarity.index_copy_(1, self._copies, similarity.index_select(1, self._originals))
         if self.excludes_self:  # after the copies, or a copy of the query would be masked with it
@@ -218,7 +216,7 @@ def _find_copies(gallery):
 
 
 @contextmanager
-def _full_precision():
+def full_precision():
     """Matrix products in the precision of their inputs, whatever TF32 or bfloat16 setting training has made."""
     try:
         before = torch.get_float32_matmul_precision()
@@ -240,4 +238,11 @@ def _full_precision():
                 switch.fp32_precision = value
 
 
-__all__ = ["NORM_TOLERANCE", "BlockedSimilarity", "check_block_size", "nearest_neighbours", "stable_top_k"]
+__all__ = [
+    "NORM_TOLERANCE",
+    "BlockedSimilarity",
+    "check_block_size",
+    "full_precision",
+    "nearest_neighbours",
+    "stable_top_k",
+]

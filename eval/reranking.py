@@ -194,7 +194,7 @@ def reordered_rows(blocks, rows, rerank=None, expand=None):
         `(b, G)`: with `expand` alone cosine similarities with the expanded queries; re-ranked items have 3 minus their
         distance, above all others. -inf where a query meets what it may not find.
     """
-    similarity, queries = blocks.rows(rows), blocks.queries(rows)
+    similarity, queries = blocks.rows(rows), blocks.queries[rows.to(blocks.device)]
     if expand is not None:
         best, columns = stable_top_k(similarity, min(expand.neighbours, similarity.shape[1]))
         queries = expand.expand(queries, best, blocks.gallery[columns])

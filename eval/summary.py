@@ -30,6 +30,7 @@ def embedding_metrics(
     excluded=None,
     rerank=None,
     expand=None,
+    progress=False,
 ):
     """Retrieval, clustering and geometry of embeddings, with confidence intervals on demand.
 
@@ -39,6 +40,7 @@ def embedding_metrics(
     Args:
         query_embeddings, query_labels, gallery_embeddings, gallery_labels, recall_at, map_at, device, excluded,
             rerank, expand: As of [`retrieval_metrics`]. Clustering and geometry are of the embeddings as they are.
+            progress: As of [`retrieval_metrics`].
         clustering: Whether to add [`clustering_metrics`]; k-means takes longest where there are many classes.
         geometry: Whether to add [`geometry_metrics`].
         confidence: In (0, 1), such as 0.95: adds a percentile bootstrap interval to each retrieval metric. None: none.
@@ -68,8 +70,8 @@ def embedding_metrics(
         as_tensor(values) for values in (query_embeddings, query_labels, gallery_embeddings, gallery_labels)
     ]
     excluded = as_tensor(excluded)
-    order = {"rerank": rerank, "expand": expand}
-    scores = retrieval_scores(*sets, recall_at, device=device, map_at=map_at, excluded=excluded, **order)
+    how = {"rerank": rerank, "expand": expand, "progress": progress}
+    scores = retrieval_scores(*sets, recall_at, device=device, map_at=map_at, excluded=excluded, **how)
     metrics = mean_scores(scores) | count_in_gallery(excluded)
     if confidence is not None:
         clusters = query_labels if resample == "classes" else None

@@ -8,7 +8,7 @@ the order of the rows nor on a seed; without ties it is the plain metric, and eq
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -31,6 +31,10 @@ class TiedRanking:
     size: torch.Tensor
     hits_before: torch.Tensor
     hits: torch.Tensor
+
+    def first(self, depth):
+        """The first `depth` ranks of these."""
+        return TiedRanking(*(getattr(self, part.name)[:, :depth] for part in fields(self)))
 
     def chance_of_hit(self, k):
         """Probability that one of the first k items is a hit, `(b,)` float64: Recall@K of each query.
@@ -83,29 +87,42 @@ def rank_with_ties(similarity, query_labels, gallery_labels, depth):
     values, columns = similarity.topk(min(depth + 1, similarity.shape[1]), dim=1)
     hits = gallery_labels[columns[:, :depth]] == query_labels[:, None]
     hits &= values[:, :depth].isfinite()
+    ranking = rank_sorted(values[:, :depth], hits)
+    if values.shape[1] > depth:
+        cut = (values[:, depth] == values[:, depth - 1]).nonzero().squeeze(1)
+        if len(cut):  # the top items hold only part of the last group: count all of it
+            last = ranking.before[cut] + ranking.size[cut] == depth
+            equal = similarity[cut] == values[cut, depth, None]
+            ranking.size[cut] = torch.where(last, equal.sum(1, keepdim=True), ranking.size[cut])
+            equal &= (gallery_labels == query_labels[cut, None]) & similarity[cut].isfinite()
+            ranking.hits[cut] = torch.where(last, equal.sum(1, keepdim=True), ranking.hits[cut])
+    return ranking
+
+
+def rank_sorted(values, hits):
+    """All ranks of items in order, with their ties among one another.
+
+    Args:
+        values: `(b, K)` float, similarities, largest first.
+        hits: `(b, K)` bool, whether they are of the query's class.
+
+    Returns:
+        `TiedRanking` with fields of shape `(b, K)`.
+    """
+    depth = values.shape[1]
     ranks = torch.arange(depth, device=values.device).expand(len(values), depth)
     hits_so_far = torch.nn.functional.pad(hits.cumsum(1), (1, 0))  # (b, depth + 1)
 
     starts = torch.ones_like(hits)
-    starts[:, 1:] = values[:, 1:depth] != values[:, : depth - 1]
+    starts[:, 1:] = values[:, 1:] != values[:, :-1]
     before = torch.where(starts, ranks, 0).cummax(1).values
     ends = torch.full_like(before, depth)  # a group ends where the next one starts
     ends[:, :-1] = torch.where(starts[:, 1:], ranks[:, 1:], depth)
     ends = ends.flip(1).cummin(1).values.flip(1)
 
-    size = ends - before
     hits_before = hits_so_far.gather(1, before)
     group_hits = hits_so_far.gather(1, ends) - hits_before
-
-    if values.shape[1] > depth:
-        cut = (values[:, depth] == values[:, depth - 1]).nonzero().squeeze(1)
-        if len(cut):  # the top items hold only part of the last group: count all of it
-            last = ends[cut] == depth
-            equal = similarity[cut] == values[cut, depth, None]
-            size[cut] = torch.where(last, equal.sum(1, keepdim=True), size[cut])
-            equal &= (gallery_labels == query_labels[cut, None]) & similarity[cut].isfinite()
-            group_hits[cut] = torch.where(last, equal.sum(1, keepdim=True), group_hits[cut])
-    return TiedRanking(before=before, size=size, hits_before=hits_before, hits=group_hits)
+    return TiedRanking(before=before, size=ends - before, hits_before=hits_before, hits=group_hits)
 
 
-__all__ = ["TiedRanking", "rank_with_ties"]
+__all__ = ["TiedRanking", "rank_sorted", "rank_with_ties"]

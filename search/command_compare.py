@@ -22,5 +22,6 @@ def run(options):
             resample=options.resample,
             confidence=options.confidence,
             seed=options.seed,
+            progress=True,
         )
         print(write_report(options.output, report), end="")

@@ -47,6 +47,7 @@ def run(options):
             seed=options.seed,
             projection=options.projection,
             dim=options.dim,
+            progress=True,
             **orders,
         )
         print(write_report(options.output, report), end="")

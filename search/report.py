@@ -93,7 +93,15 @@ def evaluate_stores(queries, gallery=None, *, projection=None, dim=None, rerank=
 
 
 def compare_stores(
-    first, second, first_gallery=None, second_gallery=None, recall_at=(1,), resample="classes", confidence=0.95, seed=0
+    first,
+    second,
+    first_gallery=None,
+    second_gallery=None,
+    recall_at=(1,),
+    resample="classes",
+    confidence=0.95,
+    seed=0,
+    progress=False,
 ):
     """Whether the first of two models retrieves better, on the same images; see [`compare_paired`].
 
@@ -104,6 +112,7 @@ def compare_stores(
         resample: What is drawn and whose signs are flipped: `classes` or single `queries`.
         confidence: Of the intervals.
         seed: Of the draws.
+        progress: Show progress bars where it takes more than some seconds.
 
     Returns:
         Dict of `first` and `second` (models), `data`, `resample`, and `comparison`: measure -> fields of
@@ -127,7 +136,7 @@ def compare_stores(
     if first_gallery is not None:  # one of the stores may know more about the same images than the other
         excluded = torch.cat([part["excluded"] for part in sets]).unique(dim=0)
         sets = [{**part, "excluded": excluded} for part in sets]
-    scores = [retrieval_scores(**arguments, recall_at=recall_at) for arguments in sets]
+    scores = [retrieval_scores(**arguments, recall_at=recall_at, progress=progress) for arguments in sets]
     clusters = sets[0]["query_labels"] if resample == "classes" else None
     comparison = {
         name: asdict(compare_paired(values, scores[1][name], clusters, confidence, seed=seed))

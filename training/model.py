@@ -164,13 +164,12 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
                 rows = self.proxies.new_rows(vectors, groups)
             if gather:
                 embeddings, labels, rows, groups = _gather_batches(embeddings, labels, rows, groups)
-            # the model's own losses go through the other classes in parts; others get what they are to compare with
-            compared = "batch" if self.criterion is None else self.config.proxy_range
-            proxies = self.proxies.proxies(groups.classes, rows, compared)
-            similarity = embeddings @ proxies.to(embeddings.dtype).T
             if self.criterion is None:
-                loss = self._loss(embeddings, similarity, groups)
+                loss, similarity = self._loss(embeddings, rows, groups)
             else:
+                compared = self.config.proxy_range
+                proxies = self.proxies.proxies(groups.classes, rows, compared)
+                similarity = embeddings @ proxies.to(embeddings.dtype).T
                 loss = self.criterion(similarity, labels if compared == "all" else groups.rows)
         return VPTSPMetricLearningOutput(
             loss=loss,
@@ -192,23 +191,22 @@ class VPTSPForMetricLearning(VPTSPPreTrainedModel):
             loss = self.criterion(inputs, labels)
         return VPTSPMetricLearningOutput(loss=loss, embeddings=embeddings, pooler_output=embeddings)
 
-    def _loss(self, embeddings, similarity, groups):
-        config, proxies = self.config, self.proxies
-        num_others = proxies.num_active - len(groups.classes) if config.proxy_range == "all" else 0
-        with_others = (*proxies.active(), config.proxy_bias_ratio, groups.classes)
+    def _loss(self, embeddings, rows, groups):
+        """One of the model's own losses, and the similarities with the batch's classes, `(B, M)`."""
+        config, proxies, classes = self.config, self.proxies, groups.classes
+        num_others = proxies.num_active - len(classes) if config.proxy_range == "all" else 0
         scale = (config.loss_alpha, config.loss_delta)
+        if num_others:
+            compare = others_per_image if config.loss == "proxy_nca" else others_per_class
+            others, original = compare(embeddings, *proxies.active(), config.proxy_bias_ratio, classes, *scale)
+        else:
+            others, original = None, proxies.original_proxies.index_select(0, classes)
+        similarity = embeddings @ proxies.combine(original, rows).to(embeddings.dtype).T
         if config.loss == "proxy_nca":
-            others = others_per_image(embeddings, *with_others, *scale) if num_others else None
-            return proxy_nca_loss(similarity, groups.rows, *scale, others=others)
-        others = others_per_class(embeddings, *with_others, *scale) if num_others else 0.0
-        return proxy_anchor_loss(
-            similarity,
-            groups.rows,
-            *scale,
-            reduction=config.proxy_anchor_reduction,
-            num_present=len(groups.classes),
-            others=(num_others, others),
-        )
+            return proxy_nca_loss(similarity, groups.rows, *scale, others=others), similarity
+        reduction, num_present = config.proxy_anchor_reduction, len(classes)
+        others = (num_others, others if num_others else 0.0)
+        return proxy_anchor_loss(similarity, groups.rows, *scale, reduction, num_present, others), similarity
 
     def _check_labels(self, labels, batch_size, trusted):
         if labels.shape != (batch_size,):

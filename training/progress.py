@@ -111,6 +111,12 @@ class RunProgress(TrainerCallback):
             self._bar.update(state.global_step - self._bar.n if not self._bar.disable else 0)
         return control
 
+    def will_log(self, args, state, step, at_epoch_end):
+        """Whether this asks for a log after a step, said before it is taken."""
+        by_steps = args.eval_strategy == "steps" and (step % state.eval_steps == 0 or step == state.max_steps)
+        evaluates = by_steps or (args.eval_strategy == "epoch" and (at_epoch_end or step == state.max_steps))
+        return args.logging_strategy != "no" and (evaluates or step % self._log_every == 0)
+
     def on_epoch_end(self, args, state, control, **kwargs):
         control.should_log |= control.should_evaluate and args.logging_strategy != "no"
         return control

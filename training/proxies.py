@@ -187,15 +187,14 @@ class SemanticProxies(nn.Module):
         Returns:
             `(C, E)` or `(M, E)`.
         """
-        original = self.original_proxies
         if proxy_range == "batch":
-            original, state = original.index_select(0, classes), rows
-        else:
-            original, state = self.active()
-            state = None if rows is None else state.index_copy(0, classes, rows)
-        if state is None:
-            return F.normalize(original, dim=-1)
-        return F.normalize(torch.lerp(state, original, self.bias_ratio), dim=-1)
+            return self.combine(self.original_proxies.index_select(0, classes), rows)
+        original, state = self.active()
+        return self.combine(original, None if rows is None else state.index_copy(0, classes, rows))
+
+    def combine(self, original, state):
+        """Proxies Q of rows of O and of S (None without semantic proxies), L2-normalised; all of one shape."""
+        return F.normalize(original if state is None else torch.lerp(state, original, self.bias_ratio), dim=-1)
 
     def active(self):
         """Original proxies and state (None without semantic proxies) of the classes that take part, `(A, E)` each."""

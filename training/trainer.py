@@ -369,12 +369,21 @@ class VPTSPTrainer(EvaluatingTrainer):
 
     def clip_gradients(self, model, max_norm):
         """Scale gradients down to a norm, those of offloaded class prompts among them; returns the norm before."""
-        with_gradient = list(model.parameters())
+        return self.accelerator.clip_grad_norm_(self._with_gradients(model), max_norm)
+
+    def measure_gradients(self, model):
+        """The norm of all gradients, which stay as they are."""
+        self.accelerator.unscale_gradients()
+        gradients = [tensor.grad for tensor in self._with_gradients(model) if tensor.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _with_gradients(self, model):
+        tensors = list(model.parameters())
         if self._offloaded is not None and (reduced := self._offloaded.reduce_gradients()) is not None:
             rows = reduced[1].detach()
             rows.grad = reduced[1]
-            with_gradient.append(rows)
-        return self.accelerator.clip_grad_norm_(with_gradient, max_norm)
+            tensors.append(rows)
+        return tensors
 
     def log(self, logs, start_time=None):
         for name in ("loss", "train_loss"):  # the latter is of the whole run, the steps after the last log included

@@ -34,13 +34,16 @@ class HookedTrainer(Trainer):
         load_best()                               the best model, at the end
         resumed_position(folder, max_steps, num_epochs, position)
                                                   `(epochs, batches)` done, from what the Trainer thinks
-        clip_gradients(model, max_norm)           the norm before; infinity only measures
+        clip_gradients(model, max_norm)           the norm before
+        measure_gradients(model)                  the norm, where a log will show it
 
     Attributes:
         earlier_seconds: How long the run has trained before it was interrupted; `train_runtime` counts it.
+        steps_per_epoch: Of the optimiser; 0 before training.
     """
 
     earlier_seconds = 0.0
+    steps_per_epoch = 0
 
     def __init__(self, model=None, args=None, **kwargs):
         if args is not None:
@@ -65,6 +68,7 @@ class HookedTrainer(Trainer):
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
+        self.steps_per_epoch = num_update_steps_per_epoch
         position = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -81,7 +85,24 @@ class HookedTrainer(Trainer):
         return self.clip_gradients(model, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        return self.clip_gradients(model, float("inf")) if grad_norm is None else grad_norm
+        if grad_norm is None and self.will_log(self.state.global_step + 1):
+            return self.measure_gradients(model)
+        return grad_norm  # None: the Trainer leaves it out
+
+    def will_log(self, step) -> bool:
+        """Whether the loss will be logged after a step, by the arguments or by a callback with a method `will_log`."""
+        args, state = self.args, self.state
+        at_epoch_end = self.steps_per_epoch and step % self.steps_per_epoch == 0
+        return bool(
+            (step == 1 and args.logging_first_step)
+            or (args.logging_strategy == "steps" and step % state.logging_steps == 0)
+            or (args.logging_strategy == "epoch" and (at_epoch_end or step == state.max_steps))
+            or any(
+                callback.will_log(args, state, step, at_epoch_end)
+                for callback in self.callback_handler.callbacks
+                if hasattr(callback, "will_log")
+            )
+        )
 
     @property
     def running_sums(self) -> dict:

@@ -44,7 +44,8 @@ def test_values_and_gradients(monkeypatch, block, with_state, ratio, alpha, per_
     embeddings.grad = original.grad = None
 
     function = others_per_class if per_class else others_per_image
-    actual = function(embeddings, original, state, ratio, classes, alpha, 0.1)
+    actual, own = function(embeddings, original, state, ratio, classes, alpha, 0.1)
+    assert torch.equal(own, original[classes])
     torch.testing.assert_close(actual, expected)
     (actual * weights).sum().backward()
     torch.testing.assert_close(embeddings.grad, gradients[0])
@@ -57,7 +58,7 @@ def test_proxy_anchor_of_batch_and_others_is_that_of_all(reduction):
     rows = torch.arange(8) // 2
     table = whole_table(embeddings, original, state, 0.4)
     expected = proxy_anchor_loss(table, classes[rows], 4.0, 0.1, reduction)
-    others = others_per_class(embeddings, original, state, 0.4, classes, 4.0, 0.1)
+    others, _ = others_per_class(embeddings, original, state, 0.4, classes, 4.0, 0.1)
     actual = proxy_anchor_loss(table[:, classes], rows, 4.0, 0.1, reduction, others=(NUM_CLASSES - 4, others))
     torch.testing.assert_close(actual, expected)
 
@@ -66,7 +67,7 @@ def test_proxy_nca_of_batch_and_others_is_that_of_all():
     embeddings, original, state, classes = make_inputs()
     rows = torch.arange(8) // 2
     table = whole_table(embeddings, original, state, 0.4)
-    others = others_per_image(embeddings, original, state, 0.4, classes, 4.0, 0.1)
+    others, _ = others_per_image(embeddings, original, state, 0.4, classes, 4.0, 0.1)
     actual = proxy_nca_loss(table[:, classes], rows, 4.0, 0.1, others=others)
     torch.testing.assert_close(actual, proxy_nca_loss(table, classes[rows], 4.0, 0.1))
 
@@ -84,6 +85,86 @@ def test_no_table_of_images_and_classes_is_kept():
             return result
 
     with Watch():
-        others_per_class(embeddings, original, None, 1.0, torch.tensor([1]), 32.0, 0.1).backward()
+        others_per_class(embeddings, original, None, 1.0, torch.tensor([1]), 32.0, 0.1)[0].backward()
     assert len(largest) > 50
     assert max(largest) <= 64 * 8192
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("function", [others_per_class, others_per_image])
+def test_gradients_are_those_of_finite_differences(monkeypatch, function, with_state):
+    """Of both results: the proxies of the batch go on to the rest of the loss."""
+    monkeypatch.setattr(other_classes, "BLOCK", 5)
+    embeddings, original, state, classes = make_inputs()
+
+    def compare(embeddings, original):
+        terms, own = function(embeddings, original, state if with_state else None, 0.4, classes, 4.0, 0.1)
+        return terms.sin().sum() + own.sin().sum()
+
+    gradients = torch.autograd.grad(compare(embeddings, original), (embeddings, original))
+    for values, gradient, place in ((embeddings, gradients[0], 0), (original, gradients[1], 1)):
+        for entry in range(values.numel()):  # not by `gradcheck`, which goes backward several times
+            step = torch.zeros(values.numel(), dtype=torch.float64).index_fill_(0, torch.tensor([entry]), 1e-6)
+            moved = [[embeddings.detach(), original.detach()] for _ in range(2)]
+            for inputs, sign in zip(moved, (1, -1), strict=True):
+                inputs[place] = inputs[place] + sign * step.view_as(values)
+            slope = (compare(*moved[0]) - compare(*moved[1])) / 2e-6
+            torch.testing.assert_close(gradient.flatten()[entry], slope, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("function", [others_per_class, others_per_image])
+def test_one_gradient_as_large_as_the_proxies(function):
+    """Rows of the batch add theirs to it in place: no second table of zeros, and nothing of it without gradients."""
+    embeddings = F.normalize(torch.randn(4, 3), dim=1).requires_grad_()
+    original, classes = torch.randn(30_000, 3, requires_grad=True), torch.tensor([7, 29_999])
+    held = set()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.untyped_storage().nbytes() >= original.nbytes:
+                held.add(result.untyped_storage().data_ptr())  # a reference would make autograd copy
+            return result
+
+    def tables(grad_enabled):
+        held.clear()
+        with torch.set_grad_enabled(grad_enabled), Watch():
+            terms, rows = function(embeddings, original, None, 1.0, classes, 32.0, 0.1)
+            if grad_enabled:
+                (terms.sum() + rows.square().sum()).backward()
+        return len(held - {original.data_ptr()})
+
+    assert tables(grad_enabled=True) == 1
+    assert tables(grad_enabled=False) == 0
+    embeddings.grad = original.grad = None
+    _, rows = function(embeddings, original, None, 1.0, classes, 32.0, 0.1)
+    rows.square().sum().backward()  # terms that nobody asked for have no gradient
+    expected = torch.zeros_like(original).index_copy(0, classes, 2 * original[classes])
+    assert torch.equal(original.grad, expected)
+
+
+def test_a_second_backward_pass_is_an_error_and_no_other_number():
+    embeddings, original, state, classes = make_inputs()
+    terms, _ = others_per_class(embeddings, original, state, 0.4, classes, 4.0, 0.1)
+    terms.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        terms.backward()
+
+
+@pytest.mark.parametrize("function", [others_per_class, others_per_image])
+def test_half_precision_around_it_changes_nothing(function):
+    """Autocast doesn't reach it; proxies in bfloat16 are compared in the precision of the embeddings."""
+    embeddings, original, state, classes = make_inputs(torch.float32)
+    expected, _ = function(embeddings, original, state, 0.4, classes, 32.0, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, _ = function(embeddings, original, state, 0.4, classes, 32.0, 0.1)
+    assert torch.equal(actual, expected)
+
+    half, half_state = original.detach().bfloat16().requires_grad_(), state.bfloat16()
+    actual, _ = function(embeddings, half, half_state, 0.4, classes, 32.0, 0.1)
+    expected, _ = function(embeddings, half.float(), half_state.float(), 0.4, classes, 32.0, 0.1)
+    assert torch.equal(actual, expected)
+    (gradient,) = torch.autograd.grad(expected.sum(), half)
+    actual.sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(half.grad, gradient)

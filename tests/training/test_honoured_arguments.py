@@ -7,6 +7,7 @@ import torch
 from noise_runs import make_model, make_trainer
 from transformers import TrainerCallback, TrainingArguments
 
+from vptsp.training.progress import RunProgress, ScoreTable
 from vptsp.training.run_errors import TrainingError
 
 
@@ -150,6 +151,47 @@ def test_gradients_are_clipped(tmp_path, backbone_folder):
         make_trainer(model, tmp_path, **options).train()
         moved.append(float((model.vptsp.prompts.tokens.detach() - before).norm()))
     assert 0 < moved[1] <= 1e-3 * 1.01 < moved[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "logged"),
+    [
+        ({"logging_steps": 4}, [4, 8]),
+        ({"logging_steps": 5, "logging_first_step": True}, [1, 5]),
+        ({"logging_strategy": "epoch"}, [3, 6, 9]),
+        ({"logging_strategy": "no"}, []),
+        ({"logging_steps": 50, "progress": True, "eval_strategy": "epoch"}, [3, 6, 9]),
+        ({"logging_steps": 50, "progress": True, "eval_strategy": "steps", "eval_steps": 4}, [4, 8, 9]),
+    ],
+)
+def test_gradients_are_measured_only_where_the_log_shows_it(tmp_path, model, monkeypatch, options, logged):
+    measured, expected = [], {}
+    monkeypatch.setattr("vptsp.training.progress.LEAST_LOGS", 1)
+    options = dict(options)
+    progress = options.pop("progress", False)
+    trainer = make_trainer(
+        model, tmp_path, num_train_epochs=3, save_strategy="no", load_best_model_at_end=False, **options
+    )
+    if progress:
+        RunProgress.of(trainer, ScoreTable([1], write=lambda line: None))
+    measure, step = trainer.measure_gradients, trainer.training_step
+
+    def remember(*args):
+        loss = step(*args)
+        squares = [
+            parameter.grad.double().square().sum() for parameter in model.parameters() if parameter.requires_grad
+        ]
+        expected[trainer.state.global_step + 1] = float(sum(squares)) ** 0.5
+        return loss
+
+    monkeypatch.setattr(trainer, "training_step", remember)
+    monkeypatch.setattr(
+        trainer, "measure_gradients", lambda m: measured.append(trainer.state.global_step + 1) or measure(m)
+    )
+    trainer.train()
+    entries = {entry["step"]: entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry}
+    assert measured == list(entries) == logged
+    assert entries == pytest.approx({step: expected[step] for step in logged}, rel=1e-5)
 
 
 def test_when_things_happen(tmp_path, model):
