@@ -638,7 +638,7 @@ def read_config(source, revision=None, **hub_kwargs) -> tuple[str | None, dict]:
     try:
         path = cached_file(source, CONFIG_NAME, revision=revision or "main", **hub_kwargs)
     except OSError as error:
-        raise OSError(f"{CONFIG_NAME} of {str(source)!r} is not to be had: {' '.join(str(error).split())}") from error
+        raise OSError(f"{' '.join(str(error).split())} ({CONFIG_NAME} of {str(source)!r} is not to be had)") from error
     if path is None:
         return None, {}
     try:

@@ -66,7 +66,7 @@ def check_folder_to_write(given: str | os.PathLike, option: str) -> None:
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "can't be written to" if there.is_dir() else "is no folder"
-        raise DataError(f"{option} {folder} must be a folder or a new one, but {there} {what}")
+        raise DataError(f"{option} must be a folder or a new one, got {folder}: {there} {what}")
 
 
 def other_form(file: str) -> str:

@@ -173,8 +173,10 @@ def _check_sizes(processor):
         for name, side in sides.items():
             if side is None or not getattr(processor, used_by, True):
                 continue
-            if not isinstance(side, int) or isinstance(side, bool) or not 1 <= side <= _MAX_SIDE:
-                raise ValueError(f"{field}.{name} must be an integer in [1, {_MAX_SIDE}], got {side!r}")
+            if not isinstance(side, int) or isinstance(side, bool) or side < 1:
+                raise ValueError(f"{field}.{name} must be an integer >= 1, got {side!r}")
+            if side > _MAX_SIDE:
+                raise ValueError(f"{field}.{name} must be at most {_MAX_SIDE}, got {side}")
     if getattr(processor, "do_center_crop", False):
         crop = getattr(processor, "crop_size", None) or {}
         if crop.get("height") is None or crop.get("width") is None:

@@ -130,7 +130,9 @@ def refuse_table(place: str | Path | None) -> None:
     Raises:
         DataError: it is a table, or what `save_to_disk` wrote.
     """
-    path = usable_path(place or "")
+    if place is None or not str(place):  # which others refuse
+        return
+    path = usable_path(place)
     if path.is_file() and is_table_file(path):
         raise DataError(f"data_dir must be a folder, but {path} is a table: give --dataset_name table")
     if place and any((path / name).is_file() for name in SAVED_FILES):

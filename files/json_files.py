@@ -10,6 +10,19 @@ class JsonError(ValueError):
     """A file that is not JSON, or not what was expected. The message names it."""
 
 
+def read_json(path):
+    """What a JSON file (UTF-8) holds.
+
+    Raises:
+        OSError: the file can't be read.
+        JsonError: it is not JSON, or nested too deeply to be read; the message names it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise JsonError(f"{path} is not JSON: {error}") from error
+
+
 def read_json_object(path, what="a JSON object") -> dict:
     """The object that a JSON file (UTF-8) holds.
 
@@ -19,12 +32,9 @@ def read_json_object(path, what="a JSON object") -> dict:
 
     Raises:
         OSError: the file can't be read.
-        JsonError: it is not JSON, nested too deeply to be read, or no object; the message names it.
+        JsonError: as of [`read_json`], or it is no object.
     """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise JsonError(f"{path} is not JSON: {error}") from error
+    values = read_json(path)
     if not isinstance(values, dict):
         raise JsonError(f"{path} must hold {what}, got a {type(values).__name__}")
     return values
@@ -42,4 +52,4 @@ def without_duplicates(pairs):
     return dict(pairs)
 
 
-__all__ = ["JsonError", "read_json_object", "without_duplicates"]
+__all__ = ["JsonError", "read_json", "read_json_object", "without_duplicates"]

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.trainer_callback import TrainerState
 
+from ..files import json_files
 from ..files.atomic import sync_path, write_json
 from ..files.digests import DamagedFileError, check_file, folder_record
-from ..files.json_files import JsonError, read_json_object
 from .run_errors import CheckpointError, CheckpointWriteError
 
 
@@ -278,7 +278,7 @@ def check_files(folder) -> dict:
         raise CheckpointError(f"there is no checkpoint folder {folder}")
     if not (folder / RUN_NAME).is_file():
         raise CheckpointError(f"{folder} is no checkpoint of VPTSPTrainer: it has no {RUN_NAME}")
-    record = read_json(folder / RUN_NAME)
+    record = read_json(folder / RUN_NAME, json_files.read_json_object)
     version = record.get("format_version")
     if version not in READABLE_VERSIONS:
         expected = " or ".join(map(str, READABLE_VERSIONS))
@@ -298,7 +298,8 @@ def check_listed_file(path):
     """
     path = Path(path)
     record = path.parent / RUN_NAME
-    expected = read_json(record).get("files", {}).get(path.name) if record.is_file() else None
+    record = read_json(record, json_files.read_json_object) if record.is_file() else {}
+    expected = record["files"].get(path.name) if isinstance(record.get("files"), dict) else None
     if isinstance(expected, dict):  # older versions listed the size alone, which safetensors compares as well
         _check_file(path.parent, path.name, expected)
 
@@ -362,15 +363,19 @@ def _check_file(folder, name, expected):
             raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def read_json(path):
-    """The object that a JSON file of a checkpoint holds.
+def read_json(path, read=json_files.read_json):
+    """What a JSON file of a checkpoint holds.
+
+    Args:
+        path: The file.
+        read: How it is read: `read_json_object`, where it must be an object.
 
     Raises:
         CheckpointError: it is damaged.
     """
     try:
-        return read_json_object(path)
-    except JsonError as error:
+        return read(path)
+    except json_files.JsonError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 

@@ -119,7 +119,7 @@ def test_folders_that_can_not_be_written_to(photos, capsys):
         for place in ("photos/a/0.png", "photos/a/0.png/x"):
             name = option.partition("--")[2]
             message = message_of([*OPTIONS[option], place], capsys)
-            assert re.search(rf"{name} .* must be a folder or a new one, but .*0\.png is no folder", message), message
+            assert re.search(rf"{name} must be a folder or a new one, got .*0\.png is no folder", message), message
 
 
 def test_home_folders(monkeypatch, tmp_path):

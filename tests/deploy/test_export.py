@@ -118,8 +118,9 @@ def test_wrong_file_is_not_kept(tmp_path, monkeypatch):
     retriever = make_retriever(BACKBONES["vit"])
     path = tmp_path / "retriever.pt2"
     path.write_text("earlier")
-    project = export.project_prompts
-    monkeypatch.setattr(export, "project_prompts", lambda *args: project(*args)._replace(key=project(*args).value))
+    project = VPTSPModel.project_prompts
+    wrong = lambda model: [prompts._replace(key=prompts.value) for prompts in project(model)]  # noqa: E731
+    monkeypatch.setattr(VPTSPModel, "project_prompts", wrong)
     with pytest.raises(RuntimeError, match=r"differ from the retriever's by .*: it was not kept"):
         export.export_program(retriever, path)
     assert [file.name for file in tmp_path.iterdir()] == ["retriever.pt2"]
