@@ -80,6 +80,8 @@ def _report(args: DataArguments, picture: Path, decode: bool, max_classes: int) 
     views = view_splits(args.dataset_name, args.data_dir, args.data_cache_dir, args.builder_options())
     source = args.data_dir or args.dataset_repo
     print(f"{args.dataset_name}{f' in {source}' if source else ''}: {DATASETS[args.dataset_name].description}\n")
+    if args.labels == "none" and "labels" not in args.builder_options():
+        print("Counted with their labels; training with labels none puts those of train away\n")
     print(count_table(views))
     for split, view in views.items():
         if view.class_sizes:

@@ -73,6 +73,11 @@ def test_options_reach_the_data_set(flowers, tmp_path, capsys):
     assert "train       4        2" in out and "Picture" not in out
 
 
+def test_labels_that_training_would_put_away_are_said(capsys):
+    assert main(["digits", "--labels", "none", "--max_classes", "0"]) == 0
+    assert "training with labels none puts those of train away" in capsys.readouterr().out
+
+
 def test_an_archive_and_verify_counts(tmp_path, capsys):
     members = {f"CUB_200_2011/images/{i:03d}.Bird_{i}/{i}.jpg": jpeg_bytes(i) for i in (1, 2, 101, 102, 103)}
     archive = write_archive(tmp_path / "CUB_200_2011.tgz", members)
