@@ -101,12 +101,17 @@ def _checked(column, operator, values, kind):
     return tuple(_number(column, value) for value in values)
 
 
+_LARGEST = 2**63
+
+
 def _number(column, value):
     for kind in (int, float):
         try:
             number = kind(value) if isinstance(value, (str, kind)) and not isinstance(value, bool) else math.nan
         except ValueError:
             continue
+        if isinstance(number, int) and not -_LARGEST <= number < _LARGEST:
+            raise ValueError(f"{column} holds numbers of 64 bits, got {value!r}")
         if math.isfinite(number):
             return number
     raise ValueError(f"{column} holds numbers, got {value!r}")

@@ -35,7 +35,6 @@ from .columns import (
     SOURCE_COLUMN,
     arrow_column,
     check_items,
-    common_kind,
     kind_of,
     kind_of_arrow,
 )
@@ -254,10 +253,13 @@ class RetrievalIndex(VectorIndex):
             )
 
     def _check_kinds(self, columns):
-        for name, values in columns.items():
-            there = self._table.column(name)
-            if there.null_count < len(there):
-                common_kind(name, kind_of_arrow(there.type), kind_of(values))
+        count = len(next(iter(columns.values()), []))
+        keys = range(self.info.next_key, self.info.next_key + count)
+        hidden = {name: [None] * count for name in HIDDEN_COLUMNS}
+        try:
+            with_rows(self._table, keys, [""] * count, columns | hidden)
+        except (pa.ArrowInvalid, OverflowError) as error:  # a fraction beside whole numbers that no float holds, say
+            raise ValueError(f"the index can't hold these values beside those that it has: {error}") from error
 
     def add_source(self, source):
         """See [`VectorIndex.add_source`]."""

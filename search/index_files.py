@@ -162,7 +162,7 @@ def write_index(folder, index, table, info, projection=None):
     (folder / JOURNAL_FILE).unlink(missing_ok=True)  # what it holds is in the files now, or was replaced with them
     for pattern in ("index-*.faiss", "metadata-*.parquet", f".*{TEMPORARY_SUFFIX}"):
         for path in folder.glob(pattern):
-            if path.name not in info.files:
+            if path.name not in info.files and path.is_file():
                 path.unlink()
     return info
 
@@ -207,10 +207,10 @@ def read_index(folder, mmap, verify):
         try:
             index, projection, table = _read_generation(folder, info, mmap, verify)
             changes, size = read_journal(folder, info.state)
-        except DataError:
+        except (DataError, FileNotFoundError) as error:
             # Another process may have saved meanwhile, and deleted what was to be read
             if load_record(IndexInfo, folder / INDEX_FILE, "index").state == info.state:
-                raise
+                raise DataError(str(error)) from error
         else:  # nor must it have taken in the journal before that was read
             if load_record(IndexInfo, folder / INDEX_FILE, "index").state == info.state:
                 return index, projection, table, info, changes, (info.state, size)

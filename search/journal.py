@@ -41,6 +41,7 @@ class Journal:
         self.path = path
         self.state = state
         self.count = count
+        self._before = None  # size without the last change
 
     @classmethod
     def open(cls, folder, state):
@@ -88,6 +89,13 @@ class Journal:
                 os.truncate(self.path, before)
             raise
         self.count += 1
+        self._before = before
+
+    def undo(self):
+        """Take the change that was appended last out again."""
+        os.truncate(self.path, self._before)
+        sync_path(self.path)
+        self.count -= 1
 
 
 def read_journal(folder, state):
@@ -105,9 +113,10 @@ def read_journal(folder, state):
         DataError: it is damaged.
     """
     path = Path(folder) / JOURNAL_FILE
-    if not path.exists():
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return [], 0
-    *lines, _ = path.read_bytes().split(b"\n")
     if not lines:
         return [], 0
     records = [_parse(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]

@@ -427,8 +427,10 @@ class VectorIndex(ABC):
 
     def check_replacement(self, ids, embeddings, metadata):
         """Raise what removing these ids, where they are there, and adding them anew would raise."""
-        ids, columns = check_items(ids, self._check_width(embeddings), metadata, **self._limits)
+        embeddings = self._check_width(embeddings)
+        ids, columns = check_items(ids, embeddings, metadata, **self._limits)
         self.check_columns(columns)
+        self._project(embeddings)
         if self.present(ids):
             self.check_removable()
 
@@ -436,6 +438,10 @@ class VectorIndex(ABC):
         """A ValueError if these are not the index's columns, or values are of another kind than theirs."""
         self._check_columns(check_metadata(columns, self._limits.get("max_text_bytes")))
         self._check_kinds(columns)
+
+    def _project(self, embeddings):
+        """Embeddings as this index keeps them; a ValueError if nothing is left of one."""
+        return embeddings
 
     @abstractmethod
     def _check_kinds(self, columns):

@@ -23,6 +23,8 @@ from .run_errors import CheckpointError, ConfigError, TrainingError
 
 CLUSTERS_NAME = "clusters"
 ROUNDS_NAME = "rounds.json"
+# Whose states have a row for each row of a parameter
+ROW_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 CLUSTER_ARGUMENTS = (
     "clustering",
     "clusters",
@@ -64,6 +66,11 @@ def check_cluster_arguments(args):
     for name in unread[args.clustering]:
         if getattr(args, name) != defaults[name]:
             raise ValueError(f"{name} is not read by clustering {args.clustering}, got {getattr(args, name)!r}")
+    if args.rounds > 1 and (optim := str(getattr(args.optim, "value", args.optim))) not in ROW_OPTIMIZERS:
+        raise ValueError(
+            f"optim must be one of {', '.join(ROW_OPTIMIZERS)} with more than one round, got {optim}: what others "
+            "keep of a class can't follow its cluster"
+        )
     if args.rounds > 1 and args.dataloader_persistent_workers:
         raise ValueError("dataloader_persistent_workers keeps the labels of the first round: leave it out with rounds")
 

@@ -8,19 +8,21 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from fastapi import FastAPI, File, Form, HTTPException, Path, Query, Response, UploadFile
+from fastapi import Depends, FastAPI, File, Form, HTTPException, Path, Query, Request, Response, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
 from ..._version import __version__
 from ...data_scripts.data_errors import ImageError
 from ...data_scripts.data_fingerprint import content_digest
+from ...names.registry import nearest
 from .batching import BatchingEmbedder, TooManyWaitingError
 from .counters import Counters
 from .limits import Guard, Limits
@@ -28,7 +30,7 @@ from .live_index import Item, ItemExistsError, NotSavedError, UnknownItemError
 
 
 MAX_ID_BYTES = 1024
-Value = str | int | float | None
+Value = StrictStr | StrictInt | StrictFloat | None
 Columns = dict[str, Value]
 
 
@@ -82,7 +84,20 @@ class Problem(BaseModel):
     detail: Any
 
 
-Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID_BYTES, pattern=r"^[^\x00]+$")]
+def check_id(name):
+    """The id, if it can stand in an address.
+
+    Raises:
+        ValueError: it is too long, or has control characters, such as line breaks.
+    """
+    if len(name.encode("utf-8", "replace")) > MAX_ID_BYTES:
+        raise ValueError(f"an id must take at most {MAX_ID_BYTES} bytes in UTF-8")
+    if any(unicodedata.category(letter) == "Cc" for letter in name):
+        raise ValueError("an id can't have control characters, such as line breaks")
+    return name
+
+
+Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID_BYTES), AfterValidator(check_id)]
 
 
 class _Filters(_Model):
@@ -153,11 +168,13 @@ class Service:
                 embedder, limits.max_batch, limits.max_waiting, self.metrics.observe_batch
             )
         self._threads = ThreadPoolExecutor(2 * decoders, thread_name_prefix="service")
+        self._changes = ThreadPoolExecutor(1, thread_name_prefix="changes")  # else those that wait would stop searches
         self._reading = 0
 
     def close(self):
         """Finish what has begun."""
         self._threads.shutdown()
+        self._changes.shutdown()
         if self.batching is not None:
             self.batching.close()
 
@@ -231,12 +248,12 @@ class Service:
         await self._finish(self.live.remove, [name])
         return Changed(removed=1)
 
-    async def _do(self, function, *arguments):
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+    async def _do(self, function, *arguments, threads=None):
+        return await asyncio.get_running_loop().run_in_executor(threads or self._threads, function, *arguments)
 
     async def _finish(self, function, *arguments, **options):
         """A change, which can't be called off: after a timeout it is still done, or fails, as a whole."""
-        return await asyncio.shield(self._do(lambda: function(*arguments, **options)))
+        return await asyncio.shield(self._do(lambda: function(*arguments, **options), threads=self._changes))
 
 
 def _results(hits):
@@ -278,6 +295,20 @@ def columns_of(text):
     return values
 
 
+async def refuse_unknown(request: Request):
+    """A ValueError where a request has parameters or fields of a form that its route doesn't take."""
+    route = request.scope["route"].dependant
+    given = {"parameter": (request.query_params, route.query_params)}
+    if request.headers.get("content-type", "").startswith(
+        ("multipart/form-data", "application/x-www-form-urlencoded")
+    ):
+        given["field"] = (await request.form(), route.body_params)
+    for kind, (names, known) in given.items():
+        known = [item.alias for item in known]
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"there is no {kind} {unknown[0]!r}{nearest(unknown[0], known)}; there are {known}")
+
+
 def create_app(live, embedder=None, limits=None, api_key=None, decoders=4):
     """The service as an ASGI application.
 
@@ -299,6 +330,7 @@ def create_app(live, embedder=None, limits=None, api_key=None, decoders=4):
         await asyncio.get_running_loop().run_in_executor(None, service.close)
 
     app = FastAPI(
+        dependencies=[Depends(refuse_unknown)],
         title="vptsp", version=__version__, description="Image retrieval: search an index, and change it.",
         lifespan=lifespan,
     )  # fmt: skip
@@ -376,7 +408,9 @@ def _add_searches(app, service):
         return await service.search(vector_of(body.vector, service.live.index.embedding_dim), body)
 
 
-ItemId = Annotated[str, Path(min_length=1, max_length=MAX_ID_BYTES, description="may have slashes in it")]
+ItemId = Annotated[
+    str, Path(min_length=1, max_length=MAX_ID_BYTES, description="may have slashes in it"), AfterValidator(check_id)
+]
 
 
 def _add_changes(app, service):

@@ -91,6 +91,10 @@ class Guard:
             given = headers.get(b"x-api-key", b"")
             if not hmac.compare_digest(given, self.api_key.encode()):
                 return 401, "the header X-API-Key must hold the service's key"
+        if any(
+            ord(letter) < 32 or ord(letter) == 127 for letter in scope["path"]
+        ):  # routes would pass over a line break
+            return 422, "an address can't have control characters, such as line breaks"
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.limits.max_body_bytes:
             return 413, self._too_large()

@@ -131,14 +131,23 @@ class LiveIndex:
             there = self.index.present(ids)
             if there and not replace:
                 raise ItemExistsError(f"there is an item {sorted(there)[0]!r} already")
-            metadata = self._columns(items, self.index.items(sorted(there)) if there else {})
+            known = self.index.items(sorted(there)) if there else {}
             embeddings = torch.cat([item.embedding for item in items])
-            self.index.check_replacement(ids, embeddings, metadata)
+            self.index.check_replacement(ids, embeddings, self._columns(items, known))
             number, steps = self._source()
             if there:
                 steps.append({"step": "remove", "ids": sorted(there)})
-            content = {"embeddings": encode_embeddings(embeddings), "contents": [item.content for item in items]}
-            steps.append({"step": "add", "ids": ids, "metadata": metadata, **content, "source": number})
+            sources = [
+                known[name][SOURCE_COLUMN] if name in there else number for name in ids
+            ]  # those replaced keep theirs
+            for source in dict.fromkeys(sources):
+                own = [item for item, of in zip(items, sources, strict=True) if of == source]
+                content = {
+                    "embeddings": encode_embeddings(torch.cat([item.embedding for item in own])),
+                    "contents": [item.content for item in own],
+                }
+                names, metadata = [item.id for item in own], self._columns(own, known)
+                steps.append({"step": "add", "ids": names, "metadata": metadata, **content, "source": source})
             self._change(steps)
             return [name not in there for name in ids]
 
@@ -210,12 +219,23 @@ class LiveIndex:
             except OSError as error:
                 raise NotSavedError(f"the change could not be saved: {error}") from error
         with self._access.writing():
-            apply_change(self.index, steps)
+            try:
+                apply_change(self.index, steps)
+            except BaseException:
+                self._go_back()
+                raise
         if self.pending >= self._compact_after:
             try:
                 self._compact()
             except OSError as error:  # the journal has it all
                 logger.error("the index could not be saved as a whole, and goes on with its journal: %s", error)
+
+    def _go_back(self):
+        """To what the disk held before a change that turned out not to be possible."""
+        if self._journal is not None:
+            self._journal.undo()
+            before, self.index = self.index, RetrievalIndex.open(self._folder)
+            self.index.embedder = before.embedder
 
 
 class _ReadersAndWriters:
