@@ -23,6 +23,7 @@ __all__ = [
     "LAYOUT_SPLITS",
     "class_of_path",
     "detect_layout",
+    "everything_trains",
     "existing_folder",
     "has_split_folders",
     "say_loose",
@@ -159,6 +160,16 @@ def class_of_path(path: str, splits: Collection[str] = ()) -> str | None:
     if splits:
         folders = folders[1:] if folders and folders[0] in splits else []
     return folders[0] if folders else None
+
+
+def everything_trains(root: Path, options) -> bool:
+    """Whether all images below a folder train without labels, whatever its folders.
+
+    Args:
+        root: The folder.
+        options: What has `labels`, `layout` and `test_labels`.
+    """
+    return options.labels == "none" and not options.test_labels and not has_split_folders(root, options.layout)
 
 
 def detect_layout(root: Path, layout: str = "auto") -> str:

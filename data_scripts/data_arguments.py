@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from ..names.field_values import SEED, check_fields
 from .archives import archive_kind
-from .class_folders import LAYOUTS, detect_layout, existing_folder
+from .class_folders import LAYOUTS, detect_layout, everything_trains, existing_folder
 from .class_split import check_class_split, class_list_file
 from .data_errors import DataError
 from .dataset_options import LABELS, DatasetOptions, LabelOptions, option_names
@@ -217,7 +217,7 @@ def check_data_arguments(args: DataArguments) -> None:
         _check_place(args, entry.any_of)
     else:
         root = existing_folder(args.data_dir)
-        if args.dataset_name == "folder":
+        if args.dataset_name == "folder" and not everything_trains(root, args):
             detect_layout(root, args.layout)
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from .builder import ClassSplitConfig, ImageDatasetBuilder
 from .class_folders import (
     detect_layout,
+    everything_trains,
     existing_folder,
-    has_split_folders,
     scan_class_folders,
     scan_split_folders,
 )
@@ -73,7 +73,7 @@ class ImageFolders(ImageDatasetBuilder):
         root = existing_folder(config.data_dir)
         if config.labels == "partial":
             raise DataError(f"labels partial is of tables with empty cells, but {root} is a folder: give a table")
-        if config.labels == "none" and not has_split_folders(root, config.layout) and not config.test_labels:
+        if everything_trains(root, config):
             return _everything_trains(root, config, str(cls.VERSION))
         layout = detect_layout(root, config.layout)
         options = {"dataset": "folder", "layout": layout, "labels": config.labels, "version": str(cls.VERSION)}

@@ -66,6 +66,8 @@ def check_cluster_arguments(args):
     for name in unread[args.clustering]:
         if getattr(args, name) != defaults[name]:
             raise ValueError(f"{name} is not read by clustering {args.clustering}, got {getattr(args, name)!r}")
+    if args.rounds > 1 and args.max_steps <= 0 and args.rounds > args.num_train_epochs:
+        raise ValueError(f"rounds must be at most the {args.num_train_epochs:g} epochs, got {args.rounds}")
     if args.rounds > 1 and (optim := str(getattr(args.optim, "value", args.optim))) not in ROW_OPTIMIZERS:
         raise ValueError(
             f"optim must be one of {', '.join(ROW_OPTIMIZERS)} with more than one round, got {optim}: what others "
@@ -218,7 +220,8 @@ class ClusterRounds(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.rounds > state.num_train_epochs:
-            raise ConfigError(f"rounds must be at most the {state.num_train_epochs} epochs, got {args.rounds}")
+            steps = f" (max_steps {args.max_steps})" if args.max_steps > 0 else ""
+            raise ConfigError(f"rounds must be at most the {state.num_train_epochs} epochs{steps}, got {args.rounds}")
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         epoch, count = int(state.epoch or 0), args.rounds

@@ -405,7 +405,7 @@ def save_results(results, trainer, run_args, frozen_evaluated, tests):
         return
     output = Path(trainer.args.output_dir)
     print(f"saved             {output}: retriever, README.md, all_results.json, {SPLITS_NAME}", flush=True)
-    if run_args.picture_queries and not any(name.startswith("final_") for name in results):
+    if run_args.picture_queries and tests is None:
         print("no pictures: there are no test images")
     elif run_args.picture_queries:
         drawn = draw_pictures(output / "pictures", trainer, tests, results, frozen_evaluated, run_args)

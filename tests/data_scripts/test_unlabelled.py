@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from data_fixtures import write_classes, write_image
 
-from vptsp import DataArguments, DataError
+from vptsp import DataArguments, DataError, check_data_arguments
 from vptsp.data_scripts.image_datasets import image_datasets
 from vptsp.data_scripts.sampler import ClassBalancedBatchSampler, SampleKey
 from vptsp.data_scripts.split_record import record_splits
@@ -49,6 +49,11 @@ def test_all_photos_below_a_folder_train(load, root, tmp_path):
         write_image(flat / f"{number}.png", seed=number)
     write_image(flat / "deep" / "down" / "3.png", seed=9)
     assert stored(load("folder", flat)["train"]) == sorted(map(str, flat.rglob("*.png")))
+    check_data_arguments(DataArguments(data_dir=str(flat), labels="none"))  # what a run asks first
+    write_image(tmp_path / "flatter" / "1.png", seed=1)
+    check_data_arguments(DataArguments(data_dir=str(tmp_path / "flatter"), labels="none"))
+    with pytest.raises(DataError, match="no class folders"):
+        check_data_arguments(DataArguments(data_dir=str(tmp_path / "flatter")))
 
 
 def test_labels_are_there_to_test_on_alone(load, root):

@@ -255,3 +255,28 @@ def test_no_gain_is_said(arguments, tmp_path, capsys):
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     said = "tuning seems not to have helped: MAP@R" in capsys.readouterr().err
     assert said == (results["final_map_at_r"] <= results["frozen_map_at_r"])
+
+
+def test_a_run_without_a_test_has_no_pictures_and_says_so(arguments, tmp_path, capsys):
+    output = tmp_path / "run"
+    words = ["--clusters", "6", "--max_steps", "2", "--picture_queries", "4", "--output_dir", str(output)]
+    train.main([*arguments, *words])
+    assert "no pictures: there are no test images" in capsys.readouterr().out
+    assert not (output / "pictures").exists()
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["--rounds", "5"], "rounds must be at most the 4 epochs, got 5"),
+        (["--rounds", "2", "--optim", "adafactor"], "optim must be one of adamw_torch"),
+    ],
+)
+def test_rounds_that_can_not_be_are_refused_before_anything_is_embedded(
+    arguments, tmp_path, capsys, monkeypatch, words, named
+):
+    monkeypatch.setattr("vptsp.training.unlabelled_run.VPTSPTrainer", None)
+    with pytest.raises(SystemExit) as error:
+        train.main([*arguments, *words, "--output_dir", str(tmp_path / "run")])
+    assert error.value.code == 2
+    assert named in capsys.readouterr().err

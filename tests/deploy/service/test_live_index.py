@@ -194,3 +194,59 @@ def test_whatever_was_acknowledged_outlasts_being_killed(folder, tmp_path):
         assert there[f"n{last}"] == ("", last)
         assert not [name for name in there if name[0] == "n" and int(name[1:]) < last - 1]
         start = max(int(name[1:]) for name in there if name[0] == "n") + 1
+
+
+@pytest.mark.parametrize(
+    "values, change",
+    [
+        ([2**60 + 1, 2**60 + 2], {"price": 0.5}),
+        ([0.5, 1.5], {"price": 2**53 + 1}),
+    ],
+)
+def test_numbers_that_a_column_can_not_hold_are_refused_before_the_journal(tmp_path, values, change):
+    columns = {"class_name": ["x", "y"], "price": values}
+    RetrievalIndex.build(["a", "b"], torch.cat([vector(0), vector(1)]), columns).save(tmp_path)
+    with LiveIndex.open(tmp_path) as live:
+        for refused in (lambda: live.update("a", change), lambda: live.put([item("a", **change)])):
+            with pytest.raises(ValueError, match="can't hold"):
+                refused()
+        assert live.pending == 0
+    assert contents(tmp_path)["a"] == ("x", values[0])
+
+
+def test_what_a_projection_leaves_nothing_of_is_refused_before_the_journal(tmp_path):
+    embeddings = torch.cat([vector(seed) for seed in range(3)])
+    names = {"class_name": ["x", "y", "z"]}
+    RetrievalIndex.build(["a", "b", "c"], embeddings, names, projection="truncate", dim=3).save(tmp_path)
+    nothing = torch.eye(DIM)[-1:]
+    with LiveIndex.open(tmp_path) as live:
+        with pytest.raises(ValueError, match="nothing is left"):
+            live.put([Item("a", {}, nothing)])
+        assert live.pending == 0
+        assert live.index.ids == ["a", "b", "c"]
+
+
+def test_a_change_that_fails_after_all_is_undone(folder, monkeypatch):
+    with LiveIndex.open(folder) as live:
+        live.put([item("d")])
+        before = contents(folder)
+        monkeypatch.setattr(RetrievalIndex, "check_replacement", lambda *arguments: None)
+        with pytest.raises(ValueError, match="column 'price' holds"):
+            live.put([item("e"), item("a", price="much")])
+        assert live.pending == 1
+        assert contents(folder) == before == {name: before[name] for name in live.index.ids}
+        live.remove(["b"])
+    assert set(contents(folder)) == {"a", "c", "d"}
+
+
+def test_items_that_are_replaced_keep_their_source(folder):
+    with RetrievalIndex.edit(folder) as index:
+        index.add_source({"root": None, "name": "photos", "prefix": ""})
+        index.update(["a"], {"class_name": ["x"], "price": [1]}, source=0)
+    with LiveIndex.open(folder) as live:
+        live.put([item("a", 7), item("new", 8)])
+        known = live.index.items()
+        assert (known["a"]["vptsp_source"], known["new"]["vptsp_source"]) == (0, 1)
+    torch.testing.assert_close(
+        RetrievalIndex.open(folder).embeddings_of(["a", "new"]), torch.cat([vector(7), vector(8)])
+    )

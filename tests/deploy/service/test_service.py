@@ -36,6 +36,9 @@ COLOURS = {
 }
 
 
+ONE = {"items": [{"id": "a", "vector": [1] * 8}]}
+
+
 def png(colour, size=20):
     file = io.BytesIO()
     Image.new("RGB", (size, size), colour).save(file, "PNG")
@@ -140,6 +143,12 @@ def test_items_are_added_changed_and_removed_and_stay(client, live, place):
         (422, "NaN", lambda c: c.put("/items/a", files=image((0, 0, 0)), data={"columns": '{"price": NaN}'})),
         (422, "extra", lambda c: c.post("/search/id", json={"id": "red/1.png", "kk": 3})),
         (422, "3 items", lambda c: c.post("/vectors", json={"items": [{"id": n, "vector": [1] * 8} for n in "abcd"]})),
+        (422, "64 bits", lambda c: c.post("/search/id", json={"id": "x", "k": 7, "where": ["price<" + "9" * 30]})),
+        (422, "line breaks", lambda c: c.delete("/items/red/1.png%0A")),
+        (422, "line breaks", lambda c: c.post("/vectors", json={"items": [{"id": "a\n", "vector": [1] * 8}]})),
+        (422, "no parameter 'only_nwe'; did you mean 'only_new'", lambda c: c.post("/vectors?only_nwe=true", json=ONE)),
+        (422, "no field 'kk'", lambda c: c.post("/search/image", files=image((0, 0, 0)), data={"kk": 3})),
+        (422, "price", lambda c: c.patch("/items/red/1.png", json={"price": True})),
         (405, "", lambda c: c.get("/search/id")),
     ],
 )  # fmt: skip
