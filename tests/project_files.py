@@ -26,7 +26,9 @@ def product_files() -> list[Path]:
     return [
         path
         for path in project_files()
-        if path.parts[0] not in NOT_PACKAGED and (len(path.parts) > 1 or path.suffix in (".py", ".pyi", ".typed"))
+        if path.parts[0] not in NOT_PACKAGED
+        and path.parts[:2] != ("deploy", "docker")
+        and (len(path.parts) > 1 or path.suffix in (".py", ".pyi", ".typed"))
     ]
 
 

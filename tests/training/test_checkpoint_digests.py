@@ -216,7 +216,12 @@ OTHER_DATA = {
     "resize_size": 300,
     "crop_scale_min": 0.5,
     "horizontal_flip": False,
+    "labels": "none",
+    "test_labels": True,
+    "group_column": "listing",
+    "validation_share": 0.25,
 }
+NEEDS = {"test_labels": {"labels": "none"}, "group_column": {"labels": "none"}}
 
 
 def test_every_other_data_argument_is_compared(build, output):
@@ -228,7 +233,7 @@ def test_every_other_data_argument_is_compared(build, output):
     short = {"max_steps": 1, "save_steps": 1, "eval_strategy": "no", "load_best_model_at_end": False}
     build(output / "new", data_settings=settings, **short).train()
     for name, value in OTHER_DATA.items():
-        changed = DataArguments(**{"resize_size": 256, name: value})
+        changed = DataArguments(**{"resize_size": 256, **NEEDS.get(name, {}), name: value})
         other = build(output / "new", data_settings=record_data_arguments(changed), **short)
         with pytest.raises(CheckpointError, match=rf"data.{name}: checkpoint .*, now {value!r}"):
             other.train(resume_from_checkpoint=True)
