@@ -216,15 +216,16 @@ def _connect(page, blocks, parts, filters, picked, browse):
     minimum, image = parts["minimum"], parts["image"]
     blocks.load(None, js=_NARROW)
     blocks.load(browse_all, [state, *filters], [image, *shown], api_name="start")
-    image.input(search_file, [image, state, *filters], [image, *shown])
-    parts["results"].click(search_item, [picked, state, *filters], [image, *shown], js=_PICKED)
+    # the last counts, also one that comes while an earlier one is searched for, which Gradio would drop
+    last = {"trigger_mode": "always_last"}
+    image.input(search_file, [image, state, *filters], [image, *shown], **last)
+    parts["results"].click(search_item, [picked, state, *filters], [image, *shown], js=_PICKED, **last)
     browse.click(browse_all, [state, *filters], [image, *shown])
     parts["back"].click(go_back, [state, *filters], [image, *shown])
     parts["before"].click(turn(-1), [state, *filters], shown, api_name="earlier")
     parts["after"].click(turn(1), [state, *filters], shown, api_name="more")
     changes = [text.submit, text.blur, minimum.release, count.release, one_per.input, view.input]
-    # the last change counts, also one that is made while an earlier one is searched for
-    gr.on(changes, search, [state, minimum, *filters], shown, api_name="search", trigger_mode="always_last")
+    gr.on(changes, search, [state, minimum, *filters], shown, api_name="search", **last)
 
 
 def _slider(gr, found, limit):
