@@ -261,6 +261,15 @@ def test_a_corrupt_training_image_is_found_before_anything_is_loaded(arguments, 
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.fixture
+def _heeds_ctrl_c():
+    """As in a terminal; shells have what runs behind them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeds_ctrl_c")
 @pytest.mark.parametrize("moment", ["parse_arguments", "evaluate_backbone", "print_comparison"])
 @pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_outside_of_the_steps_says_what_was_saved(
