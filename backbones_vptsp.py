@@ -116,7 +116,7 @@ def _global_hooks() -> bool:
 # ---- Attention
 #
 # PyTorch's fused attention is slow backwards in bfloat16 on CPUs: where processors multiply bfloat16 matrices by
-# themselves, plain products of blocks of images are 1.5 to 4 times as fast (`benchmarks/step.py --precision bf16`).
+# themselves, plain products of blocks of images are faster (`benchmarks/bfloat16_attention.py`).
 
 _BLOCK_WEIGHTS = 1_000_000  # attention weights of a block of images: 2 MB, near a core's cache
 

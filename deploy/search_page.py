@@ -14,6 +14,7 @@ import sys
 from vptsp.data_scripts.command_options import CommandParser
 from vptsp.data_scripts.data_errors import DataError
 from vptsp.data_scripts.paths import place
+from vptsp.search.model_names import model_name_of
 
 from .page_content import MAX_MEGAPIXELS, SearchPage
 from .page_layout import MAX_UPLOAD_MB, launch
@@ -39,20 +40,13 @@ def open_page(
         DataError: an index, model or folder is not there, or nobody says which it is.
         IndexMismatchError: the model is not the one that made the embeddings.
     """
-    from transformers.utils import logging
-
-    from vptsp.search.embedder import Embedder
+    from vptsp.search.inputs import embedder_of
     from vptsp.search.open_index import open_index
-    from vptsp.search.views import views_of
-
-    logging.disable_progress_bar()  # loading weights takes a second
 
     opened = open_index(index)
-    name = model or (opened.model or {}).get("name")
-    if name is None:
-        raise DataError(f"{index} doesn't say which model made its embeddings: give --model")
+    name = model_name_of(opened, index, model)
     page = SearchPage(opened, image_root, max_megapixels)
-    opened.use_embedder(Embedder.from_pretrained(name, backbone=backbone, views=views_of(opened.model)))
+    opened.use_embedder(embedder_of(opened, name, backbone))
     if compare_backbone:
         from .backbone_view import backbone_index
 

@@ -210,7 +210,7 @@ def read_index(folder, mmap, verify):
         except (DataError, FileNotFoundError) as error:
             # Another process may have saved meanwhile, and deleted what was to be read
             if load_record(IndexInfo, folder / INDEX_FILE, "index").state == info.state:
-                raise DataError(str(error)) from error
+                raise error if isinstance(error, DataError) else DataError(str(error)) from error
         else:  # nor must it have taken in the journal before that was read
             if load_record(IndexInfo, folder / INDEX_FILE, "index").state == info.state:
                 return index, projection, table, info, changes, (info.state, size)

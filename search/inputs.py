@@ -17,7 +17,7 @@ from ..eval.reranking import QueryExpansion, Reranking
 from .embed import cached_store
 from .embedder import Embedder, is_retriever
 from .image_sources import joined_source, place_source, split_source
-from .model_names import check_model_name
+from .model_names import check_model_name, model_name_of
 from .run_splits import recorded_sources, say_trained_on
 from .store import STORE_FILE, EmbeddingStore
 from .views import views_of
@@ -170,11 +170,20 @@ def model_of(index, options):
     Raises:
         DataError: neither says which.
     """
-    name = options.model or (index.model or {}).get("name")
-    if name is None:
-        raise DataError(f"{options.index} doesn't say which model made its embeddings: give --model")
     options.views = options.views or views_of(index.model)
-    return name
+    return model_name_of(index, options.index, options.model)
+
+
+def embedder_of(index, name, backbone=None):
+    """The model that searches an index by image, by the views whose embeddings the index holds.
+
+    Args:
+        index: [`VectorIndex`].
+        name: Of the model; see [`model_name_of`].
+        backbone: Of its backbone, where it isn't where the model says.
+    """
+    with no_progress_bars():
+        return Embedder.from_pretrained(name, backbone=backbone, views=views_of(index.model))
 
 
 def orders_of(options):
@@ -256,6 +265,7 @@ __all__ = [
     "check_compared",
     "choose_sets",
     "embedded",
+    "embedder_of",
     "is_main_rank",
     "load_embedder",
     "load_sources",

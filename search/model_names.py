@@ -45,4 +45,22 @@ def _folders_beside(path):
         return []
 
 
-__all__ = ["check_model_name", "near_folders"]
+def model_name_of(index, place, given=None, options="--model"):
+    """Name of the model that searches an index by image: the one that is given, or that which the index names.
+
+    Args:
+        index: [`VectorIndex`].
+        place: Of it, for the error.
+        given: Folder or Hub name, or None.
+        options: What would say it.
+
+    Raises:
+        DataError: neither says which.
+    """
+    name = given or (index.model or {}).get("name")
+    if name is None:
+        raise DataError(f"{place} doesn't say which model made its embeddings: give {options}")
+    return name
+
+
+__all__ = ["check_model_name", "model_name_of", "near_folders"]

