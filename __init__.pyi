@@ -1,6 +1,8 @@
 """The public names, for type checkers, for editors, and for `__init__.py`, which imports them on first use."""
 
 from ._version import __version__ as __version__
+from .backbones_vptsp import fastest_dtype as fastest_dtype
+from .backbones_vptsp import linear_products as linear_products
 from .configuration_vptsp import VPTSPConfig as VPTSPConfig
 from .data_scripts.benchmarks.cars import Cars196 as Cars196
 from .data_scripts.benchmarks.cub import CUB200 as CUB200

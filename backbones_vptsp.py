@@ -9,6 +9,10 @@ Shapes: B images, N tokens (CLS + patches), P prompts, D width, H heads, M disti
 
 from __future__ import annotations
 
+import math
+import os
+import threading
+import time
 from difflib import get_close_matches
 from typing import ClassVar, NamedTuple
 
@@ -17,21 +21,43 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 # ---- Linear layers
 #
-# On CPUs `torch.nn.functional.linear` multiplies float32 matrices with the BLAS library that PyTorch was built with.
-# That of the usual builds (MKL) is made for Intel's processors. On AMD's, oneDNN, which is part of the same builds,
-# was 1.1 to 2 times as fast, on Intel's 5 to 25 % slower (`benchmarks/step.py` prints both). So the maker decides, not
-# a race at run time: sums come in another order, and the same training must give the same bits each time.
+# For float32 matrices on CPUs PyTorch brings two libraries along: the BLAS that it was built with (MKL in the usual
+# builds), which `torch.nn.functional.linear` uses, and oneDNN. Which is faster depends on processor, threads and shape,
+# by up to 25 % one way and 100 % the other. So both are timed when a product of a new kind first comes up, in some
+# 40 ms. Sums come in another order in each, so another choice changes last bits: `VPTSP_LINEAR` forces one, and
+# training keeps its choices in checkpoints.
+
+_LEAST_WORK = 4e6  # multiplications: smaller products go to PyTorch's own, whose call is the shorter one
+_TIMED_WORK = 1.5e8  # what a product that is timed has at most, of a larger one's first rows
+_TIMED_ROUNDS = 7
+_LEAST_GAIN = 0.96  # of PyTorch's time: less is noise
 
 
-def _onednn_linear():
-    """oneDNN's product of dense matrices, `op(x, weight, bias, "none", [], "")`; None where PyTorch lacks it, and on
-    Intel's processors."""
-    if not torch.backends.mkldnn.is_available() or "intel" in _processor_name().lower():
+def _onednn_product():
+    """oneDNN's product of dense matrices, `op(x, weight, bias, "none", [], "")`; None where PyTorch lacks it.
+
+    The operator is not public: what a release without it, or with another form of it, does is in `test_fast_path.py`.
+    """
+    operator = _onednn_operator() if torch.backends.mkldnn.is_available() else None
+    if operator is None:
         return None
+    x, weight = torch.ones(2, 3, device="cpu"), torch.ones(4, 3, device="cpu")
+    try:
+        right = operator(x, weight, None, "none", [], "").tolist() == [[3.0] * 4] * 2
+    except (RuntimeError, TypeError):
+        right = False
+    return operator if right else None
+
+
+def _onednn_operator():
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -41,17 +67,125 @@ def _processor_name() -> str:
     return str(capabilities.get("cpu_name", ""))
 
 
-_ONEDNN_LINEAR = _onednn_linear()
+class LinearProducts:
+    """Which library multiplies the float32 matrices of linear layers on the CPU: `vptsp.linear_products`.
+
+    Attributes:
+        available: The libraries that this PyTorch has.
+        choices: Of each product that was timed, `(kind, rows, in, out, threads)`, the library. `kind` is `output`,
+            `input` or `weight` (gradients of these); `rows` are rounded up to a power of two, up to what is timed.
+    """
+
+    def __init__(self, library):
+        self._onednn = _onednn_product()
+        self.available = ("torch",) if self._onednn is None else ("torch", "onednn")
+        self._timing = threading.Lock()
+        self.choices = {}
+        self.library = library
+
+    @property
+    def library(self):
+        """`measured` (the faster one), `torch` or, where there is one, `onednn`; `VPTSP_LINEAR` sets it at the start.
+
+        Raises:
+            ValueError: set to anything else.
+        """
+        return self._library
+
+    @library.setter
+    def library(self, library):
+        if library not in ("measured", *self.available):
+            possible = ", ".join(("measured", *self.available))
+            raise ValueError(f"VPTSP_LINEAR must be one of {possible} with this PyTorch, got {library!r}")
+        self._library = "torch" if self._onednn is None else library
+
+    def output(self, x, weight, bias):
+        """`x @ weight.T + bias`: `(..., in)`, `(out, in)`, `(out,)` or None -> `(..., out)`."""
+        return self._product("output", x, weight, bias)
+
+    def to_input(self, gradient, weight):
+        """`gradient @ weight`, the gradient of `x`: `(..., out)`, `(out, in)` -> `(..., in)`."""
+        return self._product("input", gradient, weight)
+
+    def to_weight(self, gradient, x):
+        """`gradient.T @ x`, the gradient of `weight`: `(rows, out)`, `(rows, in)` -> `(out, in)`."""
+        return self._product("weight", gradient, x)
+
+    def saved(self):
+        """The choices in plain values, for a checkpoint, with what they hold for."""
+        return {"machine": self._machine(), "choices": [[*key, library] for key, library in self.choices.items()]}
+
+    def restore(self, saved):
+        """Choose as a run did that goes on here; on another processor or release of PyTorch, anew."""
+        if saved["machine"] == self._machine():
+            self.choices |= {tuple(key): library for *key, library in saved["choices"]}
+
+    @staticmethod
+    def _machine():
+        return f"{_processor_name()}, PyTorch {torch.__version__}"
+
+    def _product(self, kind, a, b, bias=None):
+        onednn = self._library == "onednn" or (
+            self._library == "measured" and self._choice(kind, a, b, bias) == "onednn"
+        )
+        return (self._by_onednn if onednn else self._by_torch)(kind, a, b, bias)
+
+    def _choice(self, kind, a, b, bias):
+        rows = a.numel() // a.shape[-1]
+        if a.numel() * (b.numel() / (rows if kind == "weight" else a.shape[-1])) < _LEAST_WORK:
+            return "torch"
+        inputs, outputs = b.shape[1], a.shape[1] if kind == "weight" else b.shape[0]
+        rows = min(1 << (rows - 1).bit_length(), max(1, int(_TIMED_WORK / (inputs * outputs))))
+        key = (kind, rows, inputs, outputs, torch.get_num_threads())
+        if key not in self.choices:
+            with self._timing:
+                if key not in self.choices:
+                    self.choices[key] = self._time(key, a, b, bias)
+        return self.choices[key]
+
+    @torch.no_grad()
+    def _time(self, key, a, b, bias):
+        """The faster library for a product, by its first rows."""
+        kind, rows, inputs, outputs, threads = key
+        a = a.detach().flatten(0, -2)[:rows]
+        b = b.detach()[:rows] if kind == "weight" else b.detach()
+        least = {"torch": math.inf, "onednn": math.inf}
+        clock = time.thread_time if threads == 1 else time.perf_counter  # the first one leaves out other processes
+        for turn in range(1 + _TIMED_ROUNDS):  # the first one prepares kernels
+            for library, product in (("torch", self._by_torch), ("onednn", self._by_onednn)):
+                begin = clock()
+                product(kind, a, b, bias)
+                if turn:
+                    least[library] = min(least[library], clock() - begin)
+        library = "onednn" if least["onednn"] < _LEAST_GAIN * least["torch"] else "torch"
+        logger.info(
+            "product %s of %d rows, %d inputs, %d outputs, %d threads: PyTorch's own %.2f ms, oneDNN %.2f ms: %s",
+            kind, len(a), inputs, outputs, threads, 1e3 * least["torch"], 1e3 * least["onednn"], library,
+        )  # fmt: skip
+        return library
+
+    def _by_torch(self, kind, a, b, bias):
+        if kind == "output":
+            return nn.functional.linear(a, b, bias)
+        return a @ b if kind == "input" else a.t() @ b
+
+    def _by_onednn(self, kind, a, b, bias):
+        if kind == "weight":
+            a = a.t()
+        return self._onednn(a, b if kind == "output" else b.t(), bias, "none", [], "")
 
 
-class _OneDNNLinear(torch.autograd.Function):
+linear_products = LinearProducts(os.environ.get("VPTSP_LINEAR", "measured"))
+
+
+class _Linear(torch.autograd.Function):
     """`x @ weight.T + bias` of float32 tensors on the CPU, with gradients of what needs them."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         weight_is_tuned = ctx.needs_input_grad[1]  # else its input need not be kept
         ctx.save_for_backward(x if weight_is_tuned else None, weight)
-        return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+        return linear_products.output(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -60,8 +194,8 @@ class _OneDNNLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         gradient = gradient.contiguous()
         rows = gradient.flatten(0, -2)
-        to_x = _ONEDNN_LINEAR(gradient, weight.t(), None, "none", [], "") if needs_x else None
-        to_weight = rows.t() @ x.flatten(0, -2) if needs_weight else None
+        to_x = linear_products.to_input(gradient, weight) if needs_x else None
+        to_weight = linear_products.to_weight(rows, x.flatten(0, -2)) if needs_weight else None
         to_bias = rows.sum(0) if needs_bias else None
         return to_x, to_weight, to_bias
 
@@ -81,7 +215,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def fast_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`layer(x)`, whatever `layer` is; where it is a plain linear layer, by oneDNN if that is at hand.
+    """`layer(x)`, whatever `layer` is; a plain linear layer by [`linear_products`], that is the faster library.
 
     Args:
         layer: `nn.Linear` with weight `(out, in)`; any other module, and one that is hooked or whose weight is no
@@ -92,7 +226,7 @@ def fast_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         `(..., out)`.
     """
     if (
-        _ONEDNN_LINEAR is None
+        linear_products.library == "torch"
         or type(layer) is not nn.Linear
         or type(layer.weight) is not nn.Parameter
         or type(x) is not torch.Tensor
@@ -105,7 +239,7 @@ def fast_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         or _global_hooks()
     ):
         return layer(x)
-    return _OneDNNLinear.apply(x, layer.weight, layer.bias)
+    return _Linear.apply(x, layer.weight, layer.bias)
 
 
 def _global_hooks() -> bool:
@@ -128,6 +262,18 @@ def _multiplies_bfloat16() -> bool:
 
 
 _MULTIPLIES_BFLOAT16 = _multiplies_bfloat16()
+
+
+def fastest_dtype(device: torch.device | str) -> torch.dtype:
+    """What `dtype: auto` computes in: `torch.bfloat16` where a device multiplies it by itself, else `torch.float32`.
+
+    These are processors with AVX512-BF16 or AMX, and NVIDIA's GPUs from compute capability 8.0. What other devices
+    do is not known.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if kind == "cpu" and _MULTIPLIES_BFLOAT16 else torch.float32
 
 
 class _BlockwiseAttention(torch.autograd.Function):
@@ -810,6 +956,7 @@ __all__ = [
     "Dinov2WithRegistersFamily",
     "IJepaFamily",
     "ImageTokens",
+    "LinearProducts",
     "MLCDFamily",
     "PromptKeyValue",
     "Siglip2NaFlexFamily",
@@ -822,6 +969,8 @@ __all__ = [
     "check_hooks",
     "family_of",
     "fast_linear",
+    "fastest_dtype",
+    "linear_products",
     "mlp_output",
     "project_prompts",
     "project_tokens",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from vptsp.names.environment import environment_error
 from vptsp.names.registry import nearest
 from vptsp.search import commands as search
 
@@ -51,6 +52,9 @@ def main(words=None):
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
         print(f"vptsp: error: COMMAND must be one of {known}, got {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
+        return 2
+    if error := environment_error():
+        print(f"vptsp {name}: error: {error}", file=sys.stderr)
         return 2
     run = importlib.import_module(COMMANDS[name][0]).main
     if name == "train":

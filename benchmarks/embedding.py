@@ -29,9 +29,10 @@ from step import SIZES, seconds
 from transformers import CONFIG_MAPPING, ViTConfig, ViTModel
 
 from vptsp import VPTSPConfig, VPTSPModel, backbones_vptsp
+from vptsp.backbones_vptsp import linear_products
 
 
-ONEDNN_LINEAR = backbones_vptsp._ONEDNN_LINEAR
+LINEAR = linear_products.library
 # What is not of every family's configuration: SIZES["s"] with 12 layers, patches of 16 pixels, images of 224.
 DINOV2 = {"patch_size": 14, "mlp_ratio": 4}
 FAMILY_FIELDS = {
@@ -90,14 +91,14 @@ def make_family_contenders(family, num_prompts, pixels, args):
     model = VPTSPModel(config).to(args.device, dtype).eval()
     inputs = stock_inputs(config.backbone_config, pixels)
 
-    def ours(product):
-        backbones_vptsp._ONEDNN_LINEAR = product
+    def ours(library):
+        linear_products.library = library
         return model(pixels).embeddings if num_prompts else model.embed_with_backbone(pixels)
 
     return {
-        "ours": lambda: ours(ONEDNN_LINEAR),
+        "ours": lambda: ours(LINEAR),
         "transformers": lambda: stock_features(model, model.backbone(**inputs)),
-        "blas": lambda: ours(None),
+        "blas": lambda: ours("torch"),
     }
 
 
@@ -188,11 +189,13 @@ def main():
     parser.add_argument("--compile", action="store_true", help="ours through torch.compile; not with --families")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--process_time", action="store_true", help="processor time; for one thread on a busy machine")
+    parser.add_argument("--process_time", action="store_true", help="processor time of one thread; for a busy machine")
     parser.add_argument("--no_memory", dest="memory", action="store_false", help="skip the memory of each contender")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
+    if args.process_time:
+        torch.set_num_threads(1)  # several wait for each other by running
     torch.manual_seed(0)
     if args.memory_of:
         print_memory(args)

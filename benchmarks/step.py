@@ -27,7 +27,8 @@ import torch
 from machine_report import peak_host_megabytes, write_report
 from transformers import ViTConfig
 
-from vptsp import VPTSPConfig, VPTSPForMetricLearning, backbones_vptsp
+from vptsp import VPTSPConfig, VPTSPForMetricLearning
+from vptsp.backbones_vptsp import fast_linear, linear_products
 from vptsp.files.yaml_files import read_yaml
 from vptsp.losses.proxy_losses import proxy_anchor_loss
 from vptsp.training.half_precision import frozen_weights_in
@@ -39,7 +40,7 @@ CLASSES = {"cub": 100, "cars": 98, "sop": 11_318, "inshop": 3_997, "inaturalist"
 SETTINGS = [f"{name}_vit{size}16" for name in ("cub", "cars", "sop", "inshop") for size in "sb"]
 SETTINGS.append("inaturalist_vitb16")
 SIZES = {"s": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}, "b": {}}
-ONEDNN_LINEAR = backbones_vptsp._ONEDNN_LINEAR
+LINEAR = linear_products.library
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -91,7 +92,7 @@ class Contender:
 
     def __call__(self):
         """One step."""
-        backbones_vptsp._ONEDNN_LINEAR = None if self.kind == "blas" else ONEDNN_LINEAR
+        linear_products.library = "torch" if self.kind == "blas" else LINEAR
         self.optimizer.zero_grad(set_to_none=True)
         device = torch.device(self.device).type
         with torch.autocast(device, self.dtype, enabled=self.dtype is not None):
@@ -138,12 +139,13 @@ def useful_operations(model, batch, images_per_class):
 def peak_operations(device, dtype, clock):
     """Operations a second of the fastest of some large matrix products."""
     x = torch.randn(4096, 1536, device=device, dtype=dtype or torch.float32)
-    weight = torch.randn(1536, 1536, device=device, dtype=dtype or torch.float32)
-    products = [lambda: torch.nn.functional.linear(x, weight)]
-    if device == "cpu" and dtype is None:
-        products.append(lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
-    best = min(seconds(product, device, clock) for product in products for _ in range(10))
-    return 2 * x.numel() * len(weight) / best
+    layer = torch.nn.Linear(1536, 1536, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    best = float("inf")
+    for library in linear_products.available if device == "cpu" and dtype is None else ("torch",):
+        linear_products.library = library
+        best = min(best, *(seconds(lambda: fast_linear(layer, x), device, clock) for _ in range(10)))
+    linear_products.library = LINEAR
+    return 2 * x.numel() * 1536 / best
 
 
 def seconds(function, device, clock):
@@ -219,11 +221,13 @@ def main():
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing where published, of ours")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--process_time", action="store_true", help="processor time; for one thread on a busy machine")
+    parser.add_argument("--process_time", action="store_true", help="processor time of one thread; for a busy machine")
     parser.add_argument("--no_memory", dest="memory", action="store_false", help="skip the memory of each contender")
     parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
+    if args.process_time:
+        torch.set_num_threads(1)  # several wait for each other by running
     if args.memory_of:
         print_memory(*args.memory_of, args)
         return

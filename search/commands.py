@@ -12,6 +12,7 @@ be, or in use by another process.
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -47,6 +48,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(words)
     options.data = {name: getattr(options, name) for name in DATA_OPTIONS if hasattr(options, name)}
+    if options.verbose:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger(__package__.partition(".")[0]).setLevel(logging.INFO)
     command = importlib.import_module(f".command_{options.command}", __package__)
     try:
         return command.run(options) or 0
@@ -222,7 +226,13 @@ def _add_model_options(parser):
         "one)",
     )
     group.add_argument("--device", help="such as cuda:1; default: the accelerator, or the CPU")
-    group.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    group.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="to compute in (default %(default)s); auto: bfloat16 where the device is fast at it",
+    )
+    group.add_argument("--verbose", action="store_true", help="say how products were timed, and what was chosen")
     group.add_argument(
         "--max_image_pixels",
         type=int,

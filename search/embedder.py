@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..backbones_vptsp import fastest_dtype
 from ..data_scripts.data_errors import ImageError
 from ..data_scripts.image_formats import MAX_IMAGE_PIXELS, check_pixel_limit
 from ..data_scripts.images import check_pixels, open_image, upright_rgb
@@ -164,7 +165,7 @@ class Embedder:
         name: What the model is called in stores and indexes: its folder or its name on the Hub.
         backbone_only: Embed with the model's backbone alone, without prompts or head.
         device: Where to compute; None for the accelerator of this process, or the CPU.
-        dtype: To compute in.
+        dtype: To compute in; `auto` is bfloat16 where the device is fast at it, else float32.
         batch_size: Images at a time.
         max_image_pixels: An image of more can't be read.
         views: Whose embeddings are averaged: `one` (the central square), `flip` (and its mirror image), `five_crops`
@@ -196,8 +197,8 @@ class Embedder:
         self.backbone_only = backbone_only
         self.views = views
         self.batch_size = batch_size
-        self.dtype = dtype
         self.device = default_device() if device is None else _check_device(device)
+        self.dtype = dtype = fastest_dtype(self.device) if dtype == "auto" else dtype
         self.preprocess = ImagePreprocessor(processor, config.backbone_config.image_size, max_image_pixels, views)
         self.embedding_dim = config.pooled_dim if backbone_only else config.embedding_dim
         _check_crop(processor, config.backbone_config.image_size)

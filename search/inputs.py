@@ -40,10 +40,12 @@ def load_embedder(name, options):
             **sizes,
             batch_size=options.batch_size,
             device=options.device,
-            dtype=getattr(torch, options.dtype),
+            dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
             max_image_pixels=options.max_image_pixels,
             views=options.views or "one",
         )
+    if options.dtype == "auto":
+        print(f"computes in {str(embedder.dtype).removeprefix('torch.')}", file=sys.stderr)
     if options.command == "compare":
         print(f"{name}: images of {embedder.preprocess.image_size} pixels", file=sys.stderr)
     return embedder

@@ -14,6 +14,11 @@ from trainer_fixtures import eval_dataset, splits, train_dataset  # noqa: F401 (
 from transformers import ViTConfig, ViTModel
 
 from vptsp import VPTSPModel, build_image_processor
+from vptsp.backbones_vptsp import linear_products
+
+
+# Tiny products are PyTorch's own, which would leave the others untested; and processes are compared to the bit.
+linear_products.library = os.environ["VPTSP_LINEAR"] = linear_products.available[-1]
 
 
 def pytest_collection_modifyitems(items):

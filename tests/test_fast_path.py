@@ -1,6 +1,8 @@
 """What the fast path keeps or computes another way must never show in the results."""
 
 import copy
+import json
+import time
 
 import accelerate
 import pytest
@@ -9,16 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vptsp import VPTSPForMetricLearning, VPTSPModel, backbones_vptsp
-from vptsp.backbones_vptsp import fast_linear
-
-
-@pytest.fixture(autouse=True)
-def _by_onednn(monkeypatch):
-    """On every processor, whether or not that is fast there."""
-    with monkeypatch.context() as unknown_processor:
-        unknown_processor.setattr(torch.cpu, "get_capabilities", dict)
-        product = backbones_vptsp._onednn_linear()
-    monkeypatch.setattr(backbones_vptsp, "_ONEDNN_LINEAR", product)
+from vptsp.backbones_vptsp import LinearProducts, fast_linear
 
 
 # ---- Linear layers
@@ -60,14 +53,86 @@ def test_linear_of_a_frozen_layer_keeps_no_input():
     assert [tensor.shape for tensor in saved] == [layer.weight.shape]
 
 
-@pytest.mark.parametrize(
-    "name, by_onednn",
-    [("AMD EPYC", True), ("Intel(R) Xeon(R) Platinum 8480+", False), ("INTEL CORE", False), (None, True)],
-)
-def test_processor_decides_whose_products(monkeypatch, name, by_onednn):
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {} if name is None else {"cpu_name": name})
-    assert (backbones_vptsp._onednn_linear() is not None) == by_onednn
+@pytest.mark.parametrize("faster", ["torch", "onednn"])
+def test_the_faster_library_is_chosen_for_each_kind_of_product(monkeypatch, faster):
+    """Products that note who was asked, one of them slow, against `nn.Linear` in float64."""
+    products = LinearProducts("measured")
+    if "onednn" not in products.available:
+        pytest.skip("PyTorch without oneDNN")
+    monkeypatch.setattr(backbones_vptsp, "linear_products", products)
+    asked = []
+
+    def noted(library, product):
+        def multiply(kind, a, b, bias):
+            asked.append(library)
+            if library != faster:
+                end = time.thread_time() + 0.01
+                while time.thread_time() < end:
+                    pass
+            return product(kind, a, b, bias)
+
+        return multiply
+
+    monkeypatch.setattr(products, "_by_torch", noted("torch", products._by_torch))
+    monkeypatch.setattr(products, "_by_onednn", noted("onednn", products._by_onednn))
+    layer, x = nn.Linear(160, 240), torch.randn(3, 70, 160, requires_grad=True)
+    fast_linear(layer, x).square().sum().backward()
+    kinds = {(kind, inputs, outputs) for kind, _, inputs, outputs, _ in products.choices}
+    assert kinds == {("output", 160, 240), ("input", 160, 240), ("weight", 160, 240)}
+    assert set(products.choices.values()) == {faster}
+    asked.clear()
+    layer.zero_grad()
+    x.grad = None
+    output = fast_linear(layer, x)
+    output.square().sum().backward()
+    assert asked == [faster] * 3  # nothing is timed again
+    exact, x64 = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    exact.zero_grad()
+    expected = exact(x64)
+    expected.square().sum().backward()
+    torch.testing.assert_close(output, expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad, x64.grad.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.weight.grad, exact.weight.grad.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_small_products_are_not_timed(monkeypatch):
+    products = LinearProducts("measured")
+    monkeypatch.setattr(backbones_vptsp, "linear_products", products)
+    fast_linear(nn.Linear(24, 40), torch.randn(9, 24, requires_grad=True)).sum().backward()
+    assert not products.choices
+
+
+def test_choices_are_kept_for_the_same_machine(monkeypatch):
+    products, other = LinearProducts("measured"), LinearProducts("measured")
+    products.choices = {("input", 64, 384, 1536, 1): "onednn", ("output", 64, 384, 1536, 2): "torch"}
+    saved = json.loads(json.dumps(products.saved()))
+    other.restore(saved)
+    assert other.choices == products.choices
+    elsewhere = LinearProducts("measured")
+    elsewhere.restore(saved | {"machine": "another processor"})
+    assert not elsewhere.choices
+
+
+def test_a_library_can_be_forced_and_others_are_refused(monkeypatch):
+    products = LinearProducts("torch")
+    assert products.library == "torch"
+    with pytest.raises(ValueError, match=r"VPTSP_LINEAR must be one of measured, torch.* got 'mkl'"):
+        products.library = "mkl"
+    with pytest.raises(ValueError, match="got 'mkl'"):
+        LinearProducts("mkl")
+
+
+@pytest.mark.parametrize("operator", [None, "other result", "other arguments"])
+def test_without_the_private_operator_everything_is_pytorchs_own(monkeypatch, operator):
+    def other_arguments(x, weight):
+        raise AssertionError("never reached")
+
+    found = {None: None, "other result": lambda *arguments: torch.zeros(2, 4), "other arguments": other_arguments}
+    monkeypatch.setattr(backbones_vptsp, "_onednn_operator", lambda: found[operator])
+    products = LinearProducts("measured")
+    assert products.available == ("torch",) and products.library == "torch"
+    with pytest.raises(ValueError, match="measured, torch with this PyTorch, got 'onednn'"):
+        products.library = "onednn"
 
 
 def test_linear_leaves_other_layers_and_precisions_to_pytorch():

@@ -47,6 +47,7 @@ TRAINING_BOUNDS = {
 }
 TRAINING_CHOICES = {
     "eval_metrics": EVAL_METRICS,
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
     "head_init": ("xavier", "identity", "pca"),
     **dict.fromkeys(("log_level", "log_level_replica"), tuple(trainer_log_levels)),
     "dataloader_multiprocessing_context": tuple(multiprocessing.get_all_start_methods()),

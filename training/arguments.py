@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from ..backbones_vptsp import fastest_dtype
 from .argument_values import EVAL_METRICS, check_arguments, check_packages
 from .photo_clusters import CLUSTERINGS
 
@@ -86,6 +88,10 @@ class VPTSPTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "Callbacks such as early stopping go on counting where a run was interrupted."}
     )
 
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "To compute in: float32, bfloat16, float16, or auto: bfloat16 where it is fast."},
+    )
     images_per_class: int = field(default=2, metadata={"help": "Images (k) of each class in a batch."})
     proxy_learning_rate: float = field(
         default=0.01, metadata={"help": "Of the original proxies and a loss's parameters."}
@@ -137,12 +143,28 @@ class VPTSPTrainingArguments(TrainingArguments):
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # as the command line gives it
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"
         check_arguments(self)
+        self._set_precision()
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
         super().__post_init__()
         check_packages(self)
         if self.device.type == "cpu":  # pinned memory speeds up copies to an accelerator, and warns without one
             self.dataloader_pin_memory = False
+
+    def _set_precision(self):
+        """Turn `dtype` into `bf16` and `fp16`, which `Trainer` reads."""
+        asked = "bf16" if self.bf16 else "fp16" if self.fp16 else None
+        if self.dtype is None:
+            return
+        found = self.dtype
+        if found == "auto":
+            gpu = None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+            found = str(fastest_dtype(gpu or "cpu")).removeprefix("torch.")
+        wanted = {"float32": None, "bfloat16": "bf16", "float16": "fp16"}[found]
+        if asked not in (None, wanted):
+            raise ValueError(f"dtype is {self.dtype}, which is {found} here, and {asked} is true: give one of them")
+        if wanted:
+            setattr(self, wanted, True)
 
     def _refuse_sharding(self):
         """FSDP and DeepSpeed, however they were asked for."""

@@ -54,7 +54,7 @@ training
   --proxy_learning_rate X           of the original proxies [0.01]
   --optim NAME                      optimiser [adamw_torch_fused]
   --weight_decay X                  [0.0]
-  --bf16 true                       compute in bfloat16
+  --dtype auto                      compute in bfloat16 where the device is fast at it; or float32, bfloat16, float16
   --dataloader_num_workers N        processes that read images, in short num_workers [0]
   --seed N                          [42]
 results

@@ -21,6 +21,7 @@ from ..data_scripts.data_errors import DataError
 from ..data_scripts.paths import check_folder_to_write, usable_path
 from ..files.yaml_files import YamlError, read_yaml
 from ..names.field_values import NOT_NEGATIVE, check_fields, check_value, from_text
+from ..names.environment import environment_error
 from ..names.registry import nearest
 from .run_errors import ConfigError
 
@@ -202,6 +203,8 @@ def check_early(argv):
     Raises:
         ConfigError or DataError: with the file, field or folder, and what was expected.
     """
+    if error := environment_error():
+        raise ConfigError(error)
     path, values, words = split_command_line(argv)
     classes, known = (DataArguments, RunArguments), all_names()
     hints = {**data_hints(), **get_type_hints(RunArguments), "output_dir": str | None}

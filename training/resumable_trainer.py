@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 
+from ..backbones_vptsp import linear_products
 from ..files.atomic import write_json
 from ..loading_vptsp import backbone_has
 from .checkpoints import (
@@ -180,6 +181,7 @@ class ResumableTrainer(HookedTrainer):
         """Where this process is, beyond what model, optimiser and `TrainerState` say."""
         return {
             "random": random_state(self.args.device),
+            "linear_products": linear_products.saved(),
             **self.running_sums,
             "seconds": self.earlier_seconds + time.time() - self._started,
         }
@@ -330,6 +332,8 @@ class ResumableTrainer(HookedTrainer):
             progress = self._load_progress(self._resumed_from)
             self.running_sums = progress
             self.earlier_seconds = progress["seconds"]
+            if "linear_products" in progress:  # last bits depend on them
+                linear_products.restore(progress["linear_products"])
 
 
 class _CarryOn(TrainerCallback):

@@ -42,6 +42,7 @@ FREE_SETTINGS = {
     "class_prompt_folder",
     "debug",
     "disable_tqdm",
+    "dtype",  # bf16 and fp16, which it sets, are compared
     "fp16_full_eval",
     "include_for_metrics",
     "include_num_input_tokens_seen",

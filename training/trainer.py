@@ -14,6 +14,7 @@ from transformers import set_seed
 from transformers.trainer_utils import number_of_arguments
 from transformers.utils import logging
 
+from ..backbones_vptsp import linear_products
 from ..data_scripts.image_datasets import images_of
 from ..data_scripts.labels import check_labels
 from ..data_scripts.normalisation import Normalisation
@@ -120,6 +121,8 @@ class VPTSPTrainer(EvaluatingTrainer):
             model.require_shareable()
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_settings": data_settings}
         super().__init__(model=model, args=args, **data, **kwargs)
+        if self.args.full_determinism and linear_products.library == "measured":
+            linear_products.library = "torch"  # what a clock chooses may differ from run to run
         self._next_model, self.model_init = model, model_init
         if train_dataset is not None:
             self._check_train_dataset()

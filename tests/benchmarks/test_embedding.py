@@ -27,7 +27,7 @@ def test_all_families_are_compared_once():
 @pytest.mark.parametrize("family", embedding.all_families())
 def test_frozen_contenders_give_the_same_embeddings(monkeypatch, family):
     monkeypatch.setattr(embedding, "SIZES", {"s": TINY})
-    monkeypatch.setattr(backbones_vptsp, "_ONEDNN_LINEAR", backbones_vptsp._ONEDNN_LINEAR)  # contenders set it
+    monkeypatch.setattr(backbones_vptsp.linear_products, "_library", "torch")  # contenders set it
     pixels, args = torch.randn(2, 3, 224, 224), Namespace(device="cpu", dtype="float32")
     with torch.inference_mode():
         contenders = embedding.make_family_contenders(family, 0, pixels, args)

@@ -179,6 +179,7 @@ FREE_TRAINING_ARGUMENTS = {  # and why none of them changes what is trained
         include_num_input_tokens_seen label_names length_column_name prediction_loss_only remove_unused_columns
         skip_memory_metrics train_sampling_strategy""",
     "about going on itself": "resume_from_checkpoint",
+    "said by bf16 and fp16": "dtype",
 }
 
 
