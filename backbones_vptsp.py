@@ -30,9 +30,9 @@ logger = logging.get_logger(__name__)
 # ---- Linear layers
 #
 # For float32 matrices on CPUs PyTorch brings two libraries along: the BLAS that it was built with (MKL in the usual
-# builds), which `torch.nn.functional.linear` uses, and oneDNN. Which is faster depends on processor, threads and shape,
-# by up to 25 % one way and 100 % the other. So both are timed when a product of a new kind first comes up, in some
-# 40 ms. Sums come in another order in each, so another choice changes last bits: `VPTSP_LINEAR` forces one, and
+# builds), which `torch.nn.functional.linear` uses, and oneDNN. Which is faster depends on processor, threads and
+# shape, by up to 25 % one way and 100 % the other. So both are timed when a product of a new kind first comes up, in
+# some 40 ms. Sums come in another order in each, so another choice changes last bits: `VPTSP_LINEAR` forces one, and
 # training keeps its choices in checkpoints.
 
 _LEAST_WORK = 4e6  # multiplications: smaller products go to PyTorch's own, whose call is the shorter one
@@ -249,8 +249,8 @@ def _global_hooks() -> bool:
 
 # ---- Attention
 #
-# PyTorch's fused attention is slow in bfloat16 on CPUs, above all backwards: where processors multiply bfloat16 matrices
-# by themselves, plain products of blocks of images are faster (`benchmarks/bfloat16_attention.py`).
+# PyTorch's fused attention is slow in bfloat16 on CPUs, above all backwards: where processors multiply bfloat16
+# matrices by themselves, plain products of blocks of images are faster (`benchmarks/bfloat16_attention.py`).
 
 _BLOCK_WEIGHTS = 1_000_000  # attention weights of a block of images: 2 MB, near a core's cache
 
@@ -290,9 +290,9 @@ class _BlockwiseAttention(torch.autograd.Function):
         ctx.scaling = scaling
         output = torch.empty_like(query)
         with torch.autocast(query.device.type, enabled=False):  # which would compute softmax in float32
-            for query, key, value, attended in _blocks(query, key, value, output):
-                weights = torch.softmax((query * scaling) @ key.transpose(-2, -1), dim=-1)
-                attended.copy_(weights @ value)
+            for queries, keys, values, attended in _blocks(query, key, value, output):
+                weights = torch.softmax((queries * scaling) @ keys.transpose(-2, -1), dim=-1)
+                attended.copy_(weights @ values)
         return output
 
     @staticmethod

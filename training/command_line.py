@@ -20,8 +20,8 @@ from ..data_scripts.data_arguments import (
 from ..data_scripts.data_errors import DataError
 from ..data_scripts.paths import check_folder_to_write, usable_path
 from ..files.yaml_files import YamlError, read_yaml
-from ..names.field_values import NOT_NEGATIVE, check_fields, check_value, from_text
 from ..names.environment import environment_error
+from ..names.field_values import NOT_NEGATIVE, check_fields, check_value, from_text
 from ..names.registry import nearest
 from .run_errors import ConfigError
 
