@@ -60,6 +60,7 @@ def check_cluster_arguments(args):
     defaults = {name: item.default for name, item in type(args).__dataclass_fields__.items()}
     unread = {
         "kmeans": ("min_cluster_size",),
+        "faiss": ("min_cluster_size",),
         "hdbscan": ("clusters", "cluster_keep"),
         "instances": ("clusters", "cluster_keep", "min_cluster_size", "cluster_dims", "rounds"),
     }
