@@ -18,6 +18,7 @@ from vptsp.search.model_names import model_name_of
 
 from .page_content import MAX_MEGAPIXELS, SearchPage
 from .page_layout import MAX_UPLOAD_MB, launch
+from .ports import check_port
 from .space import write_space
 
 
@@ -97,6 +98,8 @@ def main(words=None):
             raise DataError("--compare_backbone is for the page served here: a Space has the tuned model alone")
         if args.embeddings_cache is not None and not args.compare_backbone:
             raise DataError("--embeddings_cache goes with --compare_backbone")
+        if args.port is not None and args.write_space is None:
+            check_port(args.host, args.port, least=1)
         page = open_page(
             args.index,
             args.model,

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from vptsp import RetrievalIndex
+from vptsp.deploy import search_page
 from vptsp.deploy.service.command import KEY_VARIABLE, main, read_key
 
 
@@ -21,9 +23,9 @@ def place(tmp_path):
     return tmp_path / "index"
 
 
-def refused(capsys, *words):
+def refused(capsys, *words, run=main):
     with pytest.raises(SystemExit) as error:
-        main([str(word) for word in words])
+        run([str(word) for word in words])
     assert error.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -38,6 +40,21 @@ def test_what_cannot_be_served_is_said(place, tmp_path, capsys, monkeypatch):
     assert "can't be read" in refused(capsys, "--index", place, "--api_key_file", tmp_path / "key")
     (tmp_path / "key").write_text("\n")
     assert "printable" in refused(capsys, "--index", place, "--api_key_file", tmp_path / "key")
+
+
+@pytest.mark.parametrize("app", [False, True])
+def test_a_port_in_use_is_found_before_anything_is_opened(tmp_path, capsys, monkeypatch, app):
+    """The index is not even there."""
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    run = search_page.main if app else main
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        expected = f"--port {port} of 127.0.0.1 is in use by another program: stop that, or give another --port"
+        assert expected in refused(capsys, "--index", tmp_path, "--port", port, run=run)
+    assert "--port" not in refused(capsys, "--index", tmp_path, "--port", port, run=run)
+    assert "--port must be in" in refused(capsys, "--index", tmp_path, "--port", "70000", run=run)
+    message = refused(capsys, "--index", tmp_path, "--host", "192.0.2.1", "--port", port, run=run)
+    assert "--host must be a name or an address of this machine, got '192.0.2.1'" in message
 
 
 def test_keys(tmp_path, monkeypatch):
