@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from .evaluating import EvaluatingTrainer
 from .evaluation_checks import data_sets_in
 from .half_precision import frozen_weights_in
 from .head_start import as_evaluated, check_head_init, head_inputs, start_head
-from .hyperparameters import search_hyperparameters
+from .hyperparameters import objective_of, search_hyperparameters
 from .offloading import BatchesAhead, ClassPromptCallback, prepare_class_prompts
 from .optimisation import build_optimizer, cosine_schedule
 from .output_folder import refuse_other_model
@@ -124,7 +123,7 @@ class VPTSPTrainer(EvaluatingTrainer):
         if train_dataset is not None:
             self._check_train_dataset()
             self._check_loss()
-            check_head_init(args.head_init, model.config)
+            self._check_head_init()
         if self.processing_class is not None:
             self._normalise = Normalisation.of(self.processing_class)
             for part in data_sets_in(self.eval_dataset):
@@ -177,6 +176,10 @@ class VPTSPTrainer(EvaluatingTrainer):
         loss, images_per_class = self.model.config.loss, self.args.images_per_class
         if images_per_class < (least := find_loss(loss).min_images_per_class):
             raise ValueError(f"images_per_class must be >= {least} with the loss {loss!r}, got {images_per_class}")
+
+    def _check_head_init(self):
+        counted = not isinstance(self.train_dataset, StreamedImages)
+        check_head_init(self.args.head_init, self.model.config, len(self.train_dataset.labels) if counted else None)
 
     def sampler_options(self):
         """What of the arguments decides which images are drawn for batches."""
@@ -248,7 +251,7 @@ class VPTSPTrainer(EvaluatingTrainer):
         if self.train_dataset is not None:
             self._check_train_dataset()
             self._check_loss()
-            check_head_init(self.args.head_init, model.config)
+            self._check_head_init()
         self._offloaded, self._ahead, self._normalise = model.offloaded_class_prompts, None, None
         if self.processing_class is not None:
             self._normalise = Normalisation.of(self.processing_class)
@@ -297,7 +300,7 @@ class VPTSPTrainer(EvaluatingTrainer):
             hp_space: Function of an `optuna.Trial` that gives values of fields of `VPTSPTrainingArguments`; None for
                 both learning rates. What the model is, `model_init(trial)` says.
             compute_objective: Function of the metrics of an evaluation; None for `metric_for_best_model`.
-            n_trials: Number of trials.
+            n_trials: Number of trials, at least 1; None for as many as `timeout` allows.
             direction: `maximize` or `minimize`; None for what suits `metric_for_best_model`.
             backend: `optuna`.
             hp_name: Function of a trial that names its folder.
@@ -319,10 +322,8 @@ class VPTSPTrainer(EvaluatingTrainer):
             raise ValueError("hyperparameter_search needs an eval_dataset, by which trials are compared")
         if str(getattr(backend, "value", backend)) != "optuna":
             raise ValueError(f"backend must be optuna, got {backend!r}")
-        metric = self.args.metric_for_best_model
         if compute_objective is None:
-            name = f"eval_{metric.removeprefix('eval_')}"
-            compute_objective = operator.itemgetter(name)
+            compute_objective = objective_of(self.args.metric_for_best_model)
         direction = direction or ("maximize" if self.args.greater_is_better else "minimize")
         if direction not in ("maximize", "minimize"):
             raise ValueError(f"direction must be maximize or minimize, got {direction!r}")

@@ -12,7 +12,7 @@ from ..data_scripts.preprocessing import build_image_processor
 from ..eval.without_labels import cluster_stability, view_agreement
 from .arguments import VPTSPTrainingArguments
 from .checkpoints import check_files, last_checkpoint
-from .cluster_rounds import check_cluster_arguments, first_clusters, restore_clusters
+from .cluster_rounds import check_cluster_arguments, check_groups, first_clusters, restore_clusters
 from .photo_clusters import ClusterPlan, cluster_photos
 from .run_errors import ConfigError
 from .trainer import VPTSPTrainer
@@ -52,6 +52,7 @@ def prepare_clusters(images, training_args, data_args, build):
         check_cluster_arguments(training_args)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    check_groups(images)
     resume = training_args.resume_from_checkpoint
     if resume:
         folder = last_checkpoint(training_args.output_dir) if resume is True else Path(resume)

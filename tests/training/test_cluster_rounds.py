@@ -14,7 +14,7 @@ from checkpoint_runs import write_colours
 from safetensors.torch import load_file
 
 from vptsp import train
-from vptsp.training import cluster_rounds
+from vptsp.training import cluster_rounds, unlabelled_run
 from vptsp.training.checkpoints import load_tree
 
 
@@ -208,6 +208,29 @@ def test_partial_labels_and_groups(images, arguments, tmp_path):
     assert labels[:4, 0].tolist() == [0, 0, 1, 1]
     assert set(labels[4:, 0]) == set(range(2, 7))
     assert rounds_of(tmp_path / "run")[1]["given_classes"] == 2
+
+
+@pytest.mark.parametrize("by_likeness", [False, True])
+def test_photos_of_two_classes_that_belong_together_are_named(
+    images, arguments, tmp_path, capsys, monkeypatch, by_likeness
+):
+    """By file and class; groups that the table gives, before anything is embedded."""
+    files = sorted(shutil.copytree(images, tmp_path / "images").rglob("*.png"))
+    first, second, broken = files[5], files[9], files[0]
+    if by_likeness:
+        shutil.copyfile(first, second)
+        broken.write_bytes(b"no image")  # rows that are embedded are fewer than those of the table
+    else:
+        monkeypatch.setattr(unlabelled_run, "VPTSPTrainer", lambda **_: pytest.fail("photos are embedded"))
+    classes, listing = {first: "mug", second: "cup"}, {first: 1, second: 1}
+    rows = [f"{path},{classes.get(path, '')},{'' if by_likeness else listing.get(path, '')}" for path in files]
+    table = tmp_path / "photos.csv"
+    table.write_text("\n".join(["image,label,listing", *rows]) + "\n")
+    words = [*arguments, "--dataset_name", "table", "--data_dir", str(table), "--labels", "partial"]
+    words += ["--output_dir", str(tmp_path / "run"), "--clusters", "5"]
+    words += ["--link_similarity", "0.9999", "--skip_corrupt"] if by_likeness else ["--group_column", "listing"]
+    (line,) = [line for line in refused(words, capsys) if "error: " in line]
+    assert f"the photos {first} (class 'mug') and {second} (class 'cup') belong together" in line
 
 
 @pytest.mark.parametrize(
