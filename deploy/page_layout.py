@@ -94,12 +94,12 @@ class _Session:
     """What one visitor has asked for: kept in Gradio's state, as a dict of plain values.
 
     `query` and the queries before it (`history`), the page in browsing, the smallest similarity that was asked for
-    (`limit`, or None), and the smallest value of the slider (`low`).
+    (`limit`, or None), the smallest value of the slider (`low`), and the filters of what is shown.
     """
 
     @staticmethod
     def new():
-        return {"query": None, "history": [], "start": 0, "limit": None, "low": -1.0}
+        return {"query": None, "history": [], "start": 0, "limit": None, "low": -1.0, "filters": None}
 
     @staticmethod
     def asks(state, query):
@@ -175,7 +175,7 @@ def _connect(page, blocks, parts, filters, picked, browse):
         slider, low = _slider(gr, found, limit)
         has_more = bool(found.panels) and now["start"] + len(found.ids) < found.total
         return (
-            {**now, "low": low},
+            {**now, "low": low, "filters": [count, text, one_per, view]},
             found.status,
             cards(found),
             slider,
@@ -187,6 +187,10 @@ def _connect(page, blocks, parts, filters, picked, browse):
 
     def search(now, *values):
         return show({**now, "start": 0}, *values)
+
+    def search_changed(now, *values):
+        # a field that is left as it was changes nothing, least of all results that are being clicked
+        return gr.skip() if list(values) == now["filters"] else search(now, *values)
 
     def search_above(limit, now, *values):
         # at the slider's own end there is no limit, whatever range the next results have
@@ -219,22 +223,25 @@ def _connect(page, blocks, parts, filters, picked, browse):
     minimum, image = parts["minimum"], parts["image"]
     blocks.load(None, js=_NARROW)
     # A click often makes two events, as a field loses the focus. One is done at a time, in their order: else both
-    # would begin with the same state, and whichever ended last would undo what the other has found.
-    turns = {"concurrency_id": "turns", "concurrency_limit": 1}
-    # the last counts, also one that comes while an earlier one is searched for, which Gradio would drop
-    last = {"trigger_mode": "always_last", **turns}
-    blocks.load(browse_all, [state, *filters], [image, *shown], api_name="start", **turns)
-    image.input(search_file, [image, state, *filters], [image, *shown], **last)
-    parts["results"].click(search_item, [picked, state, *filters], [image, *shown], js=_PICKED, **last)
-    browse.click(browse_all, [state, *filters], [image, *shown], **turns)
-    parts["back"].click(go_back, [state, *filters], [image, *shown], **turns)
-    parts["before"].click(turn(-1), [state, *filters], shown, api_name="earlier", **turns)
-    parts["after"].click(turn(1), [state, *filters], shown, api_name="more", **turns)
-    changes = [text.submit, text.blur, count.release, one_per.input, view.input]
-    gr.on(changes, search, [state, *filters], shown, api_name="filtered", **last)
+    # would begin with the same state, and whichever ended last would undo what the other has found. None is dropped
+    # or put off while another is pending: what is put off would be sent with what the other's answer has put into the
+    # controls meanwhile. And only the status shows that something is pending: a cover over the results would take the
+    # click that has begun.
+    how = {"concurrency_id": "turns", "concurrency_limit": 1, "trigger_mode": "multiple"}
+    how |= {"show_progress_on": parts["status"]}
+    blocks.load(browse_all, [state, *filters], [image, *shown], api_name="start", **how)
+    image.input(search_file, [image, state, *filters], [image, *shown], **how)
+    parts["results"].click(search_item, [picked, state, *filters], [image, *shown], js=_PICKED, **how)
+    browse.click(browse_all, [state, *filters], [image, *shown], **how)
+    parts["back"].click(go_back, [state, *filters], [image, *shown], **how)
+    parts["before"].click(turn(-1), [state, *filters], shown, api_name="earlier", **how)
+    parts["after"].click(turn(1), [state, *filters], shown, api_name="more", **how)
+    changes = [text.submit, count.release, one_per.input, view.input]
+    gr.on(changes, search, [state, *filters], shown, api_name="filtered", **how)
+    text.blur(search_changed, [state, *filters], shown, api_name="left", **how)
     # Gradio would refuse a value outside of the slider's range, and each query has a range of its own, which may have
     # changed since the slider was let go: so the slider is an input of this alone, and not checked
-    minimum.release(search_above, [minimum, state, *filters], shown, api_name="search", preprocess=False, **last)
+    minimum.release(search_above, [minimum, state, *filters], shown, api_name="search", preprocess=False, **how)
 
 
 def _slider(gr, found, limit):

@@ -226,6 +226,28 @@ def test_the_last_event_counts_though_an_earlier_one_is_slow(place, monkeypatch)
         blocks.close()
 
 
+def test_no_event_is_dropped_or_put_off(place):
+    """Of any; Gradio's page drops those that come while one of the same kind is pending, or sends them later."""
+    gr = pytest.importorskip("gradio")
+    blocks = build_page(open_page(place / "index"))
+    page = blocks.get_config_file()
+    (status,) = [part["id"] for part in page["components"] if part["props"].get("elem_id") == "status"]
+    events = [event for event in page["dependencies"] if event["backend_fn"]]
+    assert len(events) == 10
+    assert {(event["trigger_mode"], tuple(event["show_progress_on"])) for event in events} == {("multiple", (status,))}
+    assert {blocks.fns[event["id"]].concurrency_id for event in events} == {"turns"}
+    sliders = {part._id for part in blocks.blocks.values() if isinstance(part, gr.Slider) and part.minimum == -1}
+    assert [event["api_name"] for event in events if sliders & set(event["inputs"])] == ["search"]
+
+
+def test_a_field_that_is_left_as_it_was_changes_nothing(api):
+    assert "3 nearest" in api.call("search_item", "a/001.png", *FILTERS, session="left")[1]
+    done, answer = api.call("left", *FILTERS, session="left")
+    assert done and "nearest" not in answer and "<figure" not in answer
+    done, answer = api.call("left", 3, "b/", "", "tuned", session="left")
+    assert done and "nearest to `a/001.png`" in answer and "b/00" in answer
+
+
 def test_images_of_items_and_no_others_have_addresses(api, place):
     root = api.address.removesuffix("gradio_api/")
 
