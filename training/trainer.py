@@ -114,6 +114,13 @@ class VPTSPTrainer(EvaluatingTrainer):
         kwargs["data_collator"] = kwargs.get("data_collator") or collate_images
         self._cut = (kwargs.get("processing_class"), getattr(model.config.backbone_config, "image_size", None))
         train_dataset = images_of(train_dataset, "train_dataset", *self._cut, training=True)
+        if not (
+            train_dataset is None or isinstance(train_dataset, StreamedImages) or hasattr(train_dataset, "labels")
+        ):
+            raise ValueError(
+                "train_dataset must have `labels`, the class of every image, as an ImageDataset, or be a "
+                f"datasets.Dataset or StreamedImages; got {type(train_dataset).__name__}"
+            )
         eval_dataset = self._evaluated(eval_dataset)
         if args.push_to_hub:
             model.require_shareable()
@@ -161,8 +168,6 @@ class VPTSPTrainer(EvaluatingTrainer):
                     f"num_classes of the model must be that of train_dataset, which has {dataset.num_active} clusters "
                     f"of {dataset.num_classes} at most, got {num_classes}; first_clusters makes those of a first round"
                 )
-        elif not hasattr(dataset, "labels"):
-            raise ValueError("train_dataset must have `labels`, the class of every image; see ImageDataset")
         else:
             if len(dataset.labels) == 0:
                 raise ValueError("train_dataset is empty")
