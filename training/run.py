@@ -333,7 +333,7 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
         table.say(scores_line("frozen backbone", frozen, "frozen"))
         table.say(scores_line("tuned", final, "final"))
         if is_main:
-            warn_if_no_gain({**frozen, **final})
+            warn_if_no_gain({**frozen, **final}, outcome.global_step)
     results = {
         **summary,
         **frozen,

@@ -1,6 +1,7 @@
 """Runs on photos without labels: rounds, what is said of them, interruptions, several processes, what is refused."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -262,7 +263,8 @@ def test_a_round_that_has_too_few_clusters_ends_the_run(arguments, tmp_path, cap
     assert (tmp_path / "run" / "checkpoint-24").is_dir()
 
 
-def test_no_gain_is_said(arguments, tmp_path, capsys):
+def test_no_gain_is_said(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(unlabelled_run, "FEW_STEPS", 12)  # those of the run are enough
     words = [
         *arguments,
         "--clusters",
@@ -280,10 +282,24 @@ def test_no_gain_is_said(arguments, tmp_path, capsys):
     assert said == (results["final_map_at_r"] <= results["frozen_map_at_r"])
 
 
-def test_a_run_without_a_test_has_no_pictures_and_says_so(arguments, tmp_path, capsys):
+def test_few_steps_are_no_proof(capsys):
+    scores = {"frozen_view_agreement": 0.5, "final_view_agreement": 0.4}
+    unlabelled_run.warn_if_no_gain(scores, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "so few steps (2) can't tell: agreement of views 50.0 with the backbone alone, 40.0 tuned" in line
+    unlabelled_run.warn_if_no_gain(scores, 100)
+    assert "tuning seems not to have helped: agreement of views 50.0" in capsys.readouterr().err
+    unlabelled_run.warn_if_no_gain({**scores, "final_view_agreement": 0.6}, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_without_a_test_has_no_pictures_and_says_so(arguments, tmp_path, capsys, caplog):
+    logging.Logger.warning_once.cache_clear()
     output = tmp_path / "run"
     words = ["--clusters", "6", "--max_steps", "2", "--picture_queries", "4", "--output_dir", str(output)]
-    train.main([*arguments, *words])
+    train.main([*arguments, *words, "--image_size", "24"])
+    said = [record for record in caplog.records if "was trained with images of 16" in record.getMessage()]
+    assert len(said) == 1  # though the backbone is opened twice, first to cluster
     assert "no pictures: there are no test images" in capsys.readouterr().out
     assert not (output / "pictures").exists()
 
