@@ -9,6 +9,7 @@ inside its `image_root`, and what was uploaded.
 """
 
 import argparse
+import importlib.util
 import sys
 
 from vptsp.data_scripts.command_options import CommandParser
@@ -94,6 +95,8 @@ def main(words=None):
     )
     args = parser.parse_args(words)
     try:
+        if importlib.util.find_spec("gradio") is None:
+            raise ImportError("vptsp app needs gradio: pip install 'vptsp[app]'")
         if args.compare_backbone and args.write_space is not None:
             raise DataError("--compare_backbone is for the page served here: a Space has the tuned model alone")
         if args.embeddings_cache is not None and not args.compare_backbone:
@@ -114,7 +117,7 @@ def main(words=None):
         else:
             write_space(args.write_space, page.index, args.image_root)
             print(f"{args.write_space}: {len(page.index):,} images; see docs/app.md for how to push it")
-    except (DataError, ValueError, OSError) as error:
+    except (DataError, ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

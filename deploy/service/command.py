@@ -62,7 +62,7 @@ def main(words=None):
     except ModuleNotFoundError as error:
         print(f"error: vptsp serve needs {error.name}: pip install 'vptsp[serve]'", file=sys.stderr)
         raise SystemExit(2) from error
-    except (DataError, InUseError, ValueError, OSError) as error:
+    except (DataError, InUseError, ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
