@@ -358,7 +358,7 @@ def _peft_config(config, values):
 
 
 def _check_targets(backbone, values):
-    """Refuse names of layers that there are not: PEFT passes over them beside others, and tells no others."""
+    """Refuse names of layers that there are not: PEFT passes over them beside others, and says none that there are."""
     modules = dict(backbone.named_modules())
     tuned = [name for name in modules if layer_number(name) >= 0 and [*modules[name].parameters(recurse=False)]]
     ends = sorted({name.rpartition(".")[2] for name in tuned})
@@ -367,7 +367,8 @@ def _check_targets(backbone, values):
         if targets is None or isinstance(targets, str):  # a pattern, which PEFT reads
             continue
         for target in targets if isinstance(targets, list) else [targets]:
-            if not any(name == target or name.endswith(f".{target}") for name in modules):
+            named = isinstance(target, str) and any(f".{name}".endswith(f".{target}") for name in modules)
+            if not named:
                 raise ValueError(
                     f"peft_config: {field} must name parts of the backbone's layers ({', '.join(ends)}), got "
                     f"{target!r}{nearest(target, ends)}"

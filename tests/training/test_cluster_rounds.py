@@ -264,7 +264,7 @@ def test_a_round_that_has_too_few_clusters_ends_the_run(arguments, tmp_path, cap
 
 
 def test_no_gain_is_said(arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(unlabelled_run, "FEW_STEPS", 12)  # those of the run are enough
+    monkeypatch.setattr(unlabelled_run, "FEW_STEPS", 2)  # those of the run are enough
     words = [
         *arguments,
         "--clusters",
