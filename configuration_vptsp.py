@@ -418,6 +418,13 @@ def check_field(name, value, kind, bounds=None, layers=None):
         raise ValueError(f"{name} must be {'None or ' if optional else ''}{expected}, got {value!r}")
 
 
+def nearest(name, known) -> str:
+    """`; did you mean 'x'?` of the known name that is most like another, in any case; nothing where none is."""
+    names = {item.casefold(): item for item in known}
+    found = difflib.get_close_matches(str(name).casefold(), names, n=1)
+    return "".join(f"; did you mean {names[item]!r}?" for item in found)
+
+
 def check_dtype(name, value, *words):
     """Raise a `ValueError` unless a value is None, a dtype of PyTorch, its name, or one of `words`.
 
@@ -509,8 +516,7 @@ def _refuse_unknown(cls, given, what, why=""):
     """Raise a `ValueError` if keywords are no fields of a configuration's class; `PreTrainedConfig` keeps them all."""
     if unknown := _unknown(cls, given):
         known = [item.name for item in fields(cls)]
-        near = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(unknown[0], known, n=1))
-        raise ValueError(f"{what} has no field {', '.join(map(repr, unknown))}{why or near}")
+        raise ValueError(f"{what} has no field {', '.join(map(repr, unknown))}{why or nearest(unknown[0], known)}")
 
 
 def _unknown(cls, given):

@@ -54,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> int:
     command = importlib.import_module(f".command_{options.command}", __package__)
     try:
         return command.run(options) or 0
-    except (DataError, ValueError, OSError, InUseError) as error:
+    except (DataError, ValueError, OSError, InUseError, ImportError) as error:  # the last of what a model needs
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -17,6 +17,28 @@ _CANDIDATE_SIZES = (56, 40, 28, 20, 14, 10, 7, 5)  # mean photos of a cluster, a
 _GOOD_ENOUGH = 0.8  # of the best silhouette, which goes on rising slowly where clusters are blurred
 
 
+class MixedGroupError(ValueError):
+    """Photos that belong together have two classes.
+
+    Attributes:
+        photos: Numbers of two of them.
+        classes: Theirs.
+    """
+
+    def __init__(self, photos, classes):
+        self.photos, self.classes = photos, classes
+        super().__init__(self.named(photos, classes))
+
+    @staticmethod
+    def named(photos, classes) -> str:
+        """The message, with names of two photos and of their classes."""
+        (photo, other), (own, others) = photos, classes
+        return (
+            f"the photos {photo} (class {own}) and {other} (class {others}) belong together, by their group or their "
+            "likeness: photos that do must have one class"
+        )
+
+
 @dataclass(frozen=True)
 class ClusterPlan:
     """How photos are clustered.
@@ -114,12 +136,12 @@ def cluster_photos(embeddings, plan, groups=None, given=None, num_given=None):
         `(n,)` int64: classes as given, then the clusters, without a gap; -1 for photos that are left out.
 
     Raises:
-        ValueError: photos of two classes belong together, there are fewer photos (or groups) than clusters asked for,
-            or nothing is clustered.
+        MixedGroupError: photos of two classes belong together.
+        ValueError: there are fewer photos (or groups) than clusters asked for, or nothing is clustered.
     """
     linked = linked_groups(np.asarray(embeddings), groups, plan.link_similarity)
     given = np.full(len(linked), -1, dtype=np.int64) if given is None else np.asarray(given)
-    class_of = _class_of_groups(linked, given)
+    class_of = class_of_groups(linked, given)
     labels = class_of[linked]
     free = np.flatnonzero(class_of < 0)  # groups to cluster
     if not len(free):
@@ -141,18 +163,23 @@ def cluster_photos(embeddings, plan, groups=None, given=None, num_given=None):
     return labels
 
 
-def _class_of_groups(linked, given):
-    """The class of each group that has a photo of one, else -1."""
+def class_of_groups(linked, given):
+    """The class of each group that has a photo of one, else -1.
+
+    Args:
+        linked: `(n,)` int64, the group of each photo, as [`linked_groups`] gives it.
+        given: `(n,)` int64, its class, or -1.
+
+    Raises:
+        MixedGroupError: a group has photos of two classes.
+    """
     class_of = np.full(linked.max(initial=-1) + 1, -1, dtype=np.int64)
     known = given >= 0
     class_of[linked[known]] = given[known]
     if (wrong := np.flatnonzero(known & (class_of[linked] != given))).size:
         photo = int(wrong[0])
         other = int(np.flatnonzero((linked == linked[photo]) & known & (given != given[photo]))[0])
-        raise ValueError(
-            f"photos {photo} and {other} belong together (by their group or their likeness), but have the classes "
-            f"{given[photo]} and {given[other]}"
-        )
+        raise MixedGroupError((photo, other), (int(given[photo]), int(given[other])))
     return class_of
 
 
@@ -280,7 +307,9 @@ def follow_clusters(before, after, num_given=0):
 __all__ = [
     "CLUSTERINGS",
     "ClusterPlan",
+    "MixedGroupError",
     "choose_number",
+    "class_of_groups",
     "cluster_photos",
     "follow_clusters",
     "linked_groups",

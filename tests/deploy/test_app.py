@@ -304,12 +304,14 @@ def served(index, *words):
     server = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(240):
+        deadline, answered = time.monotonic() + 300, False
+        while not answered:
             assert server.poll() is None, "the server has ended"
+            assert time.monotonic() < deadline, "the server doesn't answer"
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(address, timeout=5).close()
-                break
-            time.sleep(0.5)
+                answered = True
+            time.sleep(0.1)
         yield address
     finally:
         server.terminate()

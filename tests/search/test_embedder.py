@@ -127,7 +127,7 @@ def test_what_is_no_image_is_refused(retriever_folder, tmp_path):
 def test_options_that_do_not_apply_are_refused(retriever_folder):
     with pytest.raises(ValueError, match="resize_size is for bare backbones"):
         Embedder.from_pretrained(retriever_folder, resize_size=18)
-    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
         Embedder.from_pretrained(retriever_folder, batch_size=0)
 
 

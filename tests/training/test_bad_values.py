@@ -176,6 +176,9 @@ def test_files(content, words, tmp_path, photos, capsys):
 @pytest.mark.parametrize(
     "argv, words",
     [
+        (["--skip_corrupt", "maybe"], "argument --skip_corrupt/--skip-corrupt: expected true or false, got 'maybe'"),
+        (["--bf16=maybe"], "argument --bf16: expected true or false, got 'maybe'"),
+        (["--bitfit", "perhaps"], "argument --bitfit: expected true or false, got 'perhaps'"),
         (["--hub_tokn", "hf_SECRET"], "there is no option --hub_tokn; did you mean --hub_token?"),
         (["--hub_tokn=hf_SECRET"], "there is no option --hub_tokn; did you mean --hub_token?"),
         (["--hub-tokn=hf_SECRET"], "there is no option --hub-tokn; did you mean --hub_token?"),

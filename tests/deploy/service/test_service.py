@@ -36,6 +36,7 @@ COLOURS = {
 }
 
 
+JSON = {"Content-Type": "application/json"}
 ONE = {"items": [{"id": "a", "vector": [1] * 8}]}
 
 
@@ -141,7 +142,20 @@ def test_items_are_added_changed_and_removed_and_stay(client, live, place):
         (422, "price", lambda c: c.patch("/items/red/1.png", json={"price": "much"})),
         (422, "JSON object", lambda c: c.put("/items/a", files=image((0, 0, 0)), data={"columns": "[1]"})),
         (422, "NaN", lambda c: c.put("/items/a", files=image((0, 0, 0)), data={"columns": '{"price": NaN}'})),
-        (422, "extra", lambda c: c.post("/search/id", json={"id": "red/1.png", "kk": 3})),
+        (422, "kk: Extra inputs are not permitted, got 3", lambda c: c.post("/search/id", json={"id": "x", "kk": 3})),
+        (422, "k: Input should be greater than or equal to 1, got 0",
+         lambda c: c.post("/search/id", json={"id": "x", "k": 0})),
+        (422, "id: Field required", lambda c: c.post("/search/id", json={})),
+        (422, "image: Field required", lambda c: c.post("/search/image")),
+        (422, "k: Input should be greater than or equal to 1, got '-1'",
+         lambda c: c.post("/search/image", files=image((0, 0, 0)), data={"k": -1})),
+        (422, "items.0.id: an id can't have control",
+         lambda c: c.post("/vectors", json={"items": [{"id": "\t", "vector": []}]})),
+        (422, "vector.0: Input should be", lambda c: c.post("/search/vector", json={"vector": list("abcde")})),
+        (422, "; and 2 more", lambda c: c.post("/search/vector", json={"vector": list("abcde")})),
+        (422, "only_new: Input should be a valid boolean", lambda c: c.post("/vectors?only_new=perhaps", json=ONE)),
+        (422, "JSON decode error", lambda c: c.post("/search/id", content=b"{", headers=JSON)),
+        (422, r"\ud800", lambda c: c.post("/search/id", content=b'{"id": "x", "\\ud800\\n": 1}', headers=JSON)),
         (422, "3 items", lambda c: c.post("/vectors", json={"items": [{"id": n, "vector": [1] * 8} for n in "abcd"]})),
         (422, "64 bits", lambda c: c.post("/search/id", json={"id": "x", "k": 7, "where": ["price<" + "9" * 30]})),
         (422, "line breaks", lambda c: c.delete("/items/red/1.png%0A")),
@@ -157,7 +171,9 @@ def test_bad_requests_are_named(live, embedder, status, named, ask):
     with TestClient(create_app(live, embedder, limits), raise_server_exceptions=False) as client:
         response = ask(client)
     assert response.status_code == status
-    assert named in response.text
+    (detail,) = response.json().values()
+    assert isinstance(detail, str) and len(detail.splitlines()) == 1
+    assert named in detail
 
 
 def test_key(live, embedder):
@@ -167,6 +183,16 @@ def test_key(live, embedder):
             assert client.get("/metrics", headers=headers).status_code == 401
         assert client.get("/items/red/1.png", headers={"X-API-Key": "secret"}).status_code == 200
         assert client.get("/health").json()["items"] == 4
+        assert client.get("/docs").status_code == 200  # which asks for the key, and tells nothing of the index
+        described = client.get("/openapi.json").json()
+    asking = {
+        path: {bool(operation.get("security")) for operation in methods.values()}
+        for path, methods in described["paths"].items()
+    }
+    assert asking.pop("/health") == {False}
+    assert set(map(frozenset, asking.values())) == {frozenset({True})}
+    (scheme,) = described["components"]["securitySchemes"].values()
+    assert (scheme["in"], scheme["name"]) == ("header", "X-API-Key")
 
 
 class Slow:
@@ -254,7 +280,13 @@ def test_what_the_openapi_page_says_is_true(live, embedder):
 
 
 def test_openapi_describes_all_routes(client):
-    paths = client.get("/openapi.json").json()["paths"]
+    described = client.get("/openapi.json").json()
+    paths = described["paths"]
+    answers = [method["responses"] for methods in paths.values() for method in methods.values()]
+    refusals = [answer["422"]["content"]["application/json"]["schema"] for answer in answers if "422" in answer]
+    assert refusals and all(schema == {"$ref": "#/components/schemas/Problem"} for schema in refusals)
+    assert described["components"]["schemas"]["Problem"]["properties"]["detail"]["type"] == "string"
+    assert "securitySchemes" not in described["components"]  # without a key there is nothing to ask for
     assert {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods} == {
         "POST /search/image", "POST /search/id", "POST /search/vector", "GET /items/{id}", "PUT /items/{id}",
         "PATCH /items/{id}", "DELETE /items/{id}", "POST /vectors", "GET /health", "GET /metrics",
