@@ -99,6 +99,10 @@ def main(words=None):
             raise ImportError("vptsp app needs gradio: pip install 'vptsp[app]'")
         if args.compare_backbone and args.write_space is not None:
             raise DataError("--compare_backbone is for the page served here: a Space has the tuned model alone")
+        served = ("host", "port", "share", "max_upload_mb", "max_megapixels")
+        given = [f"--{name}" for name in served if getattr(args, name) != parser.get_default(name)]
+        if given and args.write_space is not None:
+            raise DataError(f"{', '.join(given)}: for the page served here: a Space has settings of its own")
         if args.embeddings_cache is not None and not args.compare_backbone:
             raise DataError("--embeddings_cache goes with --compare_backbone")
         if args.port is not None and args.write_space is None:

@@ -237,6 +237,7 @@ def test_comparisons_that_can_not_be(page, place, backbone_folder, tmp_path, cap
         backbone_alone(Embedder.from_pretrained(tmp_path / "whole"))
     for words, message in (
         (["--compare_backbone", "--write_space", "x"], "a Space has the tuned model alone"),
+        (["--write_space", "x", "--port", "80", "--share"], "--port, --share: for the page served here"),
         (["--embeddings_cache", "x"], "--embeddings_cache goes with --compare_backbone"),
     ):
         with pytest.raises(SystemExit) as stopped:
