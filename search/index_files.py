@@ -124,14 +124,20 @@ def find_info(folder):
     """The [`IndexInfo`] of a folder; None where there is no index.
 
     Raises:
-        DataError: the folder holds something else.
+        DataError: the folder holds something else, or an index without its `index.json`.
     """
     folder = Path(folder)
     if (folder / INDEX_FILE).is_file():
         return load_record(IndexInfo, folder / INDEX_FILE, "index")
-    others = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    if others := sorted(name for name in others if not name.startswith((".", "index-", "metadata-"))):
-        raise DataError(f"{folder} must be a new or empty folder or an index, got one with {some(others)}")
+    others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    own = [name for name in others if name.startswith(("index-", "metadata-")) or name == JOURNAL_FILE]
+    if foreign := [name for name in others if not name.startswith(".") and name not in own]:
+        raise DataError(f"{folder} must be a new or empty folder or an index, got one with {some(foreign)}")
+    if own:  # which would be deleted once another index is there
+        raise DataError(
+            f"{folder} lacks {INDEX_FILE}, but has other files of an index ({some(own)}): it is lost, or the first "
+            f"save to this folder was stopped. Put {INDEX_FILE} back, or delete these files to build anew"
+        )
     return None
 
 

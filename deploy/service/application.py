@@ -6,7 +6,6 @@ Images are decoded by threads, wait in a bounded queue, and are embedded togethe
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -15,18 +14,18 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from fastapi import Depends, FastAPI, File, Form, HTTPException, Path, Query, Request, Response, UploadFile
+from fastapi import Depends, FastAPI, File, Form, HTTPException, Path, Query, Response, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
 from ..._version import __version__
 from ...data_scripts.data_errors import ImageError
 from ...data_scripts.data_fingerprint import content_digest
-from ...names.registry import nearest
 from .batching import BatchingEmbedder, TooManyWaitingError
 from .counters import Counters
 from .limits import Guard, Limits
 from .live_index import Item, ItemExistsError, NotSavedError, UnknownItemError
+from .strict_requests import StrictRoute, columns_of, refuse_unknown
 
 
 MAX_ID_BYTES = 1024
@@ -277,38 +276,6 @@ def vector_of(values, embedding_dim):
     return F.normalize(vector, dim=1).float()
 
 
-def columns_of(text):
-    """Columns of a form, as JSON.
-
-    Raises:
-        ValueError: not a JSON object of texts, numbers and nulls.
-    """
-    try:
-        values = json.loads(text, parse_constant=lambda name: (_ for _ in ()).throw(ValueError(name)))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"columns must be a JSON object: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"columns must be a JSON object, got {text[:50]!r}")
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
-            raise ValueError(f"columns: {name} must be a text, a number or null, got {value!r}")
-    return values
-
-
-async def refuse_unknown(request: Request):
-    """A ValueError where a request has parameters or fields of a form that its route doesn't take."""
-    route = request.scope["route"].dependant
-    given = {"parameter": (request.query_params, route.query_params)}
-    if request.headers.get("content-type", "").startswith(
-        ("multipart/form-data", "application/x-www-form-urlencoded")
-    ):
-        given["field"] = (await request.form(), route.body_params)
-    for kind, (names, known) in given.items():
-        known = [item.alias for item in known]
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"there is no {kind} {unknown[0]!r}{nearest(unknown[0], known)}; there are {known}")
-
-
 def create_app(live, embedder=None, limits=None, api_key=None, decoders=4):
     """The service as an ASGI application.
 
@@ -334,6 +301,7 @@ def create_app(live, embedder=None, limits=None, api_key=None, decoders=4):
         title="vptsp", version=__version__, description="Image retrieval: search an index, and change it.",
         lifespan=lifespan,
     )  # fmt: skip
+    app.router.route_class = StrictRoute
     app.add_middleware(Guard, limits=service.limits, api_key=api_key, observe=service.metrics.observe)
     _add_errors(app)
     _add_searches(app, service)
@@ -455,4 +423,4 @@ def _add_changes(app, service):
         return await service.put(items, replace=not only_new)
 
 
-__all__ = ["Service", "columns_of", "create_app", "vector_of"]
+__all__ = ["Service", "create_app", "vector_of"]

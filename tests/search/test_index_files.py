@@ -318,6 +318,21 @@ def test_verifying_can_be_left_out(tmp_path):
     assert len(RetrievalIndex.open(tmp_path / "index", mmap=True, verify=False)) == 40
 
 
+@pytest.mark.parametrize("left", [["index-000000.faiss", "metadata-000000.parquet"], ["journal.jsonl"]])
+def test_other_files_of_an_index_without_its_record_are_not_built_over(left, tmp_path):
+    """Nor told from those of a first save that was stopped; both are for who knows what they are."""
+    build().save(tmp_path / "index")
+    (tmp_path / "index" / INDEX_FILE).unlink()
+    for path in (tmp_path / "index").iterdir():
+        if path.name not in left:
+            path.unlink()
+    for name in left:
+        (tmp_path / "index" / name).touch()
+    with pytest.raises(DataError, match=rf"index lacks index.json, but has other files of an index \('{left[0]}'"):
+        build().save(tmp_path / "index")
+    assert not set(left) - {path.name for path in (tmp_path / "index").iterdir()}
+
+
 def test_lock_files_are_left_in_folders_of_indexes_only(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "1.png").write_bytes(b"a photo")
