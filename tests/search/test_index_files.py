@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -316,6 +318,48 @@ def test_verifying_can_be_left_out(tmp_path):
     build().save(tmp_path / "index")
     flip(tmp_path / "index" / "index-000000.faiss")
     assert len(RetrievalIndex.open(tmp_path / "index", mmap=True, verify=False)) == 40
+
+
+def test_without_verifying_a_file_of_another_size_is_refused_all_the_same(tmp_path):
+    for name in ("index-000000.faiss", "metadata-000000.parquet"):
+        build().save(tmp_path / name)
+        with (tmp_path / name / name).open("ab") as stream:
+            stream.write(b"more")
+        with pytest.raises(DataError, match=rf"{name} has \d+ bytes, expected \d+: it is damaged"):
+            RetrievalIndex.open(tmp_path / name, verify=False)
+
+
+OPEN_DAMAGED = """
+import struct, sys
+from pathlib import Path
+from vptsp import DataError, RetrievalIndex
+
+path = Path(sys.argv[1]) / "index-000000.faiss"
+content, count = path.read_bytes(), struct.pack("<q", 40)
+places = [at for at in range(len(content)) if content.startswith(count, at)]
+for number, at in enumerate(places):
+    for mmap in (False, True):
+        other = struct.pack("<q", (41, 1 << 33, 0)[(number + mmap) % 3])
+        path.write_bytes(content[:at] + other + content[at + 8 :])
+        try:
+            index = RetrievalIndex.open(path.parent, mmap=mmap, verify=False)
+            index.search(index.embeddings_of(["item 0"]), 3)
+            print("opened")
+        except DataError as error:
+            print("refused", error)
+"""
+
+
+@pytest.mark.parametrize("options", [{"factory": "IVF2,Flat"}, {"factory": "auto", "quantise": "binary"}])
+def test_without_verifying_no_damage_stops_the_process(options, tmp_path):
+    """Every number of vectors in faiss's file is another one: that crashes faiss, or asks it for all memory."""
+    ids = [f"item {number}" for number in range(40)]
+    RetrievalIndex.build(ids, unit_vectors(40), {"class_name": ids}, **options).save(tmp_path)
+    done = subprocess.run([sys.executable, "-c", OPEN_DAMAGED, tmp_path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) >= 4
+    assert all(line.startswith("refused") and "index-000000.faiss" in line for line in lines), lines
 
 
 @pytest.mark.parametrize("left", [["index-000000.faiss", "metadata-000000.parquet"], ["journal.jsonl"]])
