@@ -79,6 +79,8 @@ def _check_parts(index):
         _require("vectors in lists", sum(lists.list_size(number) for number in range(lists.nlist)), index.ntotal)
         _require("lists", lists.nlist, index.quantizer.ntotal)
         _require("width of the centroids", index.quantizer.d, index.d)
+    if isinstance(index, faiss.IndexFlatCodes):
+        _require("bytes of vectors", index.codes.size(), index.ntotal * index.code_size)
     for part in inner:
         _require("vectors of a part", part.ntotal, index.ntotal)
         _require("width of a part", part.d, index.d)
