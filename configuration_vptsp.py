@@ -551,6 +551,9 @@ def _check_backbone(config):
     """Raise a `ValueError` for a backbone of which nothing can be built: no layers, no width, no pixels."""
     family_of(config)  # is it supported at all?
     check_dtype("backbone_config.dtype", config.dtype)
+    for name in ("patch_size", "image_size"):
+        if isinstance(sides := getattr(config, name, None), (list, tuple)) and len(sides) != 2:
+            raise ValueError(f"backbone_config.{name} must be a number or two, of height and width, got {sides!r}")
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "patch_size"):
         for number in _numbers(getattr(config, name)):
             check_field(f"backbone_config.{name}", number, int, (1, math.inf))

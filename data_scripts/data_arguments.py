@@ -202,7 +202,7 @@ def check_data_arguments(args: DataArguments) -> None:
         check_folder_to_write(args.data_cache_dir, "data_cache_dir")
     for name in ("train_classes", "test_classes"):
         path = class_list_file(getattr(args, name))
-        if path is not None and not usable_path(path).is_file():
+        if path == "" or (path is not None and not usable_path(path).is_file()):
             raise DataError(f"{name}: expected a text file with one class name per line at {path}, there is none")
     if args.dataset_name == "hub":
         hub_places(args, args.data_dir)

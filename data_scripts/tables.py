@@ -133,6 +133,13 @@ def _say_unlisted(folder: Path, splits: Mapping[str, datasets.Dataset], metadata
         logger.warning("%s: %d images are not named in the metadata, left out: %s", folder, len(rest), some(rest))
 
 
+def _root(given: str) -> Path:
+    try:
+        return usable_path(given).absolute()
+    except DataError as error:
+        raise DataError(f"image_root must be a path: {error}") from error
+
+
 def _joined(splits: dict[str, datasets.Dataset], name: str) -> datasets.Dataset:
     """Rows of a table that is the split `name` itself."""
     if len(splits) > 1:
@@ -261,7 +268,7 @@ class _Table:
             self._check_stored(rows, image)
             return rows
         if paths is not None:
-            root = self.root if config.image_root is None else usable_path(config.image_root).absolute()
+            root = self.root if config.image_root is None else _root(config.image_root)
             stored: Any = [{"path": path, "bytes": None} for path in self._files(paths, root)]
         elif isinstance(feature, datasets.Value) and "binary" in feature.dtype:
             stored = self._contents(rows, image)
