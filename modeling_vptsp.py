@@ -1109,7 +1109,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         if not config.save_backbone:
             frozen = cls._frozen_weights(config, pretrained_model_name_or_path, backbone, hub_kwargs)
             saved = _named_as_in(frozen, saved, config.backbone_config.model_type)
-        cls._refuse_other_shapes(config, frozen | saved, pretrained_model_name_or_path)
+        cls._refuse_other_tensors(config, frozen | saved, from_retriever, pretrained_model_name_or_path)
         # Tensors read from a file lie at odd addresses, from which some kernels round otherwise; copies are aligned.
         state_dict = {name: tensor.clone() for name, tensor in (frozen | saved).items()}
         model, info = super().from_pretrained(
@@ -1154,10 +1154,11 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         return {f"{cls.retriever_prefix}backbone.{name}": tensor for name, tensor in weights.items()}
 
     @classmethod
-    def _refuse_other_shapes(cls, config, weights, source):
-        """Raise a `ValueError` if tensors have other shapes than the configuration says, before a model is built.
+    def _refuse_other_tensors(cls, config, weights, from_retriever, source):
+        """Raise a `ValueError` if tensors are not those that the configuration says, before a model is built.
 
-        A damaged configuration may ask for more memory than there is.
+        A damaged configuration may ask for more memory than there is. In a training model, what is not the retriever's
+        starts anew of a retriever.
         """
         with torch.device("meta"):
             own = cls(copy.deepcopy(config)).state_dict()
@@ -1166,7 +1167,9 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             for name, tensor in weights.items()
             if name in own and own[name].shape != tensor.shape
         ]
-        _refuse_differences((), (), source, others)
+        prefix = cls.retriever_prefix if from_retriever else ""
+        missing = [name for name in own if name not in weights and name.startswith(prefix)]
+        _refuse_differences(missing, [name for name in weights if name not in own], source, others)
 
     def _refuse_incomplete(self, saved, info, from_retriever, source):
         """Raise a `ValueError` unless all that this model should have come from its checkpoint did.

@@ -19,9 +19,9 @@ from .paths import usable_path
 
 
 __all__ = [
-    "SAVED_FILES",
     "TABLE_ENDINGS",
     "TextTable",
+    "is_saved_folder",
     "is_table_file",
     "is_table_folder",
     "metadata_files",
@@ -35,7 +35,7 @@ __all__ = [
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow")
 LIST_ENDING = ".txt"
 """Of a table that has a path per line and nothing else."""
-SAVED_FILES = ("dataset_dict.json", "state.json")
+_SAVED_FILES = ("dataset_dict.json", "state.json")
 """What `save_to_disk` of `datasets` writes."""
 _METADATA = tuple(f"metadata{ending}" for ending in (".csv", ".jsonl", ".parquet"))
 
@@ -109,7 +109,7 @@ def table_kind(place: str | Path | None) -> str:
             raise DataError(f"{path} is no table: expected a file ending in {', '.join(TABLE_ENDINGS)}")
         return "file"
     folder = existing_folder(place)
-    if any((folder / name).is_file() for name in SAVED_FILES):
+    if is_saved_folder(folder):
         return "saved"
     if metadata_files(folder):
         return "metadata"
@@ -123,7 +123,12 @@ def table_kind(place: str | Path | None) -> str:
 
 def is_table_folder(folder: str | Path) -> bool:
     """Whether a folder is what `save_to_disk` wrote, or has metadata beside its images."""
-    return any((Path(folder) / name).is_file() for name in (*SAVED_FILES, *_METADATA))
+    return is_saved_folder(folder) or any((Path(folder) / name).is_file() for name in _METADATA)
+
+
+def is_saved_folder(folder: str | Path) -> bool:
+    """Whether a folder is what `save_to_disk` wrote."""
+    return any((Path(folder) / name).is_file() for name in _SAVED_FILES)
 
 
 def refuse_table(place: str | Path | None) -> None:
@@ -137,7 +142,7 @@ def refuse_table(place: str | Path | None) -> None:
     path = usable_path(place)
     if path.is_file() and is_table_file(path):
         raise DataError(f"data_dir must be a folder, but {path} is a table: give --dataset_name table")
-    if place and any((path / name).is_file() for name in SAVED_FILES):
+    if is_saved_folder(path):
         raise DataError(f"{path} is what save_to_disk of datasets wrote: give --dataset_name saved")
     metadata = next((path / name for name in _METADATA if place and (path / name).is_file()), None)
     if metadata is not None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from remote_code import remote_model
 from safetensors.torch import load_file
-from transformers import AutoModel
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel
 from vptsp.training.model_card import retriever_card
@@ -78,7 +78,7 @@ def test_kinds_come_back_as_they_were_saved(backbone_folder, tmp_path, kind):
     assert torch.equal(loaded(PIXELS).embeddings, embeddings)
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} >= in_backbone
     if kind in ("dora", "fourier"):  # what is not in the weights, and what is drawn
-        loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+        loaded = remote_model(tmp_path)
         assert torch.equal(loaded(PIXELS).embeddings, embeddings)
 
 

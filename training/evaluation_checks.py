@@ -7,10 +7,14 @@ from collections.abc import Mapping
 import torch
 
 from ..data_scripts.labels import check_labels
+from ..data_scripts.streaming import StreamedImages
 from ..data_scripts.transforms import TrainTransform
 from ..eval.metric_registry import METRICS
 from ..eval.metrics import count_relevant
 from .run_errors import ConfigError
+
+
+_UNANSWERED = {1: "no class has two images", 2: "no class of the queries is in the gallery"}
 
 
 def named_sets(dataset) -> dict:
@@ -105,8 +109,12 @@ def _shown(value):
 
 
 def _check_answerable(part, where):
-    """That some query can be answered, where the data sets say their classes without being read."""
+    """That some query can be answered, where the data sets say their classes; of streams as few rows as tell."""
     singles = [part["query"], part["gallery"]] if isinstance(part, dict) else [part]
+    if all(isinstance(single, StreamedImages) for single in singles):
+        if not singles[0].answered_classes(1, *singles[1:]):
+            raise ConfigError(f"{where}: {_UNANSWERED[len(singles)]}, so no query can be answered")
+        return
     if not all(hasattr(single, "labels") for single in singles):
         return
     labels = [torch.from_numpy(check_labels(single.labels, where=f"labels of {where}")) for single in singles]
@@ -114,8 +122,7 @@ def _check_answerable(part, where):
         if not len(single):
             raise ConfigError(f"{where} is empty")
     if not count_relevant(*labels).any():
-        reason = "no class has two images" if len(labels) == 1 else "no class of the queries is in the gallery"
-        raise ConfigError(f"{where}: {reason}, so no query can be answered")
+        raise ConfigError(f"{where}: {_UNANSWERED[len(labels)]}, so no query can be answered")
 
 
 def _metric_names(part, args, measure):

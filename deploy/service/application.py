@@ -6,7 +6,6 @@ Images are decoded by threads, wait in a bounded queue, and are embedded togethe
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -23,7 +22,6 @@ from fastapi import (
     HTTPException,
     Path,
     Query,
-    Request,
     Response,
     Security,
     UploadFile,
@@ -36,7 +34,6 @@ from pydantic import AfterValidator
 from ..._version import __version__
 from ...data_scripts.data_errors import ImageError
 from ...data_scripts.data_fingerprint import content_digest
-from ...names.registry import nearest
 from .batching import BatchingEmbedder, TooManyWaitingError
 from .counters import Counters
 from .limits import Guard, Limits
@@ -58,6 +55,7 @@ from .messages import (
     problem_text,
     problems,
 )
+from .strict_requests import StrictRoute, columns_of, refuse_unknown
 
 
 class Service:
@@ -189,38 +187,6 @@ def vector_of(values, embedding_dim):
     return F.normalize(vector, dim=1).float()
 
 
-def columns_of(text):
-    """Columns of a form, as JSON.
-
-    Raises:
-        ValueError: not a JSON object of texts, numbers and nulls.
-    """
-    try:
-        values = json.loads(text, parse_constant=lambda name: (_ for _ in ()).throw(ValueError(name)))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"columns must be a JSON object: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"columns must be a JSON object, got {text[:50]!r}")
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
-            raise ValueError(f"columns: {name} must be a text, a number or null, got {value!r}")
-    return values
-
-
-async def refuse_unknown(request: Request):
-    """A ValueError where a request has parameters or fields of a form that its route doesn't take."""
-    route = request.scope["route"].dependant
-    given = {"parameter": (request.query_params, route.query_params)}
-    if request.headers.get("content-type", "").startswith(
-        ("multipart/form-data", "application/x-www-form-urlencoded")
-    ):
-        given["field"] = (await request.form(), route.body_params)
-    for kind, (names, known) in given.items():
-        known = [item.alias for item in known]
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"there is no {kind} {unknown[0]!r}{nearest(unknown[0], known)}; there are {known}")
-
-
 def create_app(live, embedder=None, limits=None, api_key=None, decoders=4):
     """The service as an ASGI application.
 
@@ -250,7 +216,7 @@ def create_app(live, embedder=None, limits=None, api_key=None, decoders=4):
     _add_errors(app)
     # the guard compares keys; this says it in the description, whose page then asks for the key
     asks_key = APIKeyHeader(name="X-API-Key", auto_error=False)
-    locked = APIRouter(dependencies=[] if api_key is None else [Security(asks_key)])
+    locked = APIRouter(route_class=StrictRoute, dependencies=[] if api_key is None else [Security(asks_key)])
     _add_searches(locked, service)
     _add_changes(locked, service)
 
@@ -376,4 +342,4 @@ def _add_changes(router, service):
         return await service.put(items, replace=not only_new)
 
 
-__all__ = ["Service", "columns_of", "create_app", "vector_of"]
+__all__ = ["Service", "create_app", "vector_of"]

@@ -7,6 +7,7 @@ import pytest
 import test_families
 import torch
 from PIL import Image
+from remote_code import remote_model
 from transformers import AutoImageProcessor, AutoModel
 
 from vptsp import Embedder, ImageError, VPTSPModel
@@ -40,7 +41,7 @@ def test_fingerprint_is_the_same_under_the_names_of_earlier_versions_of_transfor
 def test_retriever_equals_processor_and_model(retriever_folder, picture):
     embedder = Embedder.from_pretrained(retriever_folder)
     processor = AutoImageProcessor.from_pretrained(retriever_folder, backend="pil")
-    model = AutoModel.from_pretrained(retriever_folder, trust_remote_code=True)
+    model = remote_model(retriever_folder)
     with torch.no_grad():
         expected = model(processor(images=Image.open(picture), return_tensors="pt").pixel_values).embeddings
     torch.testing.assert_close(embedder.embed_images([picture]), expected)

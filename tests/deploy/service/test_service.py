@@ -38,6 +38,7 @@ COLOURS = {
 
 JSON = {"Content-Type": "application/json"}
 ONE = {"items": [{"id": "a", "vector": [1] * 8}]}
+PRICES = '{"price": 1, "price": 2}'
 
 
 def png(colour, size=20):
@@ -174,6 +175,34 @@ def test_bad_requests_are_named(live, embedder, status, named, ask):
     (detail,) = response.json().values()
     assert isinstance(detail, str) and len(detail.splitlines()) == 1
     assert named in detail
+
+
+def as_json(text):
+    return {"content": text.encode(), "headers": {"Content-Type": "application/json"}}
+
+
+@pytest.mark.parametrize(
+    "twice, method, address, request_of",
+    [
+        ("the body: 'k'", "post", "/search/id", lambda: as_json('{"id": "red/1.png", "k": 7, "k": 8}')),
+        ("the body: 'price'", "patch", "/items/red/1.png", lambda: as_json(PRICES)),
+        ("'price'", "post", "/vectors", lambda: as_json(f'{{"items": [{{"id": "a", "columns": {PRICES}}}]}}')),
+        ("columns", "put", "/items/a", lambda: {"files": image((0, 0, 0)), "data": {"columns": PRICES}}),
+        ("the field 'k'", "post", "/search/image", lambda: {"files": image((0, 0, 0)), "data": {"k": [3, 4]}}),
+        ("the field 'image'", "post", "/search/image", lambda: {"files": 2 * list(image((0, 0, 0)).items())}),
+        ("the parameter 'only_new'", "post", "/vectors?only_new=true&only_new=false", lambda: {"json": ONE}),
+    ],
+)
+def test_what_is_given_twice_is_refused(client, place, twice, method, address, request_of):
+    response = getattr(client, method)(address, **request_of())
+    assert response.status_code == 422
+    assert twice in response.json()["detail"] and "is there twice" in response.json()["detail"]
+    assert {name: row["price"] for name, row in RetrievalIndex.open(place).items().items()}["red/1.png"] == 1
+
+
+def test_what_is_no_json(client):
+    response = client.post("/search/id", **as_json('{"id": "x"'))
+    assert response.status_code == 422 and "JSON decode error" in response.text
 
 
 def test_key(live, embedder):
