@@ -34,6 +34,7 @@ from pydantic import AfterValidator
 from ..._version import __version__
 from ...data_scripts.data_errors import ImageError
 from ...data_scripts.data_fingerprint import content_digest
+from ...eval.reranking import QueryExpansion, Reranking
 from .batching import BatchingEmbedder, TooManyWaitingError
 from .counters import Counters
 from .limits import Guard, Limits
@@ -127,6 +128,12 @@ class Service:
             raise ValueError(f"k must be at most {self.limits.max_results}, got {filters.k}")
         index.require_values(filters.where or None)
         options = filters.model_dump(include={"k", "containing", "min_similarity", "group_by"})
+        for name, kind in (("rerank", Reranking), ("expand", QueryExpansion)):
+            words = getattr(filters, name)  # a form says `[]` by an empty text
+            options[name] = None if words is None else kind.of_words([word for word in words if word])
+        for name, field in (("rerank", "depth"), ("expand", "neighbours")):
+            if (value := getattr(options[name], field, 0)) > self.limits.max_results:
+                raise ValueError(f"{name}: {field} must be at most {self.limits.max_results}, got {value}")
         return options | {"where": filters.where or None}
 
     async def item(self, name):
@@ -276,11 +283,12 @@ def _add_searches(router, service):
         containing: Annotated[str | None, Form()] = None,
         min_similarity: Annotated[float | None, Form(ge=-1, le=1)] = None,
         group_by: Annotated[str | None, Form()] = None,
+        rerank: Annotated[list[str] | None, Form(description="empty for the defaults")] = None,
+        expand: Annotated[list[str] | None, Form(description="empty for the defaults")] = None,
     ) -> Results:
         """The items most similar to an image."""
-        filters = Filters(
-            k=k, where=where or [], containing=containing, min_similarity=min_similarity, group_by=group_by
-        )
+        narrowed = {"containing": containing, "min_similarity": min_similarity, "group_by": group_by}
+        filters = Filters(k=k, where=where or [], rerank=rerank, expand=expand, **narrowed)
         embedding = await service.embed(await image.read(), image.filename or "image")
         return await service.search(embedding, filters)
 

@@ -90,6 +90,12 @@ class Filters(Message):
     containing: str | None = Field(None, description="only items with this text in their id or a column")
     min_similarity: float | None = Field(None, ge=-1, le=1)
     group_by: str | None = Field(None, description="a column: only the most similar item of each of its values")
+    rerank: list[str] | None = Field(
+        None, description="k-reciprocal re-ranking: nothing but `[]` for the defaults, or such as `depth=100`, `k1=20`"
+    )
+    expand: list[str] | None = Field(
+        None, description="query expansion: `[]` for the defaults, or such as `neighbours=10`, `alpha=3`"
+    )
 
 
 class SearchById(Filters):

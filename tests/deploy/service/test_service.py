@@ -22,7 +22,7 @@ from schemathesis.checks import (
     status_code_conformance,
 )
 
-from vptsp import Embedder, RetrievalIndex
+from vptsp import Embedder, QueryExpansion, Reranking, RetrievalIndex
 from vptsp.deploy.service.application import create_app
 from vptsp.deploy.service.limits import Limits
 from vptsp.deploy.service.live_index import LiveIndex
@@ -106,6 +106,23 @@ def test_filters(client):
     assert "green" in response.json()["detail"]
 
 
+def test_results_in_another_order(client, live, embedder):
+    query = png((190, 10, 0))
+    embedding = embedder.embed_images([query])
+    ways = {"rerank": (Reranking(), Reranking(depth=3, k1=2, k2=1)), "expand": (QueryExpansion(), QueryExpansion(2))}
+    words = {"rerank": ["depth=3", "k1=2", "k2=1"], "expand": ["neighbours=2"]}
+    for name, (default, other) in ways.items():
+        for way, asked in ((default, []), (other, words[name])):
+            hits = live.index.search(embedding, 4, **{name: way})[0]
+            expected = [(hit.id, pytest.approx(hit.similarity)) for hit in hits]
+            form = {"k": 4, name: asked or ""}
+            by_image = client.post("/search/image", files={"image": ("q.png", query)}, data=form)
+            body = {"vector": embedding[0].tolist(), "k": 4, name: asked}
+            for response in (by_image, client.post("/search/vector", json=body)):
+                assert response.status_code == 200, response.text
+                assert [(found["id"], found["similarity"]) for found in response.json()["results"]] == expected
+
+
 def test_items_are_added_changed_and_removed_and_stay(client, live, place):
     response = client.put("/items/new/yellow.png", files=image((200, 200, 0)), data={"columns": '{"price": 9}'})
     assert (response.status_code, response.json()["added"]) == (200, 1)
@@ -133,6 +150,8 @@ def test_items_are_added_changed_and_removed_and_stay(client, live, place):
         (413, "10,000 bytes", lambda c: c.post("/search/image", files={"image": ("x.png", bytes(20_000))})),
         (413, "10,000 bytes", lambda c: c.post("/search/id", content=(bytes(5_000) for _ in range(3)))),
         (422, "k must be at most 7", lambda c: c.post("/search/id", json={"id": "red/1.png", "k": 8})),
+        (422, "depth must be at most 7", lambda c: c.post("/search/id", json={"id": "a", "k": 7, "rerank": []})),
+        (422, "did you mean 'depth'", lambda c: c.post("/search/id", json={"id": "", "k": 7, "rerank": ["dept=3"]})),
         (422, "vector must have 8", lambda c: c.post("/search/vector", json={"vector": [1.0]})),
         (422, "direction", lambda c: c.post("/search/vector", json={"vector": [0.0] * 8})),
         (404, "'nothing'", lambda c: c.post("/search/id", json={"id": "nothing", "k": 7})),
