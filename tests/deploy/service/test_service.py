@@ -151,7 +151,7 @@ def test_items_are_added_changed_and_removed_and_stay(client, live, place):
         (413, "10,000 bytes", lambda c: c.post("/search/id", content=(bytes(5_000) for _ in range(3)))),
         (422, "k must be at most 7", lambda c: c.post("/search/id", json={"id": "red/1.png", "k": 8})),
         (422, "depth must be at most 7", lambda c: c.post("/search/id", json={"id": "a", "k": 7, "rerank": []})),
-        (422, "did you mean 'depth'", lambda c: c.post("/search/id", json={"id": "", "k": 7, "rerank": ["dept=3"]})),
+        (422, "did you mean 'depth'", lambda c: c.post("/search/id", json={"id": "a", "k": 7, "rerank": ["dept=3"]})),
         (422, "vector must have 8", lambda c: c.post("/search/vector", json={"vector": [1.0]})),
         (422, "direction", lambda c: c.post("/search/vector", json={"vector": [0.0] * 8})),
         (404, "'nothing'", lambda c: c.post("/search/id", json={"id": "nothing", "k": 7})),
