@@ -24,7 +24,16 @@ from pathlib import Path
 
 import yaml
 from compare_methods import find_configs, read_row_overrides
-from resumable_runs import check_earlier_run, finish, launch_here, outcomes, run_command, share, write_once, writing
+from resumable_runs import (
+    check_earlier_run,
+    class_list_options,
+    finish,
+    launch_here,
+    outcomes,
+    run_command,
+    share,
+    writing,
+)
 
 from vptsp.files.atomic import write_text
 from vptsp.files.locks import locked
@@ -53,15 +62,8 @@ def hold_back_classes(arguments, output):
     _, _, data_args, _ = parse_arguments(arguments)
     refuse_unknown_options(data_args.dataset_name, ("train_classes", "test_classes"))
     names = data_args.load_splits()["train"].features["label"].names
-    options = []
-    for option, classes in {
-        "train_classes": [name for i, name in enumerate(names) if i % 3 != 2],
-        "test_classes": names[2::3],
-    }.items():
-        path = output / f"{option}.txt"
-        write_once(path, "".join(f"{name}\n" for name in classes))
-        options += [f"--{option}", str(path)]
-    return options
+    train = [name for i, name in enumerate(names) if i % 3 != 2]
+    return class_list_options(output, train=train, test=names[2::3])
 
 
 def search(score):

@@ -22,7 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compare_methods import SCORES, find_configs, read_row_overrides, summarise
-from resumable_runs import check_earlier_run, finish, launch_process, outcomes, run_command, share, write_once, writing
+from resumable_runs import (
+    check_earlier_run,
+    class_list_options,
+    finish,
+    launch_process,
+    outcomes,
+    run_command,
+    share,
+    write_once,
+    writing,
+)
 
 from vptsp.files.atomic import write_json, write_text
 
@@ -117,11 +127,7 @@ def subset_options(base, classes, per_class, seed, folder):
     rows.writerow(["image", "label"])
     rows.writerows([path, name] for part in parts.values() for name in part for path in part[name])
     write_once(folder / "photos.csv", text.getvalue())
-    options = ["--dataset_name", "table", "--data_dir", str(folder / "photos.csv")]
-    for name, part in parts.items():
-        write_once(folder / f"{name}_classes.txt", "".join(f"{class_name}\n" for class_name in part))
-        options += [f"--{name}_classes", str(folder / f"{name}_classes.txt")]
-    return options
+    return ["--dataset_name", "table", "--data_dir", str(folder / "photos.csv"), *class_list_options(folder, **parts)]
 
 
 def _size_options(size):

@@ -147,6 +147,28 @@ def write_once(path, text):
     write_text(path, text)
 
 
+def class_list_options(folder, **classes):
+    """Write lists of classes, in place of whatever else says which classes train and which test.
+
+    Args:
+        folder: Existing folder for the lists.
+        **classes: `train` and `test`, names of classes each.
+
+    Returns:
+        Options of `train.py`, to come after all others: with the lists, and without another way to split.
+    """
+    from vptsp.data_scripts.dataset_options import ClassSplitOptions
+
+    options = []
+    for name in ("class_split", "test_share", "split_seed"):
+        options += [f"--{name}", str(getattr(ClassSplitOptions, name))]
+    for side, names in classes.items():
+        path = folder / f"{side}_classes.txt"
+        write_once(path, "".join(f"{name}\n" for name in names))
+        options += [f"--{side}_classes", str(path)]
+    return options
+
+
 @contextlib.contextmanager
 def writing(output):
     """Hold the lock of what is made of all runs of a folder, so that the last to write has read the most."""

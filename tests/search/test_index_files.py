@@ -215,9 +215,9 @@ def test_a_reader_sees_a_whole_index_while_another_process_saves(tmp_path, monke
 
     check = files.check_files
 
-    def check_late(*arguments):
+    def check_late(*arguments, **options):
         next(saves, lambda: None)()
-        return check(*arguments)
+        return check(*arguments, **options)
 
     monkeypatch.setattr(files, "check_files", check_late)
     opened = RetrievalIndex.open(tmp_path / "index")
