@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,8 @@ from .embed import embed_shards
 
 
 _READ_AT_ONCE = 1024
-_MOST_RESTARTS = 3
-"""Of a worker, and of a task: an image that ends every worker must not go round for ever."""
+_MOST_ATTEMPTS = 4
+"""Of a shard: an image that ends every worker must not go round for ever, as Ray lets it."""
 
 
 class EngineError(OSError):
@@ -90,8 +91,8 @@ class RayEngine:
             "num_workers": self.cpus - 1 if num_workers is None else num_workers,
             "threads": self.cpus,
             "skip_corrupt": skip_corrupt,
+            "attempts": ray.remote(num_cpus=0)(_Attempts).remote(),
         }
-        restarts = {"max_restarts": _MOST_RESTARTS, "max_task_retries": _MOST_RESTARTS}
 
         def embed(items):
             return items.map_batches(
@@ -101,7 +102,6 @@ class RayEngine:
                 compute=ray.data.ActorPoolStrategy(size=self._count(ray, len(jobs))),
                 num_cpus=self.cpus,
                 num_gpus=self.gpus or None,
-                ray_remote_args_fn=lambda: restarts,
             )
 
         rows = sum(len(rows) for _, rows in jobs)
@@ -188,11 +188,22 @@ def _digests(batch):
     return _outcome(lambda start, part: [content_digest(part.stored(row)) for row in range(len(part))], batch)
 
 
+class _Attempts:
+    """Counts how often each shard was begun, by workers that may have ended since."""
+
+    def __init__(self):
+        self._begun = Counter()
+
+    def begin(self, start):
+        self._begun[start] += 1
+        return self._begun[start]
+
+
 class _EmbedShard:
     """What a worker does: it loads the model at its first task, so that its errors come back as those of tasks do."""
 
-    def __init__(self, load, fingerprint, num_workers, threads, skip_corrupt):
-        self._load, self._fingerprint = load, fingerprint
+    def __init__(self, load, fingerprint, num_workers, threads, skip_corrupt, attempts):
+        self._load, self._fingerprint, self._attempts = load, fingerprint, attempts
         self._num_workers, self._threads, self._skip_corrupt = num_workers, threads, skip_corrupt
         self._embedder = None
 
@@ -200,6 +211,11 @@ class _EmbedShard:
         return _outcome(self._embed, batch)
 
     def _embed(self, start, part):
+        if import_ray().get(self._attempts.begin.remote(start)) > _MOST_ATTEMPTS:
+            raise EngineError(
+                f"{_MOST_ATTEMPTS} workers ended while they embedded the {len(part)} images from {part.ids[0]!r} on "
+                "(out of memory, or by one of these images?); what is written stays, and the same command goes on"
+            )
         if self._embedder is None:
             torch.set_num_threads(self._threads)
             embedder = self._load()

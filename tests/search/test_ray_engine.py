@@ -16,8 +16,8 @@ from ray_runs import count_noted, noted_embedder
 from storage_fixtures import s3_service, write_shards
 
 from vptsp import DataError, Embedder, EmbeddingStore, ImageError, RayEngine, embed_to_store, folder_source
-from vptsp.search import ray_engine
 from vptsp.search.commands import main
+from vptsp.search.ray_engine import EngineError
 
 
 HERE = Path(__file__).parent
@@ -27,14 +27,12 @@ HERE = Path(__file__).parent
 def cluster():
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
-    python_path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        runtime_env={"env_vars": {"PYTHONPATH": python_path}},
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+        )  # of the workers too
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield ray
     ray.shutdown()
 
@@ -44,16 +42,24 @@ def photos(tmp_path):
     return write_classes(tmp_path / "photos", {"b": 6, "a": 9, "c/d": 3})
 
 
-@pytest.fixture
-def notes(tmp_path):
-    (tmp_path / "notes").mkdir()
-    return tmp_path / "notes"
+class World:
+    """Photos, one of which can't be read, and what embeds them."""
+
+    def __init__(self, root, photos, backbone):
+        self.root, self.photos, self.backbone = root, photos, str(backbone)
+        self.notes = root / "notes"
+        self.notes.mkdir()
+        write_files(photos, {"a/002.png": b"no image"})
+
+    def embed(self, name, **options):
+        embedder = Embedder.from_pretrained(self.backbone, batch_size=3, device="cpu")
+        source = folder_source(self.photos)
+        return embed_to_store(embedder, source, self.root / name, shard_size=4, progress=False, **options)
 
 
 @pytest.fixture
-def one_process(backbone_folder, photos, tmp_path):
-    embedder = Embedder.from_pretrained(backbone_folder, batch_size=3, device="cpu")
-    return embed_to_store(embedder, folder_source(photos), tmp_path / "one", shard_size=4, progress=False)
+def world(tmp_path, photos, backbone_folder):
+    return World(tmp_path, photos, backbone_folder)
 
 
 def assert_same(store, expected):
@@ -66,123 +72,82 @@ def assert_same(store, expected):
     assert {name: info[name] for name in info} == {name: other[name] for name in other}
 
 
-def test_the_command_writes_the_store_of_one_process(cluster, backbone_folder, photos, one_process, tmp_path, capsys):
-    words = [
-        "embed",
-        "--model",
-        backbone_folder,
-        "--images",
-        photos,
-        "--output",
-        tmp_path / "store",
-        "--shard_size",
-        4,
-    ]
-    words += ["--batch_size", 3, "--engine", "ray", "--engine_workers", 2]
-    assert main([*map(str, words)]) == 0
-    assert "18 embeddings of width 24 in 5 files" in capsys.readouterr().out
-    assert_same(EmbeddingStore.open(tmp_path / "store"), one_process)
-
-
-def test_a_worker_that_dies_costs_nothing(cluster, backbone_folder, photos, notes, one_process, tmp_path):
-    load = partial(noted_embedder, backbone_folder, notes, dies=tmp_path / "died")
-    expected = Embedder.from_pretrained(backbone_folder, batch_size=3, device="cpu")
-    engine = RayEngine(load, workers=2)
-    store = embed_to_store(
-        expected, folder_source(photos), tmp_path / "store", shard_size=4, progress=False, engine=engine
-    )
-    assert (tmp_path / "died").exists()
-    assert_same(store, one_process)
-
-
-def test_what_is_written_is_not_embedded_again(cluster, backbone_folder, photos, notes, one_process, tmp_path):
-    for name in ("store.json", "shard-00000-of-00005.parquet", "shard-00003-of-00005.parquet"):
-        write_files(tmp_path / "store", {name: (tmp_path / "one" / name).read_bytes()})
-    record = json.loads((tmp_path / "store" / "store.json").read_text())
-    record |= {"complete": False, "files": None}
-    (tmp_path / "store" / "store.json").write_text(json.dumps(record))
-    load = partial(noted_embedder, backbone_folder, notes)
-    embedder = Embedder.from_pretrained(backbone_folder, batch_size=3, device="cpu")
-    store = embed_to_store(
-        embedder, folder_source(photos), tmp_path / "store", shard_size=4, progress=False, engine=RayEngine(load)
-    )
-    assert sum(count_noted(notes).values()) == 18 - 8
-    assert_same(store, one_process)
-
-
-def test_images_that_can_not_be_read_are_treated_as_by_one_process(cluster, backbone_folder, photos, tmp_path):
-    write_files(photos, {"a/002.png": b"no image"})
-    embedder = Embedder.from_pretrained(backbone_folder, batch_size=3, device="cpu")
-    load = partial(Embedder.from_pretrained, str(backbone_folder), batch_size=3, device="cpu")
-
-    def embed(name, **options):
-        return embed_to_store(
-            embedder, folder_source(photos), tmp_path / name, shard_size=4, progress=False, **options
-        )
-
-    with pytest.raises(ImageError) as expected:
-        embed("one")
-    with pytest.raises(ImageError) as found:
-        embed("ray", engine=RayEngine(load))
-    assert str(found.value) == str(expected.value)
-    expected, found = embed("one", skip_corrupt=True), embed("ray", skip_corrupt=True, engine=RayEngine(load))
-    assert found.info.skipped == ["a/002.png"]
-    assert_same(found, expected)
-
-
-def test_another_model_on_a_worker_is_refused(cluster, backbone_folder, retriever_folder, photos, tmp_path):
-    embedder = Embedder.from_pretrained(backbone_folder, device="cpu")
-    engine = RayEngine(partial(Embedder.from_pretrained, str(retriever_folder), device="cpu"))
-    with pytest.raises(DataError, match="a worker found another model under the name"):
-        embed_to_store(embedder, folder_source(photos), tmp_path / "store", progress=False, engine=engine)
-
-
-def test_a_worker_that_always_dies_ends_the_command(cluster, backbone_folder, photos, tmp_path):
-    embedder = Embedder.from_pretrained(backbone_folder, device="cpu")
-    with pytest.raises(ray_engine.EngineError, match="the same command goes on"):
-        embed_to_store(
-            embedder, folder_source(photos), tmp_path / "store", progress=False, engine=RayEngine(partial(os._exit, 1))
-        )
-
-
-def test_shards_in_a_bucket_to_an_index(cluster, backbone_folder, tmp_path, monkeypatch, capsys):
+def test_shards_in_a_bucket_by_the_command(cluster, backbone_folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("moto")
     write_shards(tmp_path / "shards")
     with s3_service(monkeypatch) as upload:
         address = f"{upload(tmp_path / 'shards')}?endpoint_override={os.environ['AWS_ENDPOINT_URL']}"
-        for name in ("AWS_ENDPOINT_URL",):  # workers that run already have their own environment
-            monkeypatch.delenv(name)
-        words = ["--model", backbone_folder, "--images", address, "--batch_size", 3]
+        words = ["--model", backbone_folder, "--images", address, "--batch_size", 3, "--shard_size", 4]
+        words += ["--embeddings_cache", tmp_path / "cache"]
         ray = ["--engine", "ray", "--engine_workers", 2]
         assert main([*map(str, ["embed", *words, "--output", tmp_path / "one"])]) == 0
         assert main([*map(str, ["embed", *words, *ray, "--output", tmp_path / "store"])]) == 0
-        assert_same(EmbeddingStore.open(tmp_path / "store"), EmbeddingStore.open(tmp_path / "one"))
-        index = ["index", *words, *ray, "--index", tmp_path / "index", "--embeddings_cache", tmp_path / "cache"]
-        assert main([*map(str, index)]) == 0
-        assert main([*map(str, index)]) == 0
-    assert "0 added, 0 changed, 0 removed, 9 unchanged; 9 items" in capsys.readouterr().out
+        assert main([*map(str, ["index", *words, "--index", tmp_path / "index"])]) == 0
+        assert main([*map(str, ["index", *words, *ray, "--index", tmp_path / "index"])]) == 0
+    out = capsys.readouterr().out
+    assert out.count("9 embeddings of width 24 in 3 files") == 2
+    assert "0 added, 0 changed, 0 removed, 9 unchanged; 9 items" in out
+    assert_same(EmbeddingStore.open(tmp_path / "store"), EmbeddingStore.open(tmp_path / "one"))
 
 
-def test_a_killed_driver_goes_on(cluster, backbone_folder, photos, notes, one_process, tmp_path):
-    arguments = {"backbone": backbone_folder, "photos": photos, "output": tmp_path / "store", "notes": notes}
-    arguments = json.dumps({**{name: str(path) for name, path in arguments.items()}, "delay": 0.3})
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
+def test_what_is_written_stays_and_a_worker_that_dies_costs_nothing(cluster, world, tmp_path):
+    """Two of five shards are there, an image can't be read, and the first worker that embeds ends."""
+    expected = world.embed("one", skip_corrupt=True)
+    assert expected.info.skipped == ["a/002.png"]
+    for name in ("store.json", "shard-00000-of-00005.parquet", "shard-00003-of-00005.parquet"):
+        write_files(tmp_path / "store", {name: (tmp_path / "one" / name).read_bytes()})
+    record = json.loads((tmp_path / "store" / "store.json").read_text())
+    (tmp_path / "store" / "store.json").write_text(json.dumps(record | {"complete": False, "files": None}))
+    load = partial(noted_embedder, world.backbone, world.notes, dies=tmp_path / "died")
+    store = world.embed("store", skip_corrupt=True, engine=RayEngine(load, workers=2))
+    assert (tmp_path / "died").exists()
+    assert_same(store, expected)
+    assert sum(count_noted(world.notes).values()) <= 10 + 4  # what the worker that ended had in hand was done again
+
+
+@pytest.mark.slow
+def test_an_image_that_can_not_be_read_is_the_error_of_one_process(cluster, world):
+    with pytest.raises(ImageError) as expected:
+        world.embed("one")
+    with pytest.raises(ImageError) as found:
+        world.embed("store", engine=RayEngine(partial(noted_embedder, world.backbone, world.notes)))
+    assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.slow
+def test_another_model_on_a_worker_is_refused(cluster, world, retriever_folder):
+    engine = RayEngine(partial(Embedder.from_pretrained, str(retriever_folder), device="cpu"), workers=1)
+    with pytest.raises(DataError, match="a worker found another model under the name"):
+        world.embed("store", engine=engine)
+
+
+@pytest.mark.slow
+def test_a_worker_that_always_dies_ends_the_command(cluster, world):
+    with pytest.raises(EngineError, match="the same command goes on"):
+        world.embed("store", engine=RayEngine(partial(os._exit, 1), workers=1))
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on(cluster, world, tmp_path):
+    (world.photos / "a" / "002.png").unlink()
+    places = {"backbone": world.backbone, "photos": world.photos, "output": tmp_path / "store", "notes": world.notes}
+    arguments = json.dumps({**{name: str(path) for name, path in places.items()}, "delay": 0.5})
     command = [sys.executable, str(HERE / "ray_runs.py"), arguments]
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
     with subprocess.Popen(command, env=environment, start_new_session=True) as process:
-        while not list((tmp_path / "store").glob("shard-*")):
+        while not (there := list((tmp_path / "store").glob("shard-*"))):
             assert process.poll() is None
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
+    times = {path: path.stat().st_mtime_ns for path in there}
     written = len(list((tmp_path / "store").glob("shard-*")))
     assert written < 5
-    before = sum(count_noted(notes).values())
-    load = partial(noted_embedder, backbone_folder, notes)
-    embedder = Embedder.from_pretrained(backbone_folder, batch_size=3, device="cpu")
-    store = embed_to_store(
-        embedder, folder_source(photos), tmp_path / "store", shard_size=4, progress=False, engine=RayEngine(load)
-    )
-    assert sum(count_noted(notes).values()) - before <= 18 - 4 * (written - 1)
-    assert_same(store, one_process)
+    notes = tmp_path / "others"
+    notes.mkdir()
+    store = world.embed("store", engine=RayEngine(partial(noted_embedder, world.backbone, notes)))
+    assert sum(count_noted(notes).values()) <= 17 - 4 * (written - 1) - 1
+    assert {path: path.stat().st_mtime_ns for path in there} == times
+    assert_same(store, world.embed("one"))
 
 
 @pytest.mark.parametrize(
@@ -202,8 +167,8 @@ def test_options_that_do_not_fit(backbone_folder, photos, tmp_path, capsys, word
     assert message in capsys.readouterr().err
 
 
-def test_the_engine_does_not_go_with_a_store_or_torchrun(one_process, tmp_path, monkeypatch, capsys):
-    index = ["index", "--store", str(one_process.folder), "--index", str(tmp_path / "index"), "--engine", "ray"]
+def test_the_engine_does_not_go_with_a_store_or_torchrun(tmp_path, monkeypatch, capsys):
+    index = ["index", "--store", str(tmp_path / "store"), "--index", str(tmp_path / "index"), "--engine", "ray"]
     assert main(index) == 2
     assert "--engine goes with --model" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
