@@ -11,7 +11,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 with mock.patch("sys.path", [str(BENCHMARKS), *sys.path]):  # it imports its neighbours
-    large_scale = importlib.import_module("large_scale")
+    large_scale, large_scale_plan = map(importlib.import_module, ("large_scale", "large_scale_plan"))
 
 MEASURED = {
     "embedding_dim": 100,
@@ -26,9 +26,9 @@ MEASURED = {
 
 def planned(monkeypatch, capsys, tmp_path, *words):
     (tmp_path / "measured.json").write_text(json.dumps(MEASURED))
-    command = ["large_scale.py", "plan", "--measured", str(tmp_path / "measured.json"), "--workers", "10", *words]
+    command = ["large_scale_plan.py", "--measured", str(tmp_path / "measured.json"), "--workers", "10", *words]
     monkeypatch.setattr(sys, "argv", command)
-    large_scale.main()
+    large_scale_plan.main()
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
     return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
 

@@ -72,6 +72,7 @@ def assert_same(store, expected):
     assert {name: info[name] for name in info} == {name: other[name] for name in other}
 
 
+@pytest.mark.slow
 def test_shards_in_a_bucket_by_the_command(cluster, backbone_folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("moto")
     write_shards(tmp_path / "shards")
@@ -90,6 +91,7 @@ def test_shards_in_a_bucket_by_the_command(cluster, backbone_folder, tmp_path, m
     assert_same(EmbeddingStore.open(tmp_path / "store"), EmbeddingStore.open(tmp_path / "one"))
 
 
+@pytest.mark.distributed
 def test_what_is_written_stays_and_a_worker_that_dies_costs_nothing(cluster, world, tmp_path):
     """Two of five shards are there, an image can't be read, and the first worker that embeds ends."""
     expected = world.embed("one", skip_corrupt=True)

@@ -63,24 +63,38 @@ def run_on(hosts, words, own_disk=None):
             process.kill()
 
 
+@pytest.fixture
+def command(backbone_folder, tmp_path):
+    """Function of folder and batch size: a command line of training."""
+    images = write_classes(tmp_path / "images", {f"class{i}": 6 for i in range(8)})
+
+    def words(output, batch_size):
+        options = {"num_train_epochs": 2, "skip_corrupt": "false", "per_device_train_batch_size": batch_size}
+        return train_command(images, backbone_folder, output, **options)
+
+    return words
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("shared", [True, False])
-def test_training_on_two_hosts_is_that_of_one(hosts, shared, backbone_folder, tmp_path):
-    images = write_classes(tmp_path / "images", {f"class{i}": 6 for i in range(8)})
-    options = {"num_train_epochs": 2, "skip_corrupt": "false"}
-    train.main(train_command(images, backbone_folder, tmp_path / "one", per_device_train_batch_size=4, **options))
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    words = train_command(images, backbone_folder, disk / "two", per_device_train_batch_size=2, **options)
-    outcomes = run_on(hosts, [Path(train.__file__), *words], own_disk=None if shared else disk)
-    assert [status for _, status in outcomes] == [0, 0], outcomes
-    expected, found = (
-        json.loads((folder / "all_results.json").read_text()) for folder in (tmp_path / "one", disk / "two")
-    )
+def test_training_on_two_hosts_is_that_of_one(hosts, command, tmp_path):
+    train.main(command(tmp_path / "one", 4))
+    outcomes = run_on(hosts, [Path(train.__file__), *command(tmp_path / "two", 2)])
+    assert [status for _, status in outcomes] == [0, 0], "\n".join(said[-3000:] for said, _ in outcomes)
+    expected, found = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("one", "two"))
     names = [name for name in expected if name.startswith("final_") and not name.endswith(("runtime", "per_second"))]
     assert len(names) > 5
     assert [found[name] for name in names] == pytest.approx([expected[name] for name in names], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_without_a_common_disk_the_checkpoint_is_missed(hosts, command, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    outcomes = run_on(hosts, [Path(train.__file__), *command(disk / "two", 2)], own_disk=disk)
+    assert [status for _, status in outcomes] == [1, 1]
+    assert "train.py: error: there is no checkpoint folder" in outcomes[1][0]
 
 
 @pytest.mark.slow
@@ -90,6 +104,6 @@ def test_embedding_on_two_hosts_with_a_common_disk(hosts, backbone_folder, tmp_p
     words = ["embed", "--model", backbone_folder, "--images", photos, "--shard_size", 4, "--batch_size", 4]
     assert search([*map(str, words), "--output", str(tmp_path / "one")]) == 0
     outcomes = run_on(hosts, ["-m", "vptsp.cli", *words, "--output", tmp_path / "two"])
-    assert [status for _, status in outcomes] == [0, 0], outcomes
+    assert [status for _, status in outcomes] == [0, 0], "\n".join(said[-3000:] for said, _ in outcomes)
     one, two = EmbeddingStore.open(tmp_path / "one"), EmbeddingStore.open(tmp_path / "two")
     assert (one.ids, one.info.files) == (two.ids, two.info.files)
