@@ -136,11 +136,14 @@ def test_a_killed_driver_goes_on(cluster, world, tmp_path):
     arguments = json.dumps({**{name: str(path) for name, path in places.items()}, "delay": 0.5})
     command = [sys.executable, str(HERE / "ray_runs.py"), arguments]
     environment = os.environ | {"PYTHONPATH": str(HERE)}
-    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
         while not (there := list((tmp_path / "store").glob("shard-*"))):
             assert process.poll() is None
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # Ray's own processes are of its session
+        process.wait()
     times = {path: path.stat().st_mtime_ns for path in there}
     written = len(list((tmp_path / "store").glob("shard-*")))
     assert written < 5
