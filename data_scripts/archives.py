@@ -124,7 +124,7 @@ def list_members(path: Path, index_dir: str | Path) -> list[ImageFile]:
     with FileLock(f"{index}.lock"):  # of several processes, one reads the archive
         members = _read_index(index)
         if members is None:
-            members = [[member.name, member.size] for member in _walk_file(path, f"Listing {path.name}")]
+            members = [[member.name, member.size] for member in _walk_tar(path, f"Listing {path.name}")]
             write_json(index, {"version": _INDEX_VERSION, "archive": path.name, "members": members}, indent=None)
     return [ImageFile(name, size, 0) for name, size in members]
 
@@ -156,7 +156,7 @@ def read_members(path: Path, names: Collection[str], progress: bool = False) -> 
     path = Path(path)
     if archive_kind(path) != "zip":
         wanted = set(names)
-        for member in _walk_file(path, f"Reading {path.name}", frozenset(wanted).__contains__, progress):
+        for member in _walk_tar(path, f"Reading {path.name}", frozenset(wanted).__contains__, progress):
             if member.content is not None:
                 wanted.remove(member.name)
                 yield member.name, member.content
@@ -352,7 +352,7 @@ class TarMember(NamedTuple):
     content: bytes | None
 
 
-def _walk_file(
+def _walk_tar(
     path: Path, title: str, wants: Callable[[str], bool] = lambda name: False, progress: bool = True
 ) -> Iterator[TarMember]:
     """[`walk_tar`] of a file on disk, with a bar of its bytes."""
