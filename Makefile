@@ -30,9 +30,12 @@ fuzz: $(VENV)/.installed  ## try damaged inputs, for an hour or so
 test-docs: $(VENV)/.installed  ## run the commands of README and docs as they are written
 	$(BIN)/python -m pytest -m slow tests/test_documented_commands.py
 
-# A short selection with the lowest versions that setup.cfg claims, in an environment of its own.
+# A short selection with the lowest versions that setup.cfg claims, and with the newest that pip finds, each in an
+# environment of its own. What a release of tomorrow breaks is no fault of a commit, so CI runs the first one alone;
+# `make test-newest PYTHON=python3.13` also tries another Python.
 LOWEST := .venv-lowest
-LOWEST_TESTS := tests/test_modeling.py tests/test_saved_format.py tests/test_families.py tests/test_fast_path.py \
+NEWEST := .venv-newest
+SELECTION := tests/test_modeling.py tests/test_saved_format.py tests/test_families.py tests/test_fast_path.py \
 	tests/training/test_trainer.py tests/search/test_index.py tests/search/test_store.py tests/eval/test_metrics.py \
 	tests/data_scripts/test_folder.py
 
@@ -44,7 +47,14 @@ $(LOWEST)/.installed: setup.cfg constraints-lowest.txt
 	@touch $@
 
 test-lowest: $(LOWEST)/.installed  ## a short selection of the tests, with the lowest versions claimed
-	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile $(LOWEST_TESTS)
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile $(SELECTION)
+
+test-newest:  ## the same selection, with the newest versions there are
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check torch
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[lora]' pytest pytest-xdist
+	$(NEWEST)/bin/python -m pip list --format freeze | grep -E '^(torch|transformers|datasets|accelerate|numpy)=='
+	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile $(SELECTION)
 
 style: $(VENV)/.installed  ## format and fix
 	$(BIN)/ruff format .
@@ -63,4 +73,4 @@ clean:  ## remove what builds and runs leave (not the environment)
 	rm -rf build dist *.egg-info runs .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help install quickstart test test-docs fuzz test-lowest style quality wheel clean
+.PHONY: help install quickstart test test-docs fuzz test-lowest test-newest style quality wheel clean

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from vptsp.files.closed_pipes import ended_by_closed_pipes
 from vptsp.names.environment import environment_error
 from vptsp.names.registry import nearest
 from vptsp.search import commands as search
@@ -44,6 +45,11 @@ def main(words=None):
     Returns:
         Exit status: that of the command, or 2 where there is no such command.
     """
+    with ended_by_closed_pipes():
+        return _run(words)
+
+
+def _run(words):
     words = sys.argv[1:] if words is None else list(words)
     if words[:1] in ([], ["-h"], ["--help"]):
         print(help_text(), end="", file=sys.stdout if words else sys.stderr)

@@ -80,7 +80,8 @@ class VPTSPConfig(PreTrainedConfig):
             gives (`sequential`). Either way its output is added to the MLP's.
         adapter_norm: LayerNorm in front of an adapter (`pre`), behind it (`post`) or `none`.
         adapter_scale: Factor on what an adapter's linear layers give.
-        lora_rank: Rank of LoRA matrices beside linear layers of the backbone (needs the package peft); 0 for none.
+        lora_rank: Rank of LoRA matrices beside linear layers of the backbone (needs the package peft), at most the
+            backbone's width; 0 for none.
         lora_alpha: Their product is scaled by `lora_alpha / lora_rank`.
         lora_targets: Names of the linear layers with LoRA; None for `q_proj` and `v_proj` (queries and values).
         use_dora: LoRA as DoRA: the norm of each row of the weights, LoRA's product added, is tuned by itself.
@@ -217,6 +218,8 @@ class VPTSPConfig(PreTrainedConfig):
             _require(self, "pooling", self.pooling is not None, "set with a backbone_config")
             family_of(self.backbone_config).check_pooling(self.pooling)
             _require(self, "adapter_layers", self.adapter_layers <= layers, f"<= the backbone's {layers} layers")
+            width = self.backbone_config.hidden_size  # a product of matrices has no rank above it
+            _require(self, "lora_rank", self.lora_rank <= width, f"<= the backbone's width {width}")
         _require(self, "use_dora", self.lora_rank > 0 or not self.use_dora, "false without lora_rank")
         self._check_peft()
         if self.prompt_mode == "shallow":
@@ -418,6 +421,13 @@ def check_field(name, value, kind, bounds=None, layers=None):
         raise ValueError(f"{name} must be {'None or ' if optional else ''}{expected}, got {value!r}")
 
 
+def nearest(name, known) -> str:
+    """`; did you mean 'x'?` of the known name that is most like another, in any case; nothing where none is."""
+    names = {item.casefold(): item for item in known}
+    found = difflib.get_close_matches(str(name).casefold(), names, n=1)
+    return "".join(f"; did you mean {names[item]!r}?" for item in found)
+
+
 def check_dtype(name, value, *words):
     """Raise a `ValueError` unless a value is None, a dtype of PyTorch, its name, or one of `words`.
 
@@ -509,8 +519,7 @@ def _refuse_unknown(cls, given, what, why=""):
     """Raise a `ValueError` if keywords are no fields of a configuration's class; `PreTrainedConfig` keeps them all."""
     if unknown := _unknown(cls, given):
         known = [item.name for item in fields(cls)]
-        near = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(unknown[0], known, n=1))
-        raise ValueError(f"{what} has no field {', '.join(map(repr, unknown))}{why or near}")
+        raise ValueError(f"{what} has no field {', '.join(map(repr, unknown))}{why or nearest(unknown[0], known)}")
 
 
 def _unknown(cls, given):
@@ -548,6 +557,9 @@ def _check_backbone(config):
     """Raise a `ValueError` for a backbone of which nothing can be built: no layers, no width, no pixels."""
     family_of(config)  # is it supported at all?
     check_dtype("backbone_config.dtype", config.dtype)
+    for name in ("patch_size", "image_size"):
+        if isinstance(sides := getattr(config, name, None), (list, tuple)) and len(sides) != 2:
+            raise ValueError(f"backbone_config.{name} must be a number or two, of height and width, got {sides!r}")
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "patch_size"):
         for number in _numbers(getattr(config, name)):
             check_field(f"backbone_config.{name}", number, int, (1, math.inf))

@@ -532,7 +532,7 @@ class FoundBackbone(NamedTuple):
         if image_size in (None, family.image_size):
             return copy.deepcopy(self.config)
         config = resized_config(self.config, image_size)
-        logger.warning(
+        logger.warning_once(  # a run may open its backbone more than once
             f"{self.source} was trained with images of {family.image_size} pixels and is used with {image_size}: its "
             f"positions are {'interpolated' if family.interpolates_positions else 'computed'} for that size"
         )

@@ -13,6 +13,7 @@ import importlib
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -39,7 +40,7 @@ from .backbones_vptsp import (
     project_tokens,
     prompted_forward,
 )
-from .configuration_vptsp import VPTSPConfig, check_dtype
+from .configuration_vptsp import VPTSPConfig, check_dtype, check_field, nearest
 from .loading_vptsp import (
     HUB_ARGUMENTS,
     backbone_fingerprint,
@@ -259,6 +260,12 @@ class PeftParts(NamedTuple):
 NO_PEFT = PeftParts(frozenset(), {})
 
 
+# What PEFT raises on values that it does not check itself.
+_PEFT_ERRORS = (ValueError, TypeError, NotImplementedError, AttributeError, LookupError, ArithmeticError, re.error)
+# Annotations of fields of PEFT's configurations that values are compared with; int, since it takes fractions too.
+_PEFT_TYPES_OF_FIELDS = {"int": float, "float": float, "bool": bool}
+
+
 def uses_peft(config) -> bool:
     """Whether PEFT tunes the backbone, as a configuration says."""
     return config.lora_rank > 0 or config.tuning == "peft"
@@ -284,13 +291,16 @@ def add_peft(backbone, config) -> PeftParts:
     """
     before, modules = set(backbone.state_dict()), {name for name, _ in backbone.named_modules()}
     values = _lora_values(backbone, config) if config.lora_rank else config.peft_config
+    _check_targets(backbone, values)
     peft, own = _peft_config(config, values)
     try:
         with torch.device("cpu"):  # in loading all else is on meta, but what PEFT keeps beside weights must be there
             # in something, since PEFT looks for layers_to_transform in what has a name before `layers`
             peft.inject_adapter_in_model(own, nn.ModuleDict({"backbone": backbone}), adapter_name=ADAPTER_NAME)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except _PEFT_ERRORS as error:
         raise ValueError(f"peft_config: {' '.join(str(error).split())}") from error
+    except ImportError as error:
+        raise ImportError(f"peft_config asks for what is not installed: {error}") from error
     layers = peft_layers(backbone)
     if outside := [name for name in layers if layer_number(name) < 0]:
         raise ValueError(f"peft_config must target parts of the backbone's layers, got {listed(outside)}")
@@ -312,6 +322,7 @@ def _lora_values(backbone, config):
             ends = sorted({name.rpartition(".")[2] for name in linear})
             raise ValueError(
                 f"lora_targets must name linear layers of the backbone ({', '.join(ends)}), got {target!r}"
+                f"{nearest(target, ends)}"
             )
     names = sorted({name for found in targets.values() for name in found})
     own = {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "use_dora": config.use_dora}
@@ -327,14 +338,41 @@ def _peft_config(config, values):
         raise ImportError(f"{asked}, which needs the package peft: pip install peft") from error
     known = [name for name in PEFT_TYPES if name in peft.PEFT_TYPE_TO_CONFIG_MAPPING]
     if (kind := values["peft_type"]) not in known:
-        raise ValueError(f"peft_config: peft_type must be one of {', '.join(known)}, got {kind!r}")
+        raise ValueError(
+            f"peft_config: peft_type must be one of {', '.join(known)}, got {kind!r}{nearest(kind, known)}"
+        )
     config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    if unknown := set(values) - {item.name for item in fields(config_class)}:  # of which PEFT would only warn
-        raise ValueError(f"peft_config: {config_class.__name__} of peft {peft.__version__} has no {listed(unknown)}")
+    types = {item.name: getattr(item.type, "__name__", item.type) for item in fields(config_class)}
+    if unknown := sorted(set(values) - set(types)):  # of which PEFT would only warn
+        near = nearest(unknown[0], types)
+        raise ValueError(
+            f"peft_config: {config_class.__name__} of peft {peft.__version__} has no {listed(unknown)}{near}"
+        )
+    for name, value in values.items():  # PEFT's errors on another type don't name the field
+        if (type_of := _PEFT_TYPES_OF_FIELDS.get(types[name])) is not None:
+            check_field(f"peft_config: {name}", value, type_of)
     try:
         return peft, config_class(**values)
-    except (TypeError, ValueError) as error:
+    except _PEFT_ERRORS as error:
         raise ValueError(f"peft_config: {' '.join(str(error).split())}") from error
+
+
+def _check_targets(backbone, values):
+    """Refuse names of layers that there are not: PEFT passes over them beside others, and says none that there are."""
+    modules = dict(backbone.named_modules())
+    tuned = [name for name in modules if layer_number(name) >= 0 and [*modules[name].parameters(recurse=False)]]
+    ends = sorted({name.rpartition(".")[2] for name in tuned})
+    for field in ("target_modules", "exclude_modules"):
+        targets = values.get(field)
+        if targets is None or isinstance(targets, str):  # a pattern, which PEFT reads
+            continue
+        for target in targets if isinstance(targets, list) else [targets]:
+            named = isinstance(target, str) and any(f".{name}".endswith(f".{target}") for name in modules)
+            if not named:
+                raise ValueError(
+                    f"peft_config: {field} must name parts of the backbone's layers ({', '.join(ends)}), got "
+                    f"{target!r}{nearest(target, ends)}"
+                )
 
 
 def peft_layers(model) -> dict[str, nn.Module]:
@@ -493,8 +531,8 @@ def add_tuning(model):
         return
     if config.tuning not in TUNINGS:
         raise ValueError(
-            f"tuning must be None or one of {', '.join(TUNINGS) or 'none'}, got {config.tuning!r}: import the file "
-            "that registers it first"
+            f"tuning must be None or one of {', '.join(TUNINGS) or 'none'}, got {config.tuning!r}"
+            f"{nearest(config.tuning, TUNINGS)}: import the file that registers it first"
         )
     try:
         TUNINGS[config.tuning](model, **(config.tuning_kwargs or {}))
@@ -1071,7 +1109,7 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         if not config.save_backbone:
             frozen = cls._frozen_weights(config, pretrained_model_name_or_path, backbone, hub_kwargs)
             saved = _named_as_in(frozen, saved, config.backbone_config.model_type)
-        cls._refuse_other_shapes(config, frozen | saved, pretrained_model_name_or_path)
+        cls._refuse_other_tensors(config, frozen | saved, from_retriever, pretrained_model_name_or_path)
         # Tensors read from a file lie at odd addresses, from which some kernels round otherwise; copies are aligned.
         state_dict = {name: tensor.clone() for name, tensor in (frozen | saved).items()}
         model, info = super().from_pretrained(
@@ -1116,10 +1154,11 @@ class VPTSPPreTrainedModel(PreTrainedModel):
         return {f"{cls.retriever_prefix}backbone.{name}": tensor for name, tensor in weights.items()}
 
     @classmethod
-    def _refuse_other_shapes(cls, config, weights, source):
-        """Raise a `ValueError` if tensors have other shapes than the configuration says, before a model is built.
+    def _refuse_other_tensors(cls, config, weights, from_retriever, source):
+        """Raise a `ValueError` if tensors are not those that the configuration says, before a model is built.
 
-        A damaged configuration may ask for more memory than there is.
+        A damaged configuration may ask for more memory than there is. In a training model, what is not the retriever's
+        starts anew of a retriever.
         """
         with torch.device("meta"):
             own = cls(copy.deepcopy(config)).state_dict()
@@ -1128,7 +1167,9 @@ class VPTSPPreTrainedModel(PreTrainedModel):
             for name, tensor in weights.items()
             if name in own and own[name].shape != tensor.shape
         ]
-        _refuse_differences((), (), source, others)
+        prefix = cls.retriever_prefix if from_retriever else ""
+        missing = [name for name in own if name not in weights and name.startswith(prefix)]
+        _refuse_differences(missing, [name for name in weights if name not in own], source, others)
 
     def _refuse_incomplete(self, saved, info, from_retriever, source):
         """Raise a `ValueError` unless all that this model should have come from its checkpoint did.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 
 from vptsp.data_scripts.data_errors import DataError
+from vptsp.files.closed_pipes import ended_by_closed_pipes
 from vptsp.files.locks import InUseError
 from vptsp.training.command_help import help_text
 from vptsp.training.output_folder import OutputFolderError
@@ -78,4 +79,5 @@ def _run(arguments, argv, prog):
 
 
 if __name__ == "__main__":
-    main()
+    with ended_by_closed_pipes():
+        main()

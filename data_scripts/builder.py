@@ -89,7 +89,7 @@ class ClassSplitConfig(ClassSplitOptions, ImageDatasetConfig):
             Per split (train and test; train alone without a test; with `class_split` `seen` train, query and gallery,
             which has the images of train) the images by class, and the class names by group.
         """
-        check_class_split(self.train_classes, self.test_classes, self.test_share, self.class_split)
+        check_class_split(self.train_classes, self.test_classes, self.test_share, self.class_split, self.split_seed)
         if not self.seen:
             names = self.split(list(classes)) if self.test_share else {"train": sorted(classes), "test": []}
             return {group: {name: classes[name] for name in names[group]} for group in names if names[group]}, names

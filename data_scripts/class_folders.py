@@ -242,15 +242,15 @@ def _refuse_splits_as_classes(root: Path, folders: Collection[str], fitting: lis
 
 
 def scan_split_folders(
-    root: Path, layout: str, labelled: bool = True
+    root: Path, layout: str, labels: str = "given"
 ) -> dict[str, tuple[Path, dict[str, list[ImageFile]]]]:
     """Scan the split folders of the layouts `train_test` and `query_gallery`.
 
     Args:
         root: Folder that `detect_layout` gave `layout` for.
         layout: `train_test` or `query_gallery`.
-        labelled: Whether the folder train holds class folders; else its images may lie anywhere in it, and are of the
-            class `UNLABELLED`.
+        labels: What the folder train says: `given`, class folders; `none`, nothing: its images lie anywhere in it, and
+            are of the class `UNLABELLED`; `partial`, class folders, and images beside them of that class.
 
     Returns:
         Per split, its folder and `scan_class_folders` of it.
@@ -279,11 +279,11 @@ def scan_split_folders(
     for folder in _all_folders(root).values():
         left_out.takes(folder)
     scanned = {
-        split: (found[split], scan_class_folders(found[split], left_out))
+        split: (found[split], scan_class_folders(found[split], left_out, labels == "partial" and split == "train"))
         for split in needed
-        if labelled or split != "train"
+        if labels != "none" or split != "train"
     }
-    if not labelled:
+    if labels == "none":
         files = list_images(found["train"], left_out)
         if not files:
             raise DataError(f"no images in {found['train']}, which is to train")
@@ -292,7 +292,9 @@ def scan_split_folders(
     return scanned
 
 
-def scan_class_folders(root: Path, left_out: LeftOut | None = None) -> dict[str, list[ImageFile]]:
+def scan_class_folders(
+    root: Path, left_out: LeftOut | None = None, partial: bool = False
+) -> dict[str, list[ImageFile]]:
     """List the images of every class folder.
 
     A class is a visible folder directly in `root`; its images may lie in folders of their own inside it. Class
@@ -302,13 +304,16 @@ def scan_class_folders(root: Path, left_out: LeftOut | None = None) -> dict[str,
     Args:
         root: Folder above the class folders.
         left_out: Gets the files that are no images; None: they are logged.
+        partial: Images beside the class folders are of the class `UNLABELLED`, and are not left out.
 
     Returns:
-        Per class (sorted by name, code points) its files, relative to the class folder, never empty.
+        Per class (sorted by name, code points) its files, relative to the class folder (those of `UNLABELLED`: to
+        `root`), never empty.
 
     Raises:
         DataError: there are no class folders, no images at all, the class folders are one level further down, a class
-            folder is a link or holds the folders of splits, or this folder was written by a training run.
+            folder is a link or holds the folders of splits, or this folder was written by a training run; with
+            `partial`, no image lies beside the class folders, or one of these is called `UNLABELLED`.
     """
     refuse_own_folder(root)
     folders = visible_folders(root)
@@ -337,8 +342,18 @@ def scan_class_folders(root: Path, left_out: LeftOut | None = None) -> dict[str,
         raise DataError(f"{root}: {joined}")
     if empty:
         logger.warning("%s: %d class folders hold no images and are left out: %s", root, len(empty), some(empty, 20))
-    say_loose(root, _loose_images(root), "the class folders and are left out")
-    return classes
+    if not partial:
+        say_loose(root, _loose_images(root), "the class folders and are left out")
+        return classes
+    if UNLABELLED in folders:
+        raise DataError(f"{folders[UNLABELLED]} has a name that stands for no class: give the class another")
+    loose = [file for file in list_images(root, LeftOut()) if "/" not in file.path]
+    if not loose:
+        raise DataError(
+            f"labels partial: no image lies in {root} beside the class folders, where images without a class belong; "
+            "labels given is for images that all have one"
+        )
+    return {**classes, UNLABELLED: loose}
 
 
 def _refuse_links(folders: Mapping[str, Path]) -> None:

@@ -17,6 +17,8 @@ from .paths import usable_path
 __all__ = ["CLASS_SPLITS", "asked_images", "check_class_split", "class_list_file", "read_class_list", "split_classes"]
 
 CLASS_SPLITS = ("first", "alternate", "random", "seen")
+_DRAWN = ("random", "seen")
+_DEFAULT_SHARE = 0.5
 
 
 def class_list_file(value: str | Sequence[str] | None) -> str | None:
@@ -73,13 +75,15 @@ def read_class_list(value: str | Sequence[str], option: str) -> list[str]:
 def check_class_split(
     train_classes: str | Sequence[str] | None = None,
     test_classes: str | Sequence[str] | None = None,
-    test_share: float = 0.5,
+    test_share: float = _DEFAULT_SHARE,
     class_split: str = "first",
+    split_seed: int = 0,
 ) -> None:
     """Check the options that say how to split.
 
     Raises:
-        DataError: one is out of range, or lists of classes come with an option that leaves nothing to list.
+        DataError: one is out of range, lists of classes come with an option that leaves nothing to list or would say
+            the same otherwise, or there is a seed and nothing is drawn.
     """
     if not 0 <= test_share < 1:
         raise DataError(f"test_share must be between 0 and 1 (0: no test; 1 excluded), got {test_share}")
@@ -91,6 +95,13 @@ def check_class_split(
             "test_share 0 lets all classes train" if test_share == 0 else "class_split 'seen' lets all train and test"
         )
         raise DataError(f"{given} says which classes are on which side, but {other}: give one of them")
+    if (train_classes, test_classes) != (None, None) and test_share != _DEFAULT_SHARE:
+        raise DataError(f"{given} says which classes are on which side, and so does test_share {test_share}: give one")
+    if split_seed and class_split not in _DRAWN:
+        raise DataError(
+            f"split_seed {split_seed} is for class_split {' and '.join(_DRAWN)}: class_split {class_split!r} draws "
+            "nothing"
+        )
 
 
 def asked_images(count: int, class_name: str, test_share: float, split_seed: int = 0) -> list[int]:
@@ -113,15 +124,15 @@ def split_classes(
     class_names: Sequence[str],
     train_classes: str | Sequence[str] | None = None,
     test_classes: str | Sequence[str] | None = None,
-    test_share: float = 0.5,
+    test_share: float = _DEFAULT_SHARE,
     class_split: str = "first",
     split_seed: int = 0,
     keep_order: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Split class names into training and test classes.
 
-    With `train_classes` or `test_classes` the lists decide, and the other options are not looked at: one list leaves
-    the other side all the rest; with both, classes named in neither are left out. Without lists, the number of test
+    With `train_classes` or `test_classes` the lists decide, and no `test_share` may be given: one list leaves the
+    other side all the rest; with both, classes named in neither are left out. Without lists, the number of test
     classes is `floor(C * test_share)`, computed exactly in decimals, and `class_split` says which:
 
     - `first`: of the names in sorted order, the first ones train (the convention of CUB-200-2011);
@@ -148,7 +159,7 @@ def split_classes(
         DataError: an unknown or repeated name, a class in both lists, an option out of range, or a side left empty.
     """
     names = list(class_names) if keep_order else sorted(class_names)
-    check_class_split(train_classes, test_classes, test_share, class_split)
+    check_class_split(train_classes, test_classes, test_share, class_split, split_seed)
     if class_split == "seen":
         raise DataError("class_split 'seen' splits the images of each class, not the classes")
     if train_classes is not None or test_classes is not None:

@@ -111,7 +111,12 @@ class DataArguments(DatasetOptions, DatasetPlace):
             raise DataError(f"validation_share keeps training classes apart, but {other}: give one of them")
         if self.layout not in LAYOUTS:
             raise DataError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
-        check_class_split(self.train_classes, self.test_classes, self.test_share, self.class_split)
+        check_class_split(self.train_classes, self.test_classes, self.test_share, self.class_split, self.split_seed)
+        lists = "train_classes" if self.train_classes is not None else "test_classes"
+        if self.class_split != "first" and not self.validation_share and getattr(self, lists) is not None:
+            raise DataError(
+                f"{lists} says which classes are on which side, and so does class_split {self.class_split!r}: give one"
+            )
         self._check_labels()
         if self.digit_size < 8:
             raise DataError(f"digit_size must be >= 8, got {self.digit_size}")
@@ -197,7 +202,7 @@ def check_data_arguments(args: DataArguments) -> None:
         check_folder_to_write(args.data_cache_dir, "data_cache_dir")
     for name in ("train_classes", "test_classes"):
         path = class_list_file(getattr(args, name))
-        if path is not None and not usable_path(path).is_file():
+        if path == "" or (path is not None and not usable_path(path).is_file()):
             raise DataError(f"{name}: expected a text file with one class name per line at {path}, there is none")
     if args.dataset_name == "hub":
         hub_places(args, args.data_dir)

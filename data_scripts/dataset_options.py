@@ -74,13 +74,13 @@ class LabelOptions:
 
     Attributes:
         labels: `given`; `none`: folders or columns say nothing of the classes of training images, which may lack them;
-            `partial`: rows with an empty cell have no class.
+            `partial`: rows with an empty cell, and images beside class folders, have no class.
         test_labels: Without training labels, split classes off as with them, and test on these.
     """
 
     labels: str = field(
         default="given",
-        metadata={"help": f"Labels of training images: {', '.join(LABELS)} (some cells are empty)."},
+        metadata={"help": f"Labels of training images: {', '.join(LABELS)} (cells or folders lack)."},
     )
     test_labels: bool = field(
         default=False,

@@ -7,7 +7,8 @@ Layouts (`layout="auto"` tells them by the names of the folders):
     query_gallery    root/train/..., root/query/..., root/gallery/...
 
 With `labels="none"` the folders of training images say nothing: they may lie anywhere below `root/train`, or without
-splits anywhere below `root`, and then all train unless `test_labels` asks for a test of class folders.
+splits anywhere below `root`, and then all train unless `test_labels` asks for a test of class folders. With
+`labels="partial"` images that lie directly in `root/train`, or without splits in `root`, have no class.
 
 A class may have a single image. In training it fills its places in a batch by repeating; in a test split it is a query
 that nothing can answer, which the metrics leave out and count. Class names sort by code point: `10` comes before `2`.
@@ -71,12 +72,12 @@ class ImageFolders(ImageDatasetBuilder):
     def _list_layout(cls, config: ImageFoldersConfig) -> SplitListing:
         refuse_table(config.data_dir)
         root = existing_folder(config.data_dir)
-        if config.labels == "partial":
-            raise DataError(f"labels partial is of tables with empty cells, but {root} is a folder: give a table")
         if everything_trains(root, config):
             return _everything_trains(root, config, str(cls.VERSION))
         layout = detect_layout(root, config.layout)
         options = {"dataset": "folder", "layout": layout, "labels": config.labels, "version": str(cls.VERSION)}
+        if layout == "classes" and config.labels == "partial":
+            return _partly_labelled(root, config, options)
         if layout == "classes":
             classes = scan_class_folders(root)
             if len(classes) == 1:
@@ -92,10 +93,12 @@ class ImageFolders(ImageDatasetBuilder):
             f"the classes of the layout 'classes', but {root} has the layout {layout!r}, whose folders already say "
             "which classes train and which test"
         )
-        if config.labels == "none" and (config.seen or config.test_labels):
+        if config.labels != "given" and (config.seen or config.test_labels):
             option = "class_split 'seen'" if config.seen else "test_labels"
-            raise DataError(f"{option} splits labelled images, but with labels none {root} has a test of its own")
-        found = scan_split_folders(root, layout, labelled=config.labels != "none")
+            raise DataError(
+                f"{option} splits labelled images, but with labels {config.labels} {root} has a test of its own"
+            )
+        found = scan_split_folders(root, layout, config.labels)
         if config.seen and layout == "train_test":
             found = {"train": found["train"], "query": found["test"], "gallery": found["train"]}
         class_names = {
@@ -113,7 +116,7 @@ class ImageFolders(ImageDatasetBuilder):
             _check_queries(found["query"][1], found["gallery"][1], str(root))
         else:
             _warn_of_few_classes(class_names["test"], str(root))
-        if config.labels == "none":
+        if config.labels != "given":
             rows = {split: _rows(folder, classes) for split, (folder, classes) in found.items()}
             return make_row_listing(rows, class_names, options)
         return make_listing(
@@ -127,6 +130,17 @@ def _rows(folder: Path, classes: Mapping[str, Sequence[ImageFile]]) -> Iterator[
         place = folder if class_name == UNLABELLED else folder / class_name
         for file in files:
             yield FileRow(class_name, f"{place}/{file.path}", file.size, file.mtime_ns)
+
+
+def _partly_labelled(root: Path, config: ImageFoldersConfig, options: dict) -> SplitListing:
+    """Class folders and images beside them, of no class: all train, as nothing says which of them test."""
+    if config.seen:
+        raise DataError(
+            f"class_split 'seen' splits labelled images, but with labels partial all images of {root} train"
+        )
+    config.refuse_split(f"classes, but with labels partial all images of {root} train; put those that test into test/")
+    classes = scan_class_folders(root, partial=True)
+    return make_row_listing({"train": _rows(root, classes)}, {"train": sorted(classes), "test": []}, options)
 
 
 def _everything_trains(root: Path, config: ImageFoldersConfig, version: str) -> SplitListing:

@@ -15,7 +15,6 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -27,7 +26,7 @@ from .given_splits import ColumnsConfig, LazySplits, joined_rows, named_columns,
 from .hub_places import HubPlace, hub_places
 from .label_names import labels_by_name
 from .retrieval_sets import read_retrieval_set, retrieval_parts
-from .table_files import SAVED_FILES
+from .table_files import is_saved_folder
 
 
 __all__ = ["HubImages", "HubImagesConfig", "load_saved"]
@@ -165,7 +164,7 @@ def _load_one(place: HubPlace, cache_dir: str | None, streaming: bool) -> dict:
 
 
 def _is_saved(place: HubPlace) -> bool:
-    return place.is_folder and any((Path(place.name) / name).is_file() for name in SAVED_FILES)
+    return place.is_folder and is_saved_folder(place.name)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from .class_folders import existing_folder
 from .data_errors import DataError
 from .dataset_options import HubOptions
+from .table_files import is_saved_folder
 
 
 __all__ = ["TEST_REPOS", "HubPlace", "hub_places", "is_folder"]
@@ -84,6 +85,11 @@ def _training_place(options: HubOptions, data_dir: str | None) -> HubPlace:
     if options.dataset_revision is not None:
         raise DataError(
             f"dataset_revision {options.dataset_revision!r} is of a repository, but {folder} is a local folder"
+        )
+    if options.dataset_config is not None and is_saved_folder(folder):
+        raise DataError(
+            f"dataset_config {options.dataset_config!r} is of a repository, but {folder} is what save_to_disk wrote, "
+            "which has no configurations"
         )
     return HubPlace(str(folder), options.dataset_config, is_folder=True)
 

@@ -62,7 +62,10 @@ def check_folder_to_write(given: str | os.PathLike, option: str) -> None:
     Raises:
         DataError: something else has its name or is above it, or it can't be written to.
     """
-    folder = usable_path(given).absolute()
+    try:
+        folder = usable_path(given).absolute()
+    except DataError as error:
+        raise DataError(f"{option} must be a path: {error}") from error
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "can't be written to" if there.is_dir() else "is no folder"

@@ -213,6 +213,38 @@ class StreamedImages(Dataset):
         """What holds each image, path or contents, in the order of `evaluation_batches`: one pass over the stream."""
         return (self._row(example, place).source for place, example in enumerate(self.stream))
 
+    def answered_classes(self, needed: int, gallery: "StreamedImages | None" = None) -> set[int]:
+        """Classes whose images find another one: as many as are needed, if there are.
+
+        The first image is decoded. Rows are read until enough is known, nothing of them decoded: a few where there is
+        no lack of such classes, all of them else.
+
+        Args:
+            needed: Number of classes.
+            gallery: What these images are searched in; None for the other images here.
+
+        Raises:
+            DataError: a row has no image or no label, or the first image can't be read (without `skip_corrupt`).
+        """
+        rows = (self._row(example, place) for place, example in enumerate(self.stream))
+        first = next(rows, None)
+        if first is None:
+            return set()
+        if not self.skip_corrupt:
+            open_image(*_source(first), self.max_image_pixels)
+        seen, found = {first.label}, set()
+        if gallery is not None:
+            seen |= {row.label for row in rows}
+            rows = (gallery._row(example, place) for place, example in enumerate(gallery.stream))
+        for row in rows:
+            if row.label in seen:
+                found.add(row.label)
+                if len(found) >= needed:
+                    break
+            elif gallery is None:
+                seen.add(row.label)
+        return found
+
     def read_rows(self, rng: random.Random) -> Iterator[StoredRow]:
         """One pass over the stream, nothing decoded: shards in random order, some of them in turns.
 

@@ -19,9 +19,9 @@ from .paths import usable_path
 
 
 __all__ = [
-    "SAVED_FILES",
     "TABLE_ENDINGS",
     "TextTable",
+    "is_saved_folder",
     "is_table_file",
     "is_table_folder",
     "metadata_files",
@@ -33,7 +33,9 @@ __all__ = [
 ]
 
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow")
-SAVED_FILES = ("dataset_dict.json", "state.json")
+LIST_ENDING = ".txt"
+"""Of a table that has a path per line and nothing else."""
+_SAVED_FILES = ("dataset_dict.json", "state.json")
 """What `save_to_disk` of `datasets` writes."""
 _METADATA = tuple(f"metadata{ending}" for ending in (".csv", ".jsonl", ".parquet"))
 
@@ -103,11 +105,11 @@ def table_kind(place: str | Path | None) -> str:
         raise DataError(f"data_dir is missing: give a table ({', '.join(TABLE_ENDINGS)}) or a folder with one")
     path = usable_path(place)
     if path.is_file():
-        if not is_table_file(path):
+        if not is_table_file(path) and path.suffix.lower() != LIST_ENDING:
             raise DataError(f"{path} is no table: expected a file ending in {', '.join(TABLE_ENDINGS)}")
         return "file"
     folder = existing_folder(place)
-    if any((folder / name).is_file() for name in SAVED_FILES):
+    if is_saved_folder(folder):
         return "saved"
     if metadata_files(folder):
         return "metadata"
@@ -121,7 +123,12 @@ def table_kind(place: str | Path | None) -> str:
 
 def is_table_folder(folder: str | Path) -> bool:
     """Whether a folder is what `save_to_disk` wrote, or has metadata beside its images."""
-    return any((Path(folder) / name).is_file() for name in (*SAVED_FILES, *_METADATA))
+    return is_saved_folder(folder) or any((Path(folder) / name).is_file() for name in _METADATA)
+
+
+def is_saved_folder(folder: str | Path) -> bool:
+    """Whether a folder is what `save_to_disk` wrote."""
+    return any((Path(folder) / name).is_file() for name in _SAVED_FILES)
 
 
 def refuse_table(place: str | Path | None) -> None:
@@ -135,7 +142,7 @@ def refuse_table(place: str | Path | None) -> None:
     path = usable_path(place)
     if path.is_file() and is_table_file(path):
         raise DataError(f"data_dir must be a folder, but {path} is a table: give --dataset_name table")
-    if place and any((path / name).is_file() for name in SAVED_FILES):
+    if is_saved_folder(path):
         raise DataError(f"{path} is what save_to_disk of datasets wrote: give --dataset_name saved")
     metadata = next((path / name for name in _METADATA if place and (path / name).is_file()), None)
     if metadata is not None:
@@ -146,7 +153,7 @@ def refuse_table(place: str | Path | None) -> None:
 
 
 def read_text_table(path: Path) -> TextTable:
-    """Read a CSV, TSV or JSONL file.
+    """Read a CSV, TSV or JSONL file, or a list with a path per line: its column is `image`.
 
     Raises:
         DataError: it can't be read, is not UTF-8, has no rows, or a line has another number of values or is no JSON
@@ -159,7 +166,8 @@ def read_text_table(path: Path) -> TextTable:
         raise DataError(f"{path}:{line}: the line is not valid UTF-8: save the table as UTF-8") from None
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror or error}") from error
-    read = _read_json_lines if path.suffix.lower() in (".jsonl", ".ndjson") else _read_csv
+    readers = {".jsonl": _read_json_lines, ".ndjson": _read_json_lines, LIST_ENDING: _read_list}
+    read = readers.get(path.suffix.lower(), _read_csv)
     columns, lines = read(text, path)
     if not lines:
         raise DataError(f"{path} has no rows")
@@ -190,6 +198,12 @@ def _read_csv(text: str, path: Path) -> tuple[dict[str, list[str]], list[int]]:
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: {error}") from error
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}, lines
+
+
+def _read_list(text: str, path: Path) -> tuple[dict[str, list[str]], list[int]]:
+    numbered = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+    numbered = [(number, line) for number, line in numbered if line and not line.startswith("#")]
+    return {"image": [line for _, line in numbered]}, [number for number, _ in numbered]
 
 
 def _read_json_lines(text: str, path: Path) -> tuple[dict[str, list[Any]], list[int]]:

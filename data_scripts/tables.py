@@ -114,7 +114,8 @@ def read_tables(
     if kind in ("saved", "parquet"):
         found = _load_folder(kind, path, cache_dir)
         return str(path), LazySplits(
-            found, lambda name, split: _joined(_Table(f"{path}, split {name}", path, split).splits(config, labelled))
+            found,
+            lambda name, split: _joined(_Table(f"{path}, split {name}", path, split).splits(config, labelled), name),
         )
     if kind == "file":
         table = _of_file(path, config, cache_dir)
@@ -124,7 +125,7 @@ def read_tables(
     if "" in tables:
         splits = tables[""].splits(config, labelled)
     else:
-        splits = {name.lower(): _joined(table.splits(config, labelled)) for name, table in tables.items()}
+        splits = {name.lower(): _joined(table.splits(config, labelled), name) for name, table in tables.items()}
     _say_unlisted(path, splits, files.values())
     return str(path), splits
 
@@ -146,11 +147,21 @@ def _say_unlisted(folder: Path, splits: Mapping[str, datasets.Dataset], metadata
         logger.warning("%s: %d images are not named in the metadata, left out: %s", folder, len(rest), some(rest))
 
 
-def _joined(splits: dict[str, datasets.Dataset]) -> datasets.Dataset:
-    """Rows of a table that is a split itself."""
+def _root(given: str) -> Path:
+    try:
+        return usable_path(given).absolute()
+    except DataError as error:
+        raise DataError(f"image_root must be a path: {error}") from error
+
+
+def _joined(splits: dict[str, datasets.Dataset], name: str) -> datasets.Dataset:
+    """Rows of a table that is the split `name` itself."""
     if len(splits) > 1:
         raise DataError(f"expected one split per table, got {some(list(splits))}")
-    return next(iter(splits.values()))
+    ((role, rows),) = splits.items()
+    if role not in ("train", name.lower()):  # `train` also where no column says it
+        raise DataError(f"the table of the split {name!r} has a column that says it is {role!r}")
+    return rows
 
 
 def _load_folder(kind: str, path: Path, cache_dir: str | None) -> dict[str, datasets.Dataset]:
@@ -262,12 +273,16 @@ class _Table:
     def _with_images(self, rows, image: str, paths: list | None, config: TableImagesConfig) -> datasets.Dataset:
         """The rows with files or contents in the column `image`, as `datasets.Image` has them."""
         feature = rows.features[image]
+        if config.image_root is not None and paths is None:
+            raise DataError(
+                f"{self.name}: image_root {config.image_root!r} is for paths, but the column {image!r} holds images"
+            )
         if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
             rows = rows.cast_column(image, datasets.Image(decode=False))
             self._check_stored(rows, image)
             return rows
         if paths is not None:
-            root = self.root if config.image_root is None else usable_path(config.image_root).absolute()
+            root = self.root if config.image_root is None else _root(config.image_root)
             stored: Any = [{"path": path, "bytes": None} for path in self._files(paths, root)]
         elif isinstance(feature, datasets.Value) and "binary" in feature.dtype:
             stored = self._contents(rows, image)

@@ -270,6 +270,10 @@ class ImageDataset(Dataset):
             "repair the files, or leave the class out"
         )
 
+    def name_of(self, row: int) -> str:
+        """A row's file, or what its table calls the image, or `row 0`, `row 1`, ..."""
+        return self._stored(row)[1]
+
     def _stored(self, row: int) -> tuple[str | bytes, str]:
         """What holds a row's image (path or contents), and its name."""
         if self._paths is not None:

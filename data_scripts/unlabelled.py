@@ -99,8 +99,14 @@ class ClusteredImages(ImageDataset):
         labels = np.asarray(labels, dtype=np.int64)
         capacity = self._capacity if capacity is None else capacity
         known = self.given >= 0
-        if labels.shape != self.given.shape or (labels[known] != self.given[known]).any():
-            raise ValueError(f"labels must be {len(self)}, and those that are given as they are")
+        if labels.shape != self.given.shape:
+            raise ValueError(f"labels must be {len(self)}, one for each photo, got {labels.shape}")
+        if (changed := np.flatnonzero(known & (labels != self.given))).size:
+            row = int(changed[0])
+            raise ValueError(
+                f"labels that are given must stay, but {self.name_of(row)} (class "
+                f"{self.given_names[self.given[row]]!r}) gets the label {labels[row]}"
+            )
         if labels.max(initial=-1) >= capacity:
             raise ValueError(f"labels must be below {capacity}, got {labels.max()}")
         self.labels, self._capacity = labels, capacity

@@ -93,12 +93,13 @@ def uploaded_file(payload):
 class _Session:
     """What one visitor has asked for: kept in Gradio's state, as a dict of plain values.
 
-    `query` and the queries before it (`history`), the page in browsing, and the smallest value of the slider.
+    `query` and the queries before it (`history`), the page in browsing, the smallest similarity that was asked for
+    (`limit`, or None), the smallest value of the slider (`low`), and the filters of what is shown.
     """
 
     @staticmethod
     def new():
-        return {"query": None, "history": [], "start": 0, "low": -1.0}
+        return {"query": None, "history": [], "start": 0, "limit": None, "low": -1.0, "filters": None}
 
     @staticmethod
     def asks(state, query):
@@ -166,14 +167,15 @@ def _connect(page, blocks, parts, filters, picked, browse):
     state, (count, text, one_per, view) = parts["state"], filters
     shown = [parts[name] for name in ("state", "status", "results", "minimum", "asked", "back", "before", "after")]
 
-    def show(now, count, text, one_per, view, limit=None):
+    def show(now, count, text, one_per, view):
+        limit = now["limit"]
         found = page.search(
             now["query"], count, text or "", -1.0 if limit is None else limit, one_per, view, now["start"]
         )
         slider, low = _slider(gr, found, limit)
         has_more = bool(found.panels) and now["start"] + len(found.ids) < found.total
         return (
-            {**now, "low": low},
+            {**now, "low": low, "filters": [count, text, one_per, view]},
             found.status,
             cards(found),
             slider,
@@ -183,9 +185,16 @@ def _connect(page, blocks, parts, filters, picked, browse):
             gr.Button(visible=has_more),
         )
 
-    def search(now, limit, *values):
+    def search(now, *values):
+        return show({**now, "start": 0}, *values)
+
+    def search_changed(now, *values):
+        # a field that is left as it was changes nothing, least of all results that are being clicked
+        return gr.skip() if list(values) == now["filters"] else search(now, *values)
+
+    def search_above(limit, now, *values):
         # at the slider's own end there is no limit, whatever range the next results have
-        return show({**now, "start": 0}, *values, limit=None if limit == now["low"] else limit)
+        return search({**now, "limit": None if limit == now["low"] else limit}, *values)
 
     def search_file(path, now, *values):
         query = None if path is None else ("image", path)
@@ -211,21 +220,28 @@ def _connect(page, blocks, parts, filters, picked, browse):
 
         return turn_page
 
-    # Gradio refuses a slider's value outside of its range, and each query has a range of its own: so the slider is an
-    # input only where it counts
     minimum, image = parts["minimum"], parts["image"]
     blocks.load(None, js=_NARROW)
-    blocks.load(browse_all, [state, *filters], [image, *shown], api_name="start")
-    # the last counts, also one that comes while an earlier one is searched for, which Gradio would drop
-    last = {"trigger_mode": "always_last"}
-    image.input(search_file, [image, state, *filters], [image, *shown], **last)
-    parts["results"].click(search_item, [picked, state, *filters], [image, *shown], js=_PICKED, **last)
-    browse.click(browse_all, [state, *filters], [image, *shown])
-    parts["back"].click(go_back, [state, *filters], [image, *shown])
-    parts["before"].click(turn(-1), [state, *filters], shown, api_name="earlier")
-    parts["after"].click(turn(1), [state, *filters], shown, api_name="more")
-    changes = [text.submit, text.blur, minimum.release, count.release, one_per.input, view.input]
-    gr.on(changes, search, [state, minimum, *filters], shown, api_name="search", **last)
+    # A click often makes two events, as a field loses the focus. One is done at a time, in their order: else both
+    # would begin with the same state, and whichever ended last would undo what the other has found. None is dropped
+    # or put off while another is pending: what is put off would be sent with what the other's answer has put into the
+    # controls meanwhile. And only the status shows that something is pending: a cover over the results would take the
+    # click that has begun.
+    how = {"concurrency_id": "turns", "concurrency_limit": 1, "trigger_mode": "multiple"}
+    how |= {"show_progress_on": parts["status"]}
+    blocks.load(browse_all, [state, *filters], [image, *shown], api_name="start", **how)
+    image.input(search_file, [image, state, *filters], [image, *shown], **how)
+    parts["results"].click(search_item, [picked, state, *filters], [image, *shown], js=_PICKED, **how)
+    browse.click(browse_all, [state, *filters], [image, *shown], **how)
+    parts["back"].click(go_back, [state, *filters], [image, *shown], **how)
+    parts["before"].click(turn(-1), [state, *filters], shown, api_name="earlier", **how)
+    parts["after"].click(turn(1), [state, *filters], shown, api_name="more", **how)
+    changes = [text.submit, count.release, one_per.input, view.input]
+    gr.on(changes, search, [state, *filters], shown, api_name="filtered", **how)
+    text.blur(search_changed, [state, *filters], shown, api_name="left", **how)
+    # Gradio would refuse a value outside of the slider's range, and each query has a range of its own, which may have
+    # changed since the slider was let go: so the slider is an input of this alone, and not checked
+    minimum.release(search_above, [minimum, state, *filters], shown, api_name="search", preprocess=False, **how)
 
 
 def _slider(gr, found, limit):

@@ -9,6 +9,7 @@ inside its `image_root`, and what was uploaded.
 """
 
 import argparse
+import importlib.util
 import sys
 
 from vptsp.data_scripts.command_options import CommandParser
@@ -18,6 +19,7 @@ from vptsp.search.model_names import model_name_of
 
 from .page_content import MAX_MEGAPIXELS, SearchPage
 from .page_layout import MAX_UPLOAD_MB, launch
+from .ports import check_port
 from .space import write_space
 
 
@@ -93,10 +95,18 @@ def main(words=None):
     )
     args = parser.parse_args(words)
     try:
+        if importlib.util.find_spec("gradio") is None:
+            raise ImportError("vptsp app needs gradio: pip install 'vptsp[app]'")
         if args.compare_backbone and args.write_space is not None:
             raise DataError("--compare_backbone is for the page served here: a Space has the tuned model alone")
+        served = ("host", "port", "share", "max_upload_mb", "max_megapixels")
+        given = [f"--{name}" for name in served if getattr(args, name) != parser.get_default(name)]
+        if given and args.write_space is not None:
+            raise DataError(f"{', '.join(given)}: for the page served here: a Space has settings of its own")
         if args.embeddings_cache is not None and not args.compare_backbone:
             raise DataError("--embeddings_cache goes with --compare_backbone")
+        if args.port is not None and args.write_space is None:
+            check_port(args.host, args.port, least=1)
         page = open_page(
             args.index,
             args.model,
@@ -111,7 +121,7 @@ def main(words=None):
         else:
             write_space(args.write_space, page.index, args.image_root)
             print(f"{args.write_space}: {len(page.index):,} images; see docs/app.md for how to push it")
-    except (DataError, ValueError, OSError) as error:
+    except (DataError, ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

@@ -42,7 +42,9 @@ class _Options:
             name, equals, text = word.partition("=")
             if name not in kinds or not equals:
                 known = ", ".join(f"{known}=..." for known in kinds)
-                raise ValueError(f"{cls.option} takes {known}, got {word!r}{nearest(name, kinds)}")
+                raise ValueError(
+                    f"{cls.option} takes {known}, or nothing for the defaults, got {word!r}{nearest(name, kinds)}"
+                )
             if name in values:
                 raise ValueError(f"{cls.option}: {name} was given twice")
             try:

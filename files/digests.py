@@ -42,8 +42,11 @@ def check_file(folder, name, expected):
         expected: As from `file_record`; without `sha256` (older versions wrote none) only the size is compared.
 
     Raises:
-        DamagedFileError: it is missing, of another size or content, or outside of the folder; the message names it.
+        DamagedFileError: it is missing, of another size or content, or outside of the folder, or its record is none;
+            the message names it.
     """
+    if not isinstance(expected, dict) or not isinstance(expected.get("bytes"), int):
+        raise DamagedFileError(f"{folder} lists no size and checksum of {name}: it is damaged")
     place = PurePosixPath(name)
     if place.is_absolute() or ".." in place.parts:
         raise DamagedFileError(f"{folder} lists the file {name!r}, which is outside of it")

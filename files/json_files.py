@@ -15,10 +15,10 @@ def read_json(path):
 
     Raises:
         OSError: the file can't be read.
-        JsonError: it is not JSON, or nested too deeply to be read; the message names it.
+        JsonError: it is not JSON, nested too deeply to be read, or has a key twice; the message names it.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise JsonError(f"{path} is not JSON: {error}") from error
 
@@ -46,10 +46,12 @@ def without_duplicates(pairs):
     Raises:
         ValueError: a key is there twice, of which the last would win.
     """
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]!r} is there twice")
-    return dict(pairs)
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{twice!r} is there twice")
+    return values
 
 
 __all__ = ["JsonError", "read_json", "read_json_object", "without_duplicates"]

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_index_options(parts["index"])
     _add_search_options(parts["search"])
-    for name in ("search", "evaluate"):
+    for name in ("search", "evaluate", "compare"):
         _add_order_options(parts[name])
     for name in ("index", "evaluate"):
         _add_projection_options(parts[name])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,9 +30,13 @@ from ..data_scripts.transforms import central_crop, is_elongated
 from ..eval.embedding_loop import embed_batches
 from ..loading_vptsp import read_config
 from ..modeling_vptsp import VPTSPModel, refuse_other_adapters
+from ..names.field_values import AT_LEAST_ONE, NOT_NEGATIVE, check_value
 from .fingerprints import model_fingerprint
 from .model_names import check_model_name
 from .views import VIEWS, average_views, check_views, corner_crops
+
+
+_AN_IMAGE = "a path, bytes, a file object, a PIL image, a uint8 array, or a uint8 or floating-point tensor"
 
 
 class ImagePreprocessor:
@@ -139,10 +144,7 @@ def read_image(image, name=None, max_image_pixels=MAX_IMAGE_PIXELS, channel_orde
             raise ValueError(f"a uint8 image must have shape (3, height, width), got {tuple(image.shape)}")
         return check_pixels(_of_array(image.cpu().permute(1, 2, 0).numpy(), "rgb"), max_image_pixels)
     got = f"one of {image.dtype}" if isinstance(image, (torch.Tensor, np.ndarray)) else type(image).__name__
-    raise TypeError(
-        "expected a path, bytes, a file object, a PIL image, a uint8 array, or a uint8 or floating-point tensor, got "
-        f"{got}"
-    )
+    raise TypeError(f"expected {_AN_IMAGE}, got {got}")
 
 
 def _of_array(pixels, channel_order):
@@ -188,8 +190,7 @@ class Embedder:
         max_image_pixels=MAX_IMAGE_PIXELS,
         views="one",
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        check_value("batch_size", batch_size, int, AT_LEAST_ONE)
         refuse_other_adapters(model)
         Normalisation.of(processor)  # says so now if it gives what no model takes
         config = model.config
@@ -313,10 +314,8 @@ class Embedder:
             TypeError, ValueError: not an image, there are none, or an option is out of range.
         """
         images, batch_size = _as_images(images), self.batch_size if batch_size is None else batch_size
-        if batch_size < 1 or num_workers < 0:
-            raise ValueError(
-                f"batch_size must be >= 1 and num_workers >= 0, got batch_size={batch_size}, num_workers={num_workers}"
-            )
+        check_value("batch_size", batch_size, int, AT_LEAST_ONE)
+        check_value("num_workers", num_workers, int, NOT_NEGATIVE)
         if not images:
             raise ValueError("expected at least one image, got none")
 
@@ -360,6 +359,8 @@ def _as_images(images):
         return list(images) if images.ndim == 4 else [images]
     if isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)) or hasattr(images, "read"):
         return [images]
+    if isinstance(images, Mapping) or not isinstance(images, Iterable):
+        raise TypeError(f"images must be {_AN_IMAGE}, or an iterable of such, got {type(images).__name__}")
     return list(images)
 
 

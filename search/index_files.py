@@ -26,6 +26,7 @@ from ..files.locks import LOCK_FILE, locked
 from ..files.marks import INDEX_FILE
 from ..names.field_values import AT_LEAST_ONE, NOT_NEGATIVE
 from .columns import CONTENT_COLUMN, SOURCE_COLUMN, kind_of_arrow
+from .faiss_probe import check_with_faiss
 from .index_factory import inverted_lists
 from .journal import JOURNAL_FILE, read_journal
 from .model_names import near_folders
@@ -124,14 +125,20 @@ def find_info(folder):
     """The [`IndexInfo`] of a folder; None where there is no index.
 
     Raises:
-        DataError: the folder holds something else.
+        DataError: the folder holds something else, or an index without its `index.json`.
     """
     folder = Path(folder)
     if (folder / INDEX_FILE).is_file():
         return load_record(IndexInfo, folder / INDEX_FILE, "index")
-    others = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    if others := sorted(name for name in others if not name.startswith((".", "index-", "metadata-"))):
-        raise DataError(f"{folder} must be a new or empty folder or an index, got one with {some(others)}")
+    others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    own = [name for name in others if name.startswith(("index-", "metadata-")) or name == JOURNAL_FILE]
+    if foreign := [name for name in others if not name.startswith(".") and name not in own]:
+        raise DataError(f"{folder} must be a new or empty folder or an index, got one with {some(foreign)}")
+    if own:  # which would be deleted once another index is there
+        raise DataError(
+            f"{folder} lacks {INDEX_FILE}, but has other files of an index ({some(own)}): it is lost, or the first "
+            f"save to this folder was stopped. Put {INDEX_FILE} back, or delete these files to build anew"
+        )
     return None
 
 
@@ -218,25 +225,28 @@ def read_index(folder, mmap, verify):
 
 def _read_generation(folder, info, mmap, verify):
     flags = 0
-    if mmap and "fs" in info.factory.rpartition("PQ")[2]:
+    if mmap and _maps_nothing(info):
         raise ValueError(f"faiss can't memory-map {info.factory}: open it with mmap=False")
     if mmap:  # lists are mapped by one flag, plain vectors and graphs by the other
         lists = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
         flags = lists if "IVF" in info.factory else faiss.IO_FLAG_MMAP_IFC
+    path = folder / info.index_name
     if verify and info.files is None:
         logger.warning(
             "the index in %s was saved without checksums: damage to its files can't be noticed. Saving it once more "
             "adds them",
             folder,
         )
-    elif verify:
-        check_files(folder, info.files, (info.index_name, info.metadata_name))
+    elif info.files is not None:
+        check_files(folder, info.files, (info.index_name, info.metadata_name), contents=verify)
     try:
-        index = faiss.read_index(str(folder / info.index_name), flags)
+        if not verify or info.files is None:  # nobody knows whether these are the bytes that were written
+            check_with_faiss(path, flags or (0 if _maps_nothing(info) else faiss.IO_FLAG_MMAP_IFC))
+        index = faiss.read_index(str(path), flags)
         with pq.ParquetFile(folder / info.metadata_name) as file:
             table = file.read()
         index, projection = _unwrapped(index, info)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError) as error:
         raise DataError(f"the index in {folder} can't be read: {error}") from error
     _check_kinds(index, table, info, folder)
     if not index.ntotal == len(table) == info.num_items:
@@ -250,6 +260,11 @@ def _read_generation(folder, info, mmap, verify):
         except ValueError as error:
             raise DataError(str(error)) from error
     return index, projection, table
+
+
+def _maps_nothing(info):
+    """Whether faiss can't memory-map an index of this kind."""
+    return "fs" in info.factory.rpartition("PQ")[2]
 
 
 def _unwrapped(index, info):

@@ -19,7 +19,10 @@ def check_model_name(name, option="model"):
     Raises:
         DataError: it can only be a folder (it begins with a dot, a slash or a tilde, has no slash or more than one, or
             begins with a folder that is there), and there is none; the message names near ones.
+        TypeError: it is neither text nor a path.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(f"{option} must be a folder or OWNER/NAME on the Hub, got {type(name).__name__}")
     name, path = os.fspath(name), usable_path(name)
     if path.is_dir():
         return str(path) if name.startswith("~") else name

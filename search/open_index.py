@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 
 from .index import RetrievalIndex
@@ -66,7 +67,13 @@ def index_exists(place):
 
 
 def is_milvus(place):
-    """Whether this is the place of a Milvus collection: a file `*.db` or an address, perhaps with `#collection`."""
+    """Whether this is the place of a Milvus collection: a file `*.db` or an address, perhaps with `#collection`.
+
+    Raises:
+        TypeError: it is no place at all.
+    """
+    if not isinstance(place, (str, os.PathLike)):
+        raise TypeError(f"an index must be a folder, or a file or address of Milvus, got {type(place).__name__}")
     place = str(place)
     return place.startswith(("http://", "https://")) or place.partition("#")[0].endswith(".db")
 

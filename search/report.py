@@ -86,10 +86,8 @@ def evaluate_stores(queries, gallery=None, *, projection=None, dim=None, rerank=
     for name in [name for name in sets if learned is not None and name.endswith("_embeddings")]:
         sets[name] = learned(sets[name].float())
     metrics = embedding_metrics(**sets, rerank=rerank, expand=expand, **options)
-    search = {} if record is None else {"projection": record}
-    search |= {name: asdict(value) for name, value in (("rerank", rerank), ("expand", expand)) if value is not None}
     described = {"model": queries.info.model, "data": _described(queries, gallery, sets), "metrics": metrics}
-    return described | ({"search": search} if search else {})
+    return described | _searched({"projection": record, "rerank": rerank, "expand": expand})
 
 
 def compare_stores(
@@ -102,6 +100,8 @@ def compare_stores(
     confidence=0.95,
     seed=0,
     progress=False,
+    rerank=None,
+    expand=None,
 ):
     """Whether the first of two models retrieves better, on the same images; see [`compare_paired`].
 
@@ -113,10 +113,11 @@ def compare_stores(
         confidence: Of the intervals.
         seed: Of the draws.
         progress: Show progress bars where it takes more than some seconds.
+        rerank, expand: As of [`VectorIndex.search`], for both.
 
     Returns:
         Dict of `first` and `second` (models), `data`, `resample`, and `comparison`: measure -> fields of
-        `PairedComparison`.
+        `PairedComparison`; and `search`: the last two options, where they were given.
 
     Raises:
         DataError: the stores are of different images, or an item has no class.
@@ -136,7 +137,8 @@ def compare_stores(
     if first_gallery is not None:  # one of the stores may know more about the same images than the other
         excluded = torch.cat([part["excluded"] for part in sets]).unique(dim=0)
         sets = [{**part, "excluded": excluded} for part in sets]
-    scores = [retrieval_scores(**arguments, recall_at=recall_at, progress=progress) for arguments in sets]
+    order = {"rerank": rerank, "expand": expand}
+    scores = [retrieval_scores(**arguments, **order, recall_at=recall_at, progress=progress) for arguments in sets]
     clusters = sets[0]["query_labels"] if resample == "classes" else None
     comparison = {
         name: asdict(compare_paired(values, scores[1][name], clusters, confidence, seed=seed))
@@ -148,7 +150,14 @@ def compare_stores(
         "data": _described(first, first_gallery, sets[0]),
         "resample": resample,
         "comparison": comparison,
+        **_searched(order),
     }
+
+
+def _searched(options):
+    """What a report says of the options that change the order of what is found, or the embeddings."""
+    given = {name: value if isinstance(value, dict) else asdict(value) for name, value in options.items() if value}
+    return {"search": given} if given else {}
 
 
 def _described(queries, gallery, sets):

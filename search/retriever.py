@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .embedder import Embedder
 from .image_sources import ImageSource, folder_source, list_source
-from .open_index import open_index
+from .open_index import is_milvus, open_index
 from .sync import update_index
 from .vector_index import VectorIndex
 
@@ -30,6 +30,11 @@ class Retriever:
     """
 
     def __init__(self, embedder):
+        if not isinstance(embedder, Embedder):
+            kind = type(embedder).__name__
+            raise TypeError(
+                f"embedder must be an Embedder, got {kind}; Retriever.from_pretrained loads one by its name"
+            )
         self.embedder = embedder
         self._index = None
 
@@ -92,7 +97,14 @@ class Retriever:
 
         Raises:
             DataError, InUseError, ValueError: as for [`update_index`].
+            TypeError: images or place are something else.
         """
+        is_milvus(place)  # says what is wrong with it before images are listed
+        if not isinstance(images, (ImageSource, str, os.PathLike)):
+            raise TypeError(
+                f"images must be a folder, a .txt list or an ImageSource, got {type(images).__name__}; encode takes "
+                "images themselves"
+            )
         if not isinstance(images, ImageSource):
             images = list_source(images) if Path(images).suffix == ".txt" else folder_source(images)
         changes = update_index(place, self.embedder, images, **options)
@@ -112,7 +124,7 @@ class Retriever:
             DataError: there is no index, or it is damaged.
             IndexMismatchError: it holds another model's embeddings.
         """
-        index = place if isinstance(place, VectorIndex) else open_index(os.fspath(place), **options)
+        index = place if isinstance(place, VectorIndex) else open_index(place, **options)
         self._index = index.use_embedder(self.embedder)
         return index
 

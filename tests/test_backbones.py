@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_vit_config
+from remote_code import remote_model
 from test_modeling_exact import K2, assert_same_step, make_model
 from transformers import AutoModel, AutoModelForImageClassification, DeiTConfig, Dinov2Config
 
@@ -108,7 +109,7 @@ def test_another_image_size(folder, tmp_path, caplog):
     retriever.save_pretrained(tmp_path / "tuned only")
     retriever.save_pretrained(tmp_path / "whole", save_backbone=True)
     for name in ("tuned only", "whole"):
-        loaded = AutoModel.from_pretrained(tmp_path / name, trust_remote_code=True)
+        loaded = remote_model(tmp_path / name)
         torch.testing.assert_close(loaded(pixel_values).embeddings, retriever(pixel_values).embeddings)
     positions = "backbone.embeddings.position_embeddings"
     num_tokens = retriever.family.num_prefix_tokens + 25

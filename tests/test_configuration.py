@@ -8,7 +8,8 @@ import torch
 import transformers
 from conftest import tiny_vit_config
 from project_files import ROOT
-from transformers import AutoConfig, ViTConfig
+from remote_code import remote_config
+from transformers import ViTConfig
 
 from vptsp import VPTSPConfig
 from vptsp.configuration_vptsp import LOWEST_TRANSFORMERS
@@ -46,7 +47,7 @@ def test_round_trip(tmp_path):
 
 def test_auto_config_with_remote_code(tmp_path):
     VPTSPConfig(backbone_config=tiny_vit_config(), num_prompts=7).save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).num_prompts == 7
+    assert remote_config(tmp_path).num_prompts == 7
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_values_of_other_types_are_named(field, value, message):
 
 
 def by_auto_config(folder, **options):
-    return AutoConfig.from_pretrained(folder, trust_remote_code=True, **options)
+    return remote_config(folder, **options)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,8 @@ def test_keywords_of_loading_are_fields(tmp_path):
             {"model_type": "vit", "dtype": "nonsense"},
             "backbone_config.dtype must be None or a dtype .* got 'nonsense'",
         ),
+        ({"model_type": "vit", "patch_size": [8]}, r"backbone_config.patch_size must be a number or two, .* \[8\]"),
+        ({"model_type": "vit", "image_size": [8, 8, 8]}, "backbone_config.image_size must be a number or two"),
         ({"model_type": "vit", "image_size": 8}, "backbone_config.image_size must be an integer >= 16, got 8"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_vit_config
+from remote_code import remote_model
 from safetensors.torch import save_file
 from test_modeling_exact import assert_same_step, make_model
 from transformers import (
@@ -372,7 +373,7 @@ def test_saved_with_its_backbone_and_loaded(name, tmp_path):
         assert loaded.config.backbone_config.image_size == 16
     trained = VPTSPForMetricLearning.from_pretrained(tmp_path / pooling, num_classes=3)
     torch.testing.assert_close(trained.eval()(pixel_values).embeddings, model(pixel_values).embeddings)
-    remote = AutoModel.from_pretrained(tmp_path / pooling, trust_remote_code=True)
+    remote = remote_model(tmp_path / pooling)
     torch.testing.assert_close(remote(pixel_values).embeddings, model(pixel_values).embeddings)
 
 

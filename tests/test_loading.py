@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_vit_config
+from remote_code import remote_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, Dinov2Config, Dinov2Model, ViTForImageClassification, ViTModel
+from transformers import Dinov2Config, Dinov2Model, ViTForImageClassification, ViTModel
 
 from vptsp import VPTSPForMetricLearning, VPTSPModel
 from vptsp.files.atomic import write_json
@@ -23,7 +24,7 @@ FIELDS = {"num_prompts": 2, "embedding_dim": 6}
 
 
 def by_auto_model(folder, **options):
-    return AutoModel.from_pretrained(folder, trust_remote_code=True, **options)
+    return remote_model(folder, **options)
 
 
 LOADERS = {

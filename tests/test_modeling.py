@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from conftest import tiny_vit_config
+from remote_code import remote_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, ViTModel
+from transformers import ViTModel
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel
 from vptsp.backbones_vptsp import FAMILIES
@@ -217,10 +218,10 @@ save_file({"e": model(**load_file("images.safetensors")).embeddings.detach()}, "
 
 def test_auto_model_reload_is_identical(retriever, tmp_path, pixel_values):
     retriever.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    loaded = remote_model(tmp_path)
     assert torch.equal(loaded(pixel_values).pooler_output, retriever(pixel_values).pooler_output)
     loaded.save_pretrained(tmp_path / "again")
-    again = AutoModel.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    again = remote_model(tmp_path / "again")
     assert torch.equal(again(pixel_values).embeddings, retriever(pixel_values).embeddings)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from remote_code import remote_model
 from safetensors.torch import load_file
-from transformers import AutoModel
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel
 from vptsp.training.model_card import retriever_card
@@ -78,7 +78,7 @@ def test_kinds_come_back_as_they_were_saved(backbone_folder, tmp_path, kind):
     assert torch.equal(loaded(PIXELS).embeddings, embeddings)
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} >= in_backbone
     if kind in ("dora", "fourier"):  # what is not in the weights, and what is drawn
-        loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+        loaded = remote_model(tmp_path)
         assert torch.equal(loaded(PIXELS).embeddings, embeddings)
 
 
@@ -178,8 +178,22 @@ def test_configurations_that_are_refused(fields, message):
 
 NOT_BUILT = {
     "unknown kind": ({"peft_type": "PROMPT_TUNING"}, "peft_type must be one of LORA, .*, got 'PROMPT_TUNING'"),
+    "a kind in small letters": ({"peft_type": "lora"}, "got 'lora'; did you mean 'LORA'"),
     "unknown field": ({**KINDS["lora"], "ranks": 3}, "LoraConfig of peft .* has no ranks"),
-    "no such target": ({**KINDS["lora"], "target_modules": ["query"]}, "peft_config: Target modules .*query"),
+    "near field": ({**KINDS["lora"], "lora_alfa": 3}, "has no lora_alfa; did you mean 'lora_alpha'"),
+    "no such target": ({**KINDS["lora"], "target_modules": ["query"]}, r"target_modules must name .*\(fc1, .*'query'"),
+    "one beside others": (
+        {**KINDS["lora"], "target_modules": ["v_proj", "q_prj"]},
+        "fc1, fc2, k_proj, .* got 'q_prj'; did you mean 'q_proj'",
+    ),
+    "excluded": (
+        {**KINDS["lora"], "exclude_modules": ["fc3"]},
+        "exclude_modules must name .* got 'fc3'; did you mean",
+    ),
+    "number as target": ({**KINDS["lora"], "target_modules": 3}, "target_modules must name .* got 3"),
+    "pattern": ({**KINDS["lora"], "target_modules": "*("}, "peft_config: nothing to repeat"),
+    "kind of value": ({**KINDS["lora"], "r": "x"}, "peft_config: r must be a number, got 'x'"),
+    "no mapping of ranks": ({**KINDS["lora"], "rank_pattern": 3}, "peft_config: 'int' object has no attribute"),
     "outside": ({**KINDS["norms"], "target_modules": ["layernorm"]}, "parts of the backbone's layers, got layernorm"),
     "out of range": ({**KINDS["lora"], "r": -1}, "peft_config: .*r.* should be a positive integer"),
 }
@@ -187,8 +201,9 @@ NOT_BUILT = {
 
 @pytest.mark.parametrize("values, message", NOT_BUILT.values(), ids=NOT_BUILT)
 def test_configurations_that_peft_can_not_take(backbone_folder, values, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         make_model(backbone_folder, peft_config=values)
+    assert "\n" not in str(error.value)
 
 
 def test_the_card_says_what_loading_needs(backbone_folder):

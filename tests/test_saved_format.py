@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from remote_code import remote_model
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel, ViTModel
+from transformers import AutoImageProcessor, ViTModel
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel
 from vptsp.configuration_vptsp import FORMAT_VERSION
@@ -40,7 +41,7 @@ def test_every_version_has_a_fixture():
 @pytest.mark.parametrize("code", ["today's", "its own"])
 def test_retriever_of_an_earlier_version(folder, code):
     if code == "its own":
-        model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        model = remote_model(folder)
         assert type(model).__module__.startswith("transformers_modules.")
     else:
         model = VPTSPModel.from_pretrained(folder)

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from remote_code import remote_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
 from transformers.image_utils import PILImageResampling
 
 from vptsp import VPTSPModel
@@ -119,7 +119,7 @@ def test_retriever_is_saved_and_loaded_without_the_package(checkpoint, tmp_path)
     retriever = VPTSPModel.from_backbone(folder, embedding_dim=10, image_size=48).eval()
     retriever.save_pretrained(tmp_path)
     assert (tmp_path / "loading_vptsp.py").is_file()
-    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    loaded = remote_model(tmp_path)
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
         torch.testing.assert_close(loaded(images).embeddings, retriever(images).embeddings)

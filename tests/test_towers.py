@@ -7,11 +7,11 @@ import pytest
 import safetensors
 import torch
 from hub_stand_in import HubStandIn, Repository
+from remote_code import remote_model
 from safetensors.torch import load_file, save_file
 from test_families import perturb
 from test_hub import run
 from transformers import (
-    AutoModel,
     CLIPConfig,
     CLIPModel,
     MLCDVisionConfig,
@@ -87,7 +87,7 @@ def test_the_image_tower_is_the_backbone(towers, tmp_path):
     expected = built(pixel_values).embeddings
     for loaded in (
         VPTSPModel.from_pretrained(tmp_path / "retriever"),
-        AutoModel.from_pretrained(tmp_path / "retriever", trust_remote_code=True),
+        remote_model(tmp_path / "retriever"),
         VPTSPModel.from_pretrained(tmp_path / "retriever", backbone=alone),
     ):
         assert torch.equal(loaded(pixel_values).embeddings, expected)

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 from conftest import tiny_vit_config
+from remote_code import remote_model
 from safetensors.torch import load_file, save_file
 from test_modeling_exact import K2, assert_same_step, make_model
-from transformers import AutoModel
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel
 
@@ -380,9 +380,7 @@ def test_dora_is_saved_and_loaded(backbone_folder, tmp_path):
         loaded = VPTSPModel.from_pretrained(folder)
         assert loaded.config.use_dora
         assert torch.equal(loaded(pixel_values).embeddings, expected)
-        assert torch.equal(
-            AutoModel.from_pretrained(folder, trust_remote_code=True)(pixel_values).embeddings, expected
-        )
+        assert torch.equal(remote_model(folder)(pixel_values).embeddings, expected)
     training = VPTSPForMetricLearning.from_pretrained(tmp_path / "False", num_classes=3).eval()
     assert torch.equal(training(pixel_values).embeddings, expected)
     name = "backbone.layers.1.attention.q_proj.lora_magnitude_vector.default.weight"

@@ -14,6 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import trainer_log_levels
 
+from ..data_scripts.data_errors import DataError
 from ..data_scripts.paths import usable_path
 from ..names.field_values import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SEED, Bounds, check_fields, check_value
 from ..names.registry import nearest
@@ -94,7 +95,10 @@ def check_values(args):
     check_fields({name: getattr(args, name) for name in hints}, hints, TRAINING_BOUNDS, TRAINING_CHOICES)
     for name in ("output_dir", "class_prompt_folder", "resume_from_checkpoint"):
         if isinstance(value := getattr(args, name), (str, os.PathLike)):
-            usable_path(value)
+            try:
+                usable_path(value)
+            except DataError as error:
+                raise DataError(f"{name} must be a path: {error}") from error
     for name in JSON_FIELDS:
         if isinstance(value := getattr(args, name, None), str):
             _check_json(name, value)

@@ -318,10 +318,17 @@ def check_checkpoint(folder) -> dict:
     for name in (STATE_NAME, f"{OPTIMIZER_NAME}.json", f"{PROGRESS_NAME}.json"):
         if name not in record["files"]:
             raise CheckpointError(f"{folder} was saved without {name} (save_only_model), so no run can go on from it")
+    for part in ("settings", "model"):
+        if not isinstance(found := record.get(part), dict):
+            raise CheckpointError(f"{folder / RUN_NAME} must have a mapping as {part}, got a {type(found).__name__}")
     try:
-        TrainerState.load_from_json(str(folder / STATE_NAME))
+        state = TrainerState.load_from_json(str(folder / STATE_NAME))
     except TypeError as error:
         raise CheckpointError(f"{folder / STATE_NAME} does not hold the state of a trainer ({error})") from error
+    step = checkpoint_step(folder)
+    if not isinstance(state.global_step, int) or state.global_step < 1 or step not in (None, state.global_step):
+        expected = "an integer >= 1" if step is None else step
+        raise CheckpointError(f"{folder / STATE_NAME}: global_step must be {expected}, got {state.global_step!r}")
     return record
 
 

@@ -110,7 +110,9 @@ class OffloadedClassPrompts(HostTable):
         check_optimizer(optimizer)
         reduced = self._gradients.take()
         if reduced is not None:
-            update_rows(optimizer, self, *reduced)
+            with self.writing() as may_write:
+                if may_write:
+                    update_rows(optimizer, self, *reduced)
             self.note_update(reduced[0])
 
 

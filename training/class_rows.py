@@ -44,9 +44,11 @@ def move_class_rows(model, optimizer, source, seed):
         _move_parameter(store.tokens, states, taken, normal)
         return
     store.discard_prefetched()
-    _move(store.tokens, taken, normal)
-    for state in store.states.values():
-        _move(state, taken, torch.zeros)
+    with store.writing() as may_write:
+        if may_write:
+            _move(store.tokens, taken, normal)
+            for state in store.states.values():
+                _move(state, taken, torch.zeros)
 
 
 def _move_parameter(parameter, states, taken, fresh):

@@ -17,7 +17,14 @@ from ..data_scripts.unlabelled import ClusterBatchSampler
 from ..files.atomic import write_json
 from .checkpoints import load_tree, random_state, save_tree, set_random_state
 from .class_rows import move_class_rows
-from .photo_clusters import ClusterPlan, cluster_photos, follow_clusters, linked_groups
+from .photo_clusters import (
+    ClusterPlan,
+    MixedGroupError,
+    class_of_groups,
+    cluster_photos,
+    follow_clusters,
+    linked_groups,
+)
 from .run_errors import CheckpointError, ConfigError, TrainingError
 
 
@@ -60,6 +67,7 @@ def check_cluster_arguments(args):
     defaults = {name: item.default for name, item in type(args).__dataclass_fields__.items()}
     unread = {
         "kmeans": ("min_cluster_size",),
+        "faiss": ("min_cluster_size",),
         "hdbscan": ("clusters", "cluster_keep"),
         "instances": ("clusters", "cluster_keep", "min_cluster_size", "cluster_dims", "rounds"),
     }
@@ -75,6 +83,36 @@ def check_cluster_arguments(args):
         )
     if args.rounds > 1 and args.dataloader_persistent_workers:
         raise ValueError("dataloader_persistent_workers keeps the labels of the first round: leave it out with rounds")
+
+
+def check_groups(images):
+    """Refuse groups with photos of two classes, which can be seen before anything is embedded.
+
+    Args:
+        images: A `ClusteredImages`.
+
+    Raises:
+        ConfigError: with the files and the classes.
+    """
+    if images.groups is None:
+        return
+    try:
+        class_of_groups(linked_groups(np.empty((len(images), 0)), images.groups), images.given)
+    except MixedGroupError as error:
+        raise ConfigError(_mixed(error, images)) from error
+
+
+def _mixed(error, images, rows=None):
+    """What a [`MixedGroupError`] says, with the names of files and classes.
+
+    Args:
+        error: Its photos are numbers of rows, or (where they are given) of `rows`.
+        images: The `ClusteredImages`.
+        rows: `(m,)` int64.
+    """
+    photos = error.photos if rows is None else rows[list(error.photos)]
+    names = [images.name_of(int(photo)) for photo in photos]
+    return error.named(names, [repr(images.given_names[number]) for number in error.classes])
 
 
 def first_clusters(images, embeddings, readable, args):
@@ -129,6 +167,8 @@ def _agreed(args, images, embeddings, readable, num_clusters):
         try:
             labels[rows] = cluster_photos(embeddings[rows], plan, groups, images.given[rows], len(images.given_names))
             found = [labels]
+        except MixedGroupError as error:
+            found = [_mixed(error, images, rows)]
         except ValueError as error:
             found = [str(error)]
     (result,) = broadcast_object_list(found)
@@ -284,6 +324,7 @@ __all__ = [
     "CLUSTER_ARGUMENTS",
     "ClusterRounds",
     "check_cluster_arguments",
+    "check_groups",
     "first_clusters",
     "refuse_cluster_arguments",
     "report_line",

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import get_type_hints
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
+from ..data_scripts.command_options import truth
 from ..data_scripts.data_arguments import (
     DATA_BOUNDS,
     DataArguments,
@@ -20,8 +22,8 @@ from ..data_scripts.data_arguments import (
 from ..data_scripts.data_errors import DataError
 from ..data_scripts.paths import check_folder_to_write, usable_path
 from ..files.yaml_files import YamlError, read_yaml
-from ..names.field_values import NOT_NEGATIVE, check_fields, check_value, from_text
 from ..names.environment import environment_error
+from ..names.field_values import NOT_NEGATIVE, check_fields, check_value, from_text
 from ..names.registry import nearest
 from .run_errors import ConfigError
 
@@ -190,6 +192,9 @@ class OptionParser(HfArgumentParser):
 
     def __init__(self, classes, **options):
         super().__init__(classes, allow_abbrev=False, **options)
+        for action in self._actions:
+            if action.type is string_to_bool:  # the same words, and one error for all commands
+                action.type = truth
 
     def error(self, message):
         raise ConfigError(message)

@@ -23,7 +23,7 @@ from ..eval.embedding_loop import embed_batches
 from ..eval.metric_registry import registered_metrics
 from ..eval.metrics import count_in_gallery, retrieval_metrics, select_pairs
 from ..eval.summary import embedding_metrics
-from .evaluation_checks import check_evaluation, named_sets
+from .evaluation_checks import check_data_set, check_data_sets, check_evaluation, named_sets
 from .interruption import leave_signals_to_main_process
 from .run_errors import TrainingError
 from .sharing import SharingTrainer
@@ -124,15 +124,20 @@ class EvaluatingTrainer(SharingTrainer):
         metrics of `{metric_key_prefix}_{name}`.
 
         Raises:
-            ValueError: `ignore_keys` is given; embeddings are the only output. Or a dict is none for `evaluate`.
+            ValueError: `ignore_keys` is given; embeddings are the only output. Or it is no data set of images, or a
+                dict is none for `evaluate`.
         """
         refuse_given(ignore_keys=ignore_keys)
         if isinstance(test_dataset, dict):
             named_sets(test_dataset)  # says what is wrong with it
             prefixes = {name: f"{metric_key_prefix}_{name}" for name in test_dataset}
             return {name: self.predict(part, None, prefixes[name]) for name, part in test_dataset.items()}
+        test_dataset = self._evaluated(test_dataset)
+        check_data_set(test_dataset, "test_dataset")
+        if hasattr(test_dataset, "__len__") and not len(test_dataset):
+            raise ValueError("test_dataset is empty")
         with self.shared_weights():
-            output = super().predict(self._evaluated(test_dataset), metric_key_prefix=metric_key_prefix)
+            output = super().predict(test_dataset, metric_key_prefix=metric_key_prefix)
         if self._extra_metrics is not None:
             readable = np.isfinite(output.predictions).all(1)
             pair = EvalPrediction(predictions=output.predictions[readable], label_ids=output.label_ids[readable])
@@ -152,8 +157,13 @@ class EvaluatingTrainer(SharingTrainer):
             Embeddings `(n, E)` float32 and labels `(n,)` int64 on the CPU, in the data set's order, the same on every
             process. Images that could not be read and were to be skipped are not among them, unless they keep their
             places; then a third tensor, `(n,)` bool, says which could be read.
+
+        Raises:
+            ValueError: it is no data set of images, or there is none in it.
         """
-        embedded = self._embed_all(self._evaluated(dataset), description)
+        dataset = self._evaluated(dataset)
+        check_data_set(dataset, "dataset")
+        embedded = self._embed_all(dataset, description)
         return embedded if with_unreadable else _readable(*embedded)
 
     def _embed_all(self, dataset, description="Embedding", with_digests=False, embed=None):
@@ -224,6 +234,7 @@ class EvaluatingTrainer(SharingTrainer):
             raise ValueError("evaluation needs an eval_dataset, got None")
         metrics, evaluated = {}, {}
         for name, part in named_sets(dataset).items():
+            check_data_sets(name, part)
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             metrics |= self._evaluate_set(part, prefix, eval_metrics or self.args.eval_metrics)
             evaluated[name] = self.last_evaluated

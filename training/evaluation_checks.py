@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from ..data_scripts.labels import check_labels
+from ..data_scripts.streaming import StreamedImages
 from ..data_scripts.transforms import TrainTransform
 from ..eval.metric_registry import METRICS
 from ..eval.metrics import count_relevant
 from .run_errors import ConfigError
+
+
+_UNANSWERED = {1: "no class has two images", 2: "no class of the queries is in the gallery"}
 
 
 def named_sets(dataset) -> dict:
@@ -34,10 +40,10 @@ def named_sets(dataset) -> dict:
 
 
 def data_sets_in(dataset) -> list:
-    """The single data sets of what `evaluate` takes, or of None."""
-    if isinstance(dataset, dict):
-        return [part for value in dataset.values() for part in data_sets_in(value)]
-    return [] if dataset is None else [dataset]
+    """The single data sets of what `evaluate` takes, whatever they are; none of None."""
+    if not isinstance(dataset, dict):
+        return [] if dataset is None else [dataset]
+    return [single for part in dataset.values() for single in (data_sets_in(part) if part is not None else [None])]
 
 
 def check_evaluation(dataset, args, measure, knows_all):
@@ -54,9 +60,7 @@ def check_evaluation(dataset, args, measure, knows_all):
     """
     known = []
     for name, part in named_sets(dataset).items():
-        where = f"eval_dataset {name!r}" if name else "eval_dataset"
-        for single in data_sets_in(part):
-            _check_data_set(single, where)
+        where = check_data_sets(name, part)
         _check_answerable(part, where)
         known += [f"{name}_{metric}" if name else metric for metric in _metric_names(part, args, measure)]
     metric = args.metric_for_best_model
@@ -67,12 +71,31 @@ def check_evaluation(dataset, args, measure, knows_all):
         )
 
 
-def _check_data_set(dataset, where):
-    if not hasattr(dataset, "evaluation_batches") and not (
-        hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    ):
+def check_data_sets(name, part):
+    """[`check_data_set`] of one of [`named_sets`]; gives what errors call it."""
+    where = f"eval_dataset {name!r}" if name else "eval_dataset"
+    for single in data_sets_in({name: part}):
+        check_data_set(single, where)
+    return where
+
+
+def check_data_set(dataset, where):
+    """Refuse what is no data set of images, or one for training.
+
+    Args:
+        dataset: A single one.
+        where: What it is, for the error.
+
+    Raises:
+        ConfigError: with what was expected.
+    """
+    rows = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, (str, bytes))
+    if isinstance(dataset, (list, tuple)) and dataset:
+        rows = isinstance(dataset[0], Mapping)
+    if not hasattr(dataset, "evaluation_batches") and (not rows or isinstance(dataset, Mapping)):
         raise ConfigError(
-            f"{where} must have evaluation_batches(batch_size), or rows and a length, got {type(dataset).__name__}"
+            f"{where} must have evaluation_batches(batch_size), or rows and a length, as an ImageDataset or a "
+            f"datasets.Dataset, got {_shown(dataset)}"
         )
     transform = getattr(dataset, "transform", None)
     if isinstance(transform, TrainTransform):
@@ -81,9 +104,17 @@ def _check_data_set(dataset, where):
         )
 
 
+def _shown(value):
+    return repr(value) if value is None or isinstance(value, str) else type(value).__name__
+
+
 def _check_answerable(part, where):
-    """That some query can be answered, where the data sets say their classes without being read."""
+    """That some query can be answered, where the data sets say their classes; of streams as few rows as tell."""
     singles = [part["query"], part["gallery"]] if isinstance(part, dict) else [part]
+    if all(isinstance(single, StreamedImages) for single in singles):
+        if not singles[0].answered_classes(1, *singles[1:]):
+            raise ConfigError(f"{where}: {_UNANSWERED[len(singles)]}, so no query can be answered")
+        return
     if not all(hasattr(single, "labels") for single in singles):
         return
     labels = [torch.from_numpy(check_labels(single.labels, where=f"labels of {where}")) for single in singles]
@@ -91,8 +122,7 @@ def _check_answerable(part, where):
         if not len(single):
             raise ConfigError(f"{where} is empty")
     if not count_relevant(*labels).any():
-        reason = "no class has two images" if len(labels) == 1 else "no class of the queries is in the gallery"
-        raise ConfigError(f"{where}: {reason}, so no query can be answered")
+        raise ConfigError(f"{where}: {_UNANSWERED[len(labels)]}, so no query can be answered")
 
 
 def _metric_names(part, args, measure):
@@ -102,4 +132,4 @@ def _metric_names(part, args, measure):
     return [*measure((points, labels, *gallery, None), args.eval_metrics), *METRICS, "num_unreadable"]
 
 
-__all__ = ["check_evaluation", "data_sets_in", "named_sets"]
+__all__ = ["check_data_set", "check_data_sets", "check_evaluation", "data_sets_in", "named_sets"]

@@ -98,9 +98,9 @@ def _check_validation(validation, tests):
 
 def _check_answered(images, final_metrics):
     parts = [images[name] for name in ("test", "query", "gallery") if name in images]
-    if any(isinstance(part, StreamedImages) for part in parts):  # the first evaluation will tell
-        return
-    if "query" in images:
+    if isinstance(parts[0], StreamedImages):
+        found = sorted(parts[0].answered_classes(2, *parts[1:]))
+    elif "query" in images:
         found = np.intersect1d(images["query"].labels, images["gallery"].labels)
     else:
         labels, counts = np.unique(images["test"].labels, return_counts=True)

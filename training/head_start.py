@@ -15,20 +15,35 @@ from .run_errors import ConfigError
 _ROWS = 4096
 
 
-def check_head_init(how, config):
-    """Refuse a start that the widths don't allow.
+def check_head_init(how, config, num_images=None):
+    """Refuse a start that the widths, or the number of images, don't allow.
 
     Args:
         how: `xavier`, `identity` or `pca`.
         config: The `VPTSPConfig`.
+        num_images: Of training; None where they are not counted yet.
 
     Raises:
-        ConfigError: `identity` with another embedding width than the pooled features have, or `pca` with a larger one.
+        ConfigError: `identity` with another embedding width than the pooled features have, or `pca` with a larger one
+            or with no more images than axes.
     """
     found, width = config.embedding_dim, config.pooled_dim
     if (how == "identity" and found != width) or (how == "pca" and found > width):
         expected = f"{'==' if how == 'identity' else '<='} {width}, the width of the pooled features"
-        raise ConfigError(f"embedding_dim must be {expected}, with head_init {how}, got {found}")
+        least = "" if how == "identity" else " or less"
+        raise ConfigError(
+            f"embedding_dim must be {expected}, with head_init {how}, got {found}: set --embedding_dim "
+            f"{width}{least}, or --head_init xavier"
+        )
+    if how == "pca" and num_images is not None and num_images <= found:
+        raise _too_few(num_images - 1, found, num_images)
+
+
+def _too_few(rank, dim, num_images):
+    return ConfigError(
+        f"embedding_dim must be <= {rank} with head_init pca, got {dim}: the {num_images} training images span "
+        "no more directions"
+    )
 
 
 def start_head(model, how, features):
@@ -87,10 +102,7 @@ def principal_axes(features, dim):
     variances, axes = variances.flip(0), axes.T.flip(0)
     rank = int((variances > variances[0].clamp(min=0) * 1e-10).sum())
     if rank < dim:
-        raise ConfigError(
-            f"embedding_dim must be <= {rank} with head_init pca, got {dim}: the {len(features)} training images span "
-            "no more directions"
-        )
+        raise _too_few(rank, dim, len(features))
     axes = axes[:dim]
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
     axes = axes * largest.sign()

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,7 @@ class HostTable(nn.Module):
         shape: `(C, P, D)`.
         states: Optimiser states by torch's name, `(C, P, D)` float32; `step` is `(C,)`.
         folder: Where the memory-mapped files are; None in memory.
+        sharers: The processes that share the files; None where this one has its own.
     """
 
     def __init__(self, shape, std):
@@ -42,6 +44,7 @@ class HostTable(nn.Module):
         self.std = std
         self.states = {}
         self.folder = None
+        self.sharers = None
         self._tokens = None
         self._prefetched = RowPrefetch()
         # Moves with the model, and lets transformers see that there is something to initialise.
@@ -54,8 +57,10 @@ class HostTable(nn.Module):
 
     def _draw(self):
         if self._tokens is None:
-            self._tokens = self._allocate(self.shape)
-        self._tokens.normal_(std=self.std)
+            self._tokens = self._allocate_tokens()
+        with self.writing() as may_write:
+            if may_write:
+                self._tokens.normal_(std=self.std)
 
     @property
     def tokens(self):
@@ -76,6 +81,14 @@ class HostTable(nn.Module):
         pinned = empty_pinned((len(classes), *self.shape[1:]))
         torch.index_select(self.tokens, 0, classes, out=pinned)
         return pinned.to(device, non_blocking=True)
+
+    def writing(self):
+        """A block in which table and states are written, by the processes that share them together.
+
+        Returns:
+            Context manager that gives whether this process is to write.
+        """
+        return nullcontext(True) if self.sharers is None else self.sharers.writing()
 
     def new_states(self, names):
         """Zeros for optimiser states of these names, where the table is."""
@@ -117,10 +130,12 @@ class HostTable(nn.Module):
     def broadcast(self, device):
         """Give all processes the table of the first, by way of `device`, as DDP does with parameters."""
         self.discard_prefetched()
-        for part in self.tokens.view(-1).split(1 << 24):
-            on_device = part.to(device)
-            dist.broadcast(on_device, src=0)
-            part.copy_(on_device)
+        with self.writing() as may_write:
+            for part in self.tokens.view(-1).split(1 << 24):
+                on_device = part.to(device)
+                dist.broadcast(on_device, src=0)
+                if may_write:
+                    part.copy_(on_device)
 
     # ---- Memory and memory-mapped files
 
@@ -135,22 +150,25 @@ class HostTable(nn.Module):
         available = psutil.virtual_memory().available + held * processes
         return processes * self.num_bytes(num_states) <= MEMORY_SHARE * available
 
-    def place(self, folder, num_states=2):
+    def place(self, folder, num_states=2, local=None):
         """Keep table and states in memory-mapped files from now on, not in memory.
 
         The files are scratch space: on POSIX systems they have no name once they are mapped, and vanish with the
-        process.
+        process. Processes of one machine share one table, which the first of them writes; it alone has the states.
+        Where they don't see each other's files, each has its own.
 
         Args:
             folder: Folder on a fast local disk; made where it does not exist.
             num_states: Optimiser states that will join the table.
+            local: [`LocalProcesses`] of a run, all of which call this together; None for a process by itself.
 
         Raises:
             OSError: the disk has not enough room.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        processes = _processes_here()  # each makes files of its own
+        shares = local is not None and local.count > 1 and self._see_the_same(folder, local)
+        processes = 1 if shares else _processes_here()
         needed, free = processes * self.num_bytes(num_states), shutil.disk_usage(folder).free
         if needed > free:
             raise OSError(
@@ -158,27 +176,62 @@ class HostTable(nn.Module):
                 f"states need {needed / 2**30:.1f} GiB ({processes} processes)"
             )
         self.discard_prefetched()
-        self.folder = folder
+        self.folder, self.sharers = folder, local if shares else None
         if self._tokens is not None:
-            self._tokens = self._allocate(self.shape).copy_(self._tokens)
-        self.states = {name: self._allocate(state.shape).copy_(state) for name, state in self.states.items()}
+            earlier, self._tokens = self._tokens, self._allocate_tokens()
+            with self.writing() as may_write:
+                if may_write:
+                    self._tokens.copy_(earlier)
+        held = self.states if self.sharers is None or self.sharers.is_owner else {}
+        self.states = {name: self._allocate(state.shape).copy_(state) for name, state in held.items()}
+
+    @staticmethod
+    def _see_the_same(folder, local):
+        """Whether a file that the owner makes is there for all processes of the machine."""
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            return local.all_of(Path(local.from_owner(own)).is_dir())
+
+    def _allocate_tokens(self):
+        """Room for the table, which those that share it map from one file."""
+        if self.sharers is None or not math.prod(self.shape):
+            return self._allocate(self.shape)
+        name = mapped = error = None
+        if self.sharers.is_owner:
+            try:
+                name, mapped = self._map_new(self.shape)
+            except OSError as failure:
+                error = failure
+        name = self.sharers.from_owner(name)
+        if error is not None:
+            raise error
+        if name is None:
+            raise OSError(f"class_prompt_folder {self.folder} has no room for class prompts (first process)")
+        if mapped is None:
+            mapped = _map(name, self.shape)
+        self.sharers.all_of(True)  # before it loses its name
+        if self.sharers.is_owner:
+            _drop_name(name)
+        return mapped
 
     def _allocate(self, shape):
         if self.folder is None or not math.prod(shape):
             return torch.zeros(shape, dtype=torch.float32, device="cpu")
+        name, mapped = self._map_new(shape)
+        _drop_name(name)
+        return mapped
+
+    def _map_new(self, shape):
+        """A new file of zeros, in `folder`: its name, and the tensor that it is."""
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="class_prompts-", delete=False) as file:
             name = file.name
             try:
                 _reserve(file.fileno(), 4 * math.prod(shape))
-                mapped = torch.from_file(name, shared=True, size=math.prod(shape), dtype=torch.float32)
+                return name, _map(name, shape)
             except OSError as error:
                 Path(name).unlink()
                 raise OSError(
                     error.errno, f"class_prompt_folder {self.folder} has no room for class prompts: {error.strerror}"
                 ) from error
-        if os.name == "posix":
-            Path(name).unlink()
-        return mapped.view(shape)
 
     # ---- Saved files
 
@@ -188,7 +241,7 @@ class HostTable(nn.Module):
 
     def load(self, path):
         """Read the table of a file that `save` wrote; ValueError for damage, other contents, shape or dtype."""
-        self._load({"tokens": self.tokens}, read_weights(path), path)
+        self._load({"tokens": self.tokens}, read_weights(path), path, self.writing())
 
     def save_states(self, path):
         """Write the optimiser states to a safetensors file."""
@@ -205,11 +258,12 @@ class HostTable(nn.Module):
         if names not in STATE_NAMES:
             known = " or ".join(", ".join(sorted(known)) or "nothing" for known in STATE_NAMES)
             raise ValueError(f"{path} must hold {known}, got {', '.join(sorted(names))}")
-        states = self.new_states(names)
-        self._load(states, saved, path)
-        self.states = states
+        if self.sharers is None or self.sharers.is_owner:
+            states = self.new_states(names)
+            self._load(states, saved, path, nullcontext(True))
+            self.states = states
 
-    def _load(self, tensors, saved, path):
+    def _load(self, tensors, saved, path, writing):
         self.discard_prefetched()
         if set(saved) != set(tensors):
             expected, found = (", ".join(sorted(names)) for names in (tensors, saved))
@@ -220,7 +274,20 @@ class HostTable(nn.Module):
                 raise ValueError(f"{name} in {path} must have shape {expected}, got {found}")
             if saved[name].dtype != tensor.dtype:
                 raise ValueError(f"{name} in {path} must be {tensor.dtype}, got {saved[name].dtype}")
-            tensor.copy_(saved[name])
+        with writing as may_write:
+            if may_write:
+                for name, tensor in tensors.items():
+                    tensor.copy_(saved[name])
+
+
+def _map(name, shape):
+    """A file as a float32 tensor."""
+    return torch.from_file(name, shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
+
+
+def _drop_name(name):
+    if os.name == "posix":
+        Path(name).unlink()
 
 
 def _reserve(descriptor, num_bytes):

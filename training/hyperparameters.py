@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import inspect
+import math
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,10 +16,14 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_utils import BestRun
 
+from ..configuration_vptsp import check_field
+from ..names.registry import nearest
 from .output_folder import check_output_folder
 from .run_errors import ConfigError
 
 
+# Options of a study's `optimize`; all others are of `create_study`.
+_OF_OPTIMIZE = ("timeout", "catch")
 # What every trial has of its own, or what it must not do.
 _NOT_FOR_TRIALS = ("output_dir", "resume_from_checkpoint", "push_to_hub")
 
@@ -51,8 +58,14 @@ def search_hyperparameters(
 
     Returns:
         `BestRun`; None on all processes but the first.
+
+    Raises:
+        ImportError: Optuna is not installed.
+        TypeError: an option is none of `create_study`.
+        ValueError: what is given can't be searched by.
     """
     optuna = _optuna()
+    _check_search(optuna, hp_space, compute_objective, n_trials, hp_name, study_options)
     is_main = args.process_index == 0
 
     def run(trial, prepared=None):
@@ -71,7 +84,10 @@ def search_hyperparameters(
         return objective
 
     def _prepared(trial):
-        values = dict((hp_space or default_hp_space)(trial))
+        values = (hp_space or default_hp_space)(trial)
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"hp_space must give a mapping of fields to values, got {values!r}")
+        values = dict(values)
         return values, make_model(trial, values.get("seed", args.seed))
 
     def objective(trial):
@@ -85,13 +101,55 @@ def search_hyperparameters(
             with suppress(optuna.TrialPruned, *_classes(study_options.get("catch", ()))):
                 run(trial)
         return None
-    options = {name: study_options.pop(name) for name in ("timeout", "catch") if name in study_options}
+    options = {name: study_options.pop(name) for name in _OF_OPTIMIZE if name in study_options}
     study = optuna.create_study(direction=direction, **study_options)
     study.optimize(objective, n_trials=n_trials, **options)
     if args.world_size > 1:
         broadcast_object_list([None])
     best = study.best_trial
     return BestRun(str(best.number), best.value, best.params, study)
+
+
+def _check_search(optuna, hp_space, compute_objective, n_trials, hp_name, study_options):
+    """Refuse what can't work before a model is trained by it."""
+    for name, function in {"hp_space": hp_space, "compute_objective": compute_objective, "hp_name": hp_name}.items():
+        if function is not None and not callable(function):
+            raise ValueError(f"{name} must be a function, got {function!r}")
+    if n_trials is not None or study_options.get("timeout") is None:  # Optuna goes on until then, or for ever
+        check_field("n_trials", n_trials, int, (1, math.inf))
+    known = [*inspect.signature(optuna.create_study).parameters, *_OF_OPTIMIZE]
+    if unknown := [name for name in study_options if name not in known]:
+        near = nearest(unknown[0], known, most=1)
+        raise TypeError(f"hyperparameter_search has no option {unknown[0]}{near}; Optuna's are {', '.join(known)}")
+    kinds = {"sampler": optuna.samplers.BaseSampler, "pruner": optuna.pruners.BasePruner}
+    for name, kind in kinds.items():
+        value = study_options.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} must be an object of a class of optuna.{name}s, got {value!r}")
+
+
+def objective_of(metric):
+    """Function of the metrics of an evaluation that gives one of them.
+
+    Args:
+        metric: Its name, with `eval_` or without.
+
+    Raises:
+        ValueError: there is no name; on a call: there is no such metric.
+    """
+    if metric is None:
+        raise ValueError("compute_objective must be given where metric_for_best_model is None")
+    name = f"eval_{metric.removeprefix('eval_')}"
+
+    def objective(metrics):
+        if name not in metrics:
+            raise ConfigError(
+                f"metric_for_best_model {metric} is none of what evaluation gives: {', '.join(metrics)}"
+                f"{nearest(name, metrics, most=1)}"
+            )
+        return metrics[name]
+
+    return objective
 
 
 def _classes(catch):
@@ -114,9 +172,10 @@ def _trial_arguments(args, values, name):
     """
     known = {item.name for item in fields(args) if item.init} - set(_NOT_FOR_TRIALS)
     if unknown := sorted(set(values) - known):
+        near = nearest(unknown[0], known, most=1)
         raise ConfigError(
             f"hp_space must give fields of {type(args).__name__} that a trial may have of its own, got "
-            f"{', '.join(unknown)}. What the model is, model_init says, which gets the trial"
+            f"{', '.join(unknown)}{near}. What the model is, model_init says, which gets the trial"
         )
     folder = Path(args.output_dir) / name
     check_output_folder(folder)
@@ -152,4 +211,4 @@ class _Report(TrainerCallback):
             raise _PrunedError(f"pruned at step {state.global_step}")
 
 
-__all__ = ["default_hp_space", "search_hyperparameters"]
+__all__ = ["default_hp_space", "objective_of", "search_hyperparameters"]

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..configuration_vptsp import DENSE_CLASS_PROMPT_BYTES
+from .local_processes import LocalProcesses
 from .output_folder import output_held
 from .row_optimizers import SUPPORTED_OPTIM, check_optimizer
 
@@ -51,8 +52,8 @@ def _place(store, args, optimizer):
     """Put table and states into `class_prompt_folder`, or into one in `output_dir` where they don't fit in memory."""
     is_sgd = args.optim == "sgd" if optimizer is None else isinstance(optimizer, torch.optim.SGD)
     num_states = 1 if is_sgd else 2
-    folder = args.class_prompt_folder
-    if folder is None and not store.fits_in_memory(num_states):
+    folder, local = args.class_prompt_folder, LocalProcesses()
+    if folder is None and not local.all_of(store.fits_in_memory(num_states)):
         folder = Path(args.output_dir) / "class_prompts"
         logger.warning(
             "class prompts and their optimiser states (%.1f GiB) do not fit in memory: they are memory-mapped in %s",
@@ -60,7 +61,7 @@ def _place(store, args, optimizer):
             folder,
         )
     if folder is not None:
-        store.place(folder, num_states)
+        store.place(folder, num_states, local)
 
 
 def describe_class_prompts(model) -> str:

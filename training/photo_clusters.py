@@ -10,11 +10,33 @@ from dataclasses import dataclass
 import numpy as np
 
 
-CLUSTERINGS = ("kmeans", "hdbscan", "instances")
+CLUSTERINGS = ("kmeans", "faiss", "hdbscan", "instances")
 _SILHOUETTE_PHOTOS = 2000
 _PHOTOS_PER_DIMENSION = 8
 _CANDIDATE_SIZES = (56, 40, 28, 20, 14, 10, 7, 5)  # mean photos of a cluster, among which one is chosen
 _GOOD_ENOUGH = 0.8  # of the best silhouette, which goes on rising slowly where clusters are blurred
+
+
+class MixedGroupError(ValueError):
+    """Photos that belong together have two classes.
+
+    Attributes:
+        photos: Numbers of two of them.
+        classes: Theirs.
+    """
+
+    def __init__(self, photos, classes):
+        self.photos, self.classes = photos, classes
+        super().__init__(self.named(photos, classes))
+
+    @staticmethod
+    def named(photos, classes) -> str:
+        """The message, with names of two photos and of their classes."""
+        (photo, other), (own, others) = photos, classes
+        return (
+            f"the photos {photo} (class {own}) and {other} (class {others}) belong together, by their group or their "
+            "likeness: photos that do must have one class"
+        )
 
 
 @dataclass(frozen=True)
@@ -22,12 +44,13 @@ class ClusterPlan:
     """How photos are clustered.
 
     Attributes:
-        clustering: `kmeans`, `hdbscan` (photos that lie in no dense place are left out) or `instances` (each photo, or
-            each group of photos that belong together, is a cluster).
-        num_clusters: Of `kmeans`; None to choose by the silhouette.
+        clustering: `kmeans` (scikit-learn's), `faiss` (k-means too, for 100,000 photos and more), `hdbscan` (photos
+            that lie in no dense place are left out) or `instances` (each photo, or each group of photos that belong
+            together, is a cluster).
+        num_clusters: Of k-means; None to choose by the silhouette.
         min_size: Photos of a cluster of `hdbscan` at least.
         dims: Whitened principal components that distances are measured in; 0: the embeddings as they are.
-        keep: Share of the photos, those nearest their centre, that `kmeans` leaves in.
+        keep: Share of the photos, those nearest their centre, that k-means leaves in.
         link_similarity: Photos at least as similar (cosine) are kept together; None: none.
         seed: Of k-means.
     """
@@ -113,12 +136,12 @@ def cluster_photos(embeddings, plan, groups=None, given=None, num_given=None):
         `(n,)` int64: classes as given, then the clusters, without a gap; -1 for photos that are left out.
 
     Raises:
-        ValueError: photos of two classes belong together, there are fewer photos (or groups) than clusters asked for,
-            or nothing is clustered.
+        MixedGroupError: photos of two classes belong together.
+        ValueError: there are fewer photos (or groups) than clusters asked for, or nothing is clustered.
     """
     linked = linked_groups(np.asarray(embeddings), groups, plan.link_similarity)
     given = np.full(len(linked), -1, dtype=np.int64) if given is None else np.asarray(given)
-    class_of = _class_of_groups(linked, given)
+    class_of = class_of_groups(linked, given)
     labels = class_of[linked]
     free = np.flatnonzero(class_of < 0)  # groups to cluster
     if not len(free):
@@ -140,18 +163,23 @@ def cluster_photos(embeddings, plan, groups=None, given=None, num_given=None):
     return labels
 
 
-def _class_of_groups(linked, given):
-    """The class of each group that has a photo of one, else -1."""
+def class_of_groups(linked, given):
+    """The class of each group that has a photo of one, else -1.
+
+    Args:
+        linked: `(n,)` int64, the group of each photo, as [`linked_groups`] gives it.
+        given: `(n,)` int64, its class, or -1.
+
+    Raises:
+        MixedGroupError: a group has photos of two classes.
+    """
     class_of = np.full(linked.max(initial=-1) + 1, -1, dtype=np.int64)
     known = given >= 0
     class_of[linked[known]] = given[known]
     if (wrong := np.flatnonzero(known & (class_of[linked] != given))).size:
         photo = int(wrong[0])
         other = int(np.flatnonzero((linked == linked[photo]) & known & (given != given[photo]))[0])
-        raise ValueError(
-            f"photos {photo} and {other} belong together (by their group or their likeness), but have the classes "
-            f"{given[photo]} and {given[other]}"
-        )
+        raise MixedGroupError((photo, other), (int(given[photo]), int(given[other])))
     return class_of
 
 
@@ -165,13 +193,13 @@ def _clusters_of(places, sizes, plan):
         if len(places) < plan.min_size:
             raise ValueError(f"min_cluster_size must be <= {len(places)}, the photos or groups, got {plan.min_size}")
         return HDBSCAN(min_cluster_size=plan.min_size, cluster_selection_method="leaf", copy=True).fit_predict(places)
-    count = plan.num_clusters or choose_number(places, sizes, plan.seed)
+    kmeans = {"kmeans": _kmeans, "faiss": _faiss_kmeans}[plan.clustering]
+    count = plan.num_clusters or choose_number(places, sizes, plan.seed, kmeans)
     if count > len(places):
         raise ValueError(f"clusters must be at most the {len(places)} photos or groups to cluster, got {count}")
-    kmeans = _kmeans(places, sizes, count, plan.seed)
-    clusters = kmeans.labels_.astype(np.int64)
+    clusters, centres = kmeans(places, sizes, count, plan.seed)
     if plan.keep < 1:
-        away = np.linalg.norm(places - kmeans.cluster_centers_[clusters], axis=1)
+        away = np.linalg.norm(places - centres[clusters], axis=1)
         order = np.argsort(away, kind="stable")
         left_out = order[np.cumsum(sizes[order]) > plan.keep * sizes.sum()]
         clusters[left_out] = -1
@@ -179,18 +207,36 @@ def _clusters_of(places, sizes, plan):
 
 
 def _kmeans(places, sizes, count, seed):
+    """The cluster of each place, and the clusters' centres."""
     from sklearn.cluster import KMeans
 
-    return KMeans(count, n_init=1, random_state=seed).fit(places, sample_weight=sizes.astype(places.dtype))
+    fitted = KMeans(count, n_init=1, random_state=seed).fit(places, sample_weight=sizes.astype(places.dtype))
+    return fitted.labels_.astype(np.int64), fitted.cluster_centers_
 
 
-def choose_number(places, sizes, seed=0):
+def _faiss_kmeans(places, sizes, count, seed):
+    import faiss
+    from sklearn.cluster import kmeans_plusplus
+
+    places, weights = np.ascontiguousarray(places, dtype=np.float32), sizes.astype(np.float32)
+    # faiss begins with random photos, which finds far worse clusters than those that scikit-learn begins with.
+    begin, _ = kmeans_plusplus(places, count, sample_weight=weights, random_state=seed)
+    # All photos take part, which faiss otherwise draws 256 of for each cluster; and it does not say on its own terms
+    # that clusters are small, as they are here.
+    limits = {"min_points_per_centroid": 1, "max_points_per_centroid": len(places)}
+    kmeans = faiss.Kmeans(places.shape[1], count, niter=25, seed=seed, gpu=faiss.get_num_gpus() > 0, **limits)
+    kmeans.train(places, weights=weights, init_centroids=begin)
+    return kmeans.assign(places)[1].astype(np.int64), kmeans.centroids
+
+
+def choose_number(places, sizes, seed=0, kmeans=_kmeans):
     """The least number of clusters at which k-means has four fifths of the best silhouette (Rousseeuw, 1987).
 
     Args:
         places: `(n, D)` float32, what is clustered.
         sizes: `(n,)` integer, photos at each place.
         seed: Of k-means.
+        kmeans: Gives clusters and centres of places, sizes, a number and a seed.
 
     Returns:
         One of the numbers that give clusters of 56, 40, 28, 20, 14, 10, 7 and 5 photos on average; 2 at least.
@@ -204,7 +250,7 @@ def choose_number(places, sizes, seed=0):
     sample = min(_SILHOUETTE_PHOTOS, len(places))
     scores = []
     for count in counts:
-        clusters = _kmeans(places, sizes, count, seed).labels_
+        clusters, _ = kmeans(places, sizes, count, seed)
         different = len(np.unique(clusters))
         usable = 1 < different < sample
         scores.append(silhouette_score(places, clusters, sample_size=sample, random_state=seed) if usable else -1.0)
@@ -261,7 +307,9 @@ def follow_clusters(before, after, num_given=0):
 __all__ = [
     "CLUSTERINGS",
     "ClusterPlan",
+    "MixedGroupError",
     "choose_number",
+    "class_of_groups",
     "cluster_photos",
     "follow_clusters",
     "linked_groups",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import uuid
@@ -50,6 +51,9 @@ from .unsupported_arguments import refuse_given
 
 
 logger = logging.getLogger(__name__)
+
+# States of PyTorch's optimisers, which they take in any shape and fail on at the first step.
+_SHAPED_AS_PARAMETERS = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 
 
 class ResumableTrainer(HookedTrainer):
@@ -311,19 +315,30 @@ class ResumableTrainer(HookedTrainer):
         return epochs_done, batches_done
 
     def load_optimizer(self, folder):
-        saved = load_tree(folder, OPTIMIZER_NAME)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.lr_scheduler.load_state_dict(saved["scheduler"])
-        if saved["scaler"] is not None and getattr(self.accelerator, "scaler", None) is not None:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        with _belongs(folder, OPTIMIZER_NAME):
+            saved = load_tree(folder, OPTIMIZER_NAME)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            for parameter, state in self.optimizer.state.items():
+                for name in _SHAPED_AS_PARAMETERS & state.keys():
+                    if state[name].shape != parameter.shape:
+                        shapes = f"{tuple(state[name].shape)} instead of {tuple(parameter.shape)}"
+                        raise ValueError(f"it has {name} {shapes}")
+            self.lr_scheduler.load_state_dict(saved["scheduler"])
+            if saved["scaler"] is not None and getattr(self.accelerator, "scaler", None) is not None:
+                self.accelerator.scaler.load_state_dict(saved["scaler"])
 
     def _load_progress(self, folder):
         """This process's `_progress`; where there were fewer processes then, that of one of them."""
-        saved = load_tree(folder, PROGRESS_NAME)
-        return saved[self.args.process_index % len(saved)]
+        with _belongs(folder, PROGRESS_NAME):
+            saved = load_tree(folder, PROGRESS_NAME)
+            progress = saved[self.args.process_index % len(saved)]
+            if lacks := {*self.running_sums, "random", "seconds"} - set(progress):
+                raise ValueError(f"it lacks {', '.join(sorted(lacks))}")
+            return progress
 
     def load_random_state(self, folder):
-        set_random_state(self._load_progress(folder)["random"], self.args.device)
+        with _belongs(folder, PROGRESS_NAME):
+            set_random_state(self._load_progress(folder)["random"], self.args.device)
 
     def carry_on(self):
         """At the beginning of training: put back the running sums of the loss, and the time that has been spent."""
@@ -365,6 +380,20 @@ class _EpochEndFirst(TrainerCallback):
         control.should_evaluate |= evaluate
         control.should_save |= save
         self._put_off = (False, False)
+
+
+@contextlib.contextmanager
+def _belongs(folder, name):
+    """A block that reads what `save_tree` wrote; a CheckpointError where that is whole, but of something else."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"{Path(folder) / name}.json and .safetensors are not of this run ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _run_of(checkpoint) -> str | None:

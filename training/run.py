@@ -32,6 +32,7 @@ from .offloading import describe_class_prompts
 from .output_folder import check_output_folder, output_held
 from .progress import RunProgress, ScoreTable
 from .proxy_movement import FILE_NAME, ProxyMovement, read_proxy_movement
+from .run_arguments import check_model_on_hub
 from .run_errors import ConfigError
 from .run_pictures import draw_run
 from .run_record import record_data_arguments, versions
@@ -247,6 +248,7 @@ def run(model_fields, training_args, data_args, run_args, command):
     logging.disable_progress_bar()  # of loading and writing a few files
     training_args.disable_tqdm |= not sys.stderr.isatty()  # in a log, bars are noise
     with _hub_token(training_args.hub_token):
+        check_model_on_hub(model_fields, training_args, data_args)
         images = image_datasets(data_args)
         for part in images.values():
             if isinstance(part, ImageDataset):  # a stream is read as it comes
@@ -331,7 +333,7 @@ def train_and_evaluate(trainer, images, step_seconds, run_args):
         table.say(scores_line("frozen backbone", frozen, "frozen"))
         table.say(scores_line("tuned", final, "final"))
         if is_main:
-            warn_if_no_gain({**frozen, **final})
+            warn_if_no_gain({**frozen, **final}, outcome.global_step)
     results = {
         **summary,
         **frozen,

@@ -7,6 +7,7 @@ from dataclasses import MISSING, field, fields, make_dataclass
 from pathlib import Path
 from typing import get_type_hints
 
+import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedConfig
 
@@ -15,6 +16,7 @@ from ..data_scripts.data_arguments import DataArguments, check_data_arguments, c
 from ..files.json_files import without_duplicates
 from ..loading_vptsp import find_backbone, resized_config
 from ..losses.loss_registry import check_loss
+from ..modeling_vptsp import VPTSPModel
 from .argument_values import TRAINING_BOUNDS, TRAINING_CHOICES, training_hints
 from .arguments import VPTSPTrainingArguments
 from .command_help import USAGE, options_text
@@ -27,6 +29,7 @@ from .command_line import (
     refuse_unread,
     split_command_line,
 )
+from .head_start import check_head_init
 from .output_folder import check_output_folder
 from .run_errors import ConfigError
 from .unsupported_arguments import NOT_OFFERED
@@ -159,15 +162,13 @@ def check_run(model_fields, training_args, data_args, run_args):
         raise ConfigError("backbone must be the Hub name or the folder of a vision transformer, got None")
     if backbone is not None:
         _check_backbone_name(str(backbone))
-    try:
-        if backbone is not None and Path(backbone).is_dir():
-            model_fields = {**model_fields, "backbone_config": find_backbone(backbone).config}
-        config = VPTSPConfig(**model_fields)
-        if config.backbone_config is not None:
-            resized_config(config.backbone_config, data_args.image_size)
-        check_loss(config)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(str(error)) from error
+    own = None
+    if backbone is not None and Path(backbone).is_dir():
+        try:
+            own = find_backbone(backbone).config
+        except (ValueError, OSError) as error:
+            raise ConfigError(str(error)) from error
+    check_model(model_fields, training_args, data_args, own)
     if training_args.push_to_hub and not model_fields["save_backbone"] and backbone and Path(backbone).is_dir():
         raise ConfigError(
             f"push_to_hub: the backbone is the local folder {backbone}, which others don't have. Give --backbone its "
@@ -176,6 +177,45 @@ def check_run(model_fields, training_args, data_args, run_args):
     check_output_folder(
         training_args.output_dir, backbone, training_args.resume_from_checkpoint, run_args.overwrite_output
     )
+
+
+def check_model(model_fields, training_args, data_args, backbone_config=None):
+    """Refuse a model that can't be, as far as it is known: all but its weights, where its backbone's configuration is.
+
+    Args:
+        model_fields, training_args, data_args: What the run is asked to do.
+        backbone_config: That of the pretrained backbone; None: that of `model_fields`, if it has one.
+
+    Raises:
+        ConfigError: with the field, and what was expected.
+    """
+    own = model_fields["backbone_config"] if backbone_config is None else backbone_config
+    try:
+        config = VPTSPConfig(**{**model_fields, "backbone_config": own})
+        check_loss(config)
+        if config.backbone_config is not None:
+            config.backbone_config = resized_config(config.backbone_config, data_args.image_size)
+            check_head_init(training_args.head_init, config)
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):  # which layers are tuned, without weights
+                VPTSPModel(config)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_model_on_hub(model_fields, training_args, data_args):
+    """[`check_model`] of a run whose backbone's configuration is on the Hub, which is asked for it.
+
+    Raises:
+        ConfigError: as there, or there is no such backbone.
+    """
+    backbone = model_fields["backbone"]
+    if backbone is None or Path(backbone).is_dir():
+        return
+    try:
+        found = find_backbone(backbone, model_fields["backbone_revision"], token=training_args.hub_token)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    check_model(model_fields, training_args, data_args, found.config)
 
 
 def _check_backbone_name(backbone):
@@ -192,4 +232,12 @@ def _check_backbone_name(backbone):
         raise ConfigError(f"backbone is neither a folder nor a Hub name: {backbone!r}") from error
 
 
-__all__ = ["ConfigError", "RunArguments", "check_run", "model_arguments_class", "parse_arguments"]
+__all__ = [
+    "ConfigError",
+    "RunArguments",
+    "check_model",
+    "check_model_on_hub",
+    "check_run",
+    "model_arguments_class",
+    "parse_arguments",
+]

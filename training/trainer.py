@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from .evaluating import EvaluatingTrainer
 from .evaluation_checks import data_sets_in
 from .half_precision import frozen_weights_in
 from .head_start import as_evaluated, check_head_init, head_inputs, start_head
-from .hyperparameters import search_hyperparameters
+from .hyperparameters import objective_of, search_hyperparameters
 from .offloading import BatchesAhead, ClassPromptCallback, prepare_class_prompts
 from .optimisation import build_optimizer, cosine_schedule
 from .output_folder import refuse_other_model
@@ -116,6 +115,13 @@ class VPTSPTrainer(EvaluatingTrainer):
         kwargs["data_collator"] = kwargs.get("data_collator") or collate_images
         self._cut = (kwargs.get("processing_class"), getattr(model.config.backbone_config, "image_size", None))
         train_dataset = images_of(train_dataset, "train_dataset", *self._cut, training=True)
+        if not (
+            train_dataset is None or isinstance(train_dataset, StreamedImages) or hasattr(train_dataset, "labels")
+        ):
+            raise ValueError(
+                "train_dataset must have `labels`, the class of every image, as an ImageDataset, or be a "
+                f"datasets.Dataset or StreamedImages; got {type(train_dataset).__name__}"
+            )
         eval_dataset = self._evaluated(eval_dataset)
         if args.push_to_hub:
             model.require_shareable()
@@ -127,7 +133,7 @@ class VPTSPTrainer(EvaluatingTrainer):
         if train_dataset is not None:
             self._check_train_dataset()
             self._check_loss()
-            check_head_init(args.head_init, model.config)
+            self._check_head_init()
         if self.processing_class is not None:
             self._normalise = Normalisation.of(self.processing_class)
             for part in data_sets_in(self.eval_dataset):
@@ -165,8 +171,6 @@ class VPTSPTrainer(EvaluatingTrainer):
                     f"num_classes of the model must be that of train_dataset, which has {dataset.num_active} clusters "
                     f"of {dataset.num_classes} at most, got {num_classes}; first_clusters makes those of a first round"
                 )
-        elif not hasattr(dataset, "labels"):
-            raise ValueError("train_dataset must have `labels`, the class of every image; see ImageDataset")
         else:
             if len(dataset.labels) == 0:
                 raise ValueError("train_dataset is empty")
@@ -180,6 +184,10 @@ class VPTSPTrainer(EvaluatingTrainer):
         loss, images_per_class = self.model.config.loss, self.args.images_per_class
         if images_per_class < (least := find_loss(loss).min_images_per_class):
             raise ValueError(f"images_per_class must be >= {least} with the loss {loss!r}, got {images_per_class}")
+
+    def _check_head_init(self):
+        counted = not isinstance(self.train_dataset, StreamedImages)
+        check_head_init(self.args.head_init, self.model.config, len(self.train_dataset.labels) if counted else None)
 
     def sampler_options(self):
         """What of the arguments decides which images are drawn for batches."""
@@ -251,7 +259,7 @@ class VPTSPTrainer(EvaluatingTrainer):
         if self.train_dataset is not None:
             self._check_train_dataset()
             self._check_loss()
-            check_head_init(self.args.head_init, model.config)
+            self._check_head_init()
         self._offloaded, self._ahead, self._normalise = model.offloaded_class_prompts, None, None
         if self.processing_class is not None:
             self._normalise = Normalisation.of(self.processing_class)
@@ -300,7 +308,7 @@ class VPTSPTrainer(EvaluatingTrainer):
             hp_space: Function of an `optuna.Trial` that gives values of fields of `VPTSPTrainingArguments`; None for
                 both learning rates. What the model is, `model_init(trial)` says.
             compute_objective: Function of the metrics of an evaluation; None for `metric_for_best_model`.
-            n_trials: Number of trials.
+            n_trials: Number of trials, at least 1; None for as many as `timeout` allows.
             direction: `maximize` or `minimize`; None for what suits `metric_for_best_model`.
             backend: `optuna`.
             hp_name: Function of a trial that names its folder.
@@ -322,10 +330,8 @@ class VPTSPTrainer(EvaluatingTrainer):
             raise ValueError("hyperparameter_search needs an eval_dataset, by which trials are compared")
         if str(getattr(backend, "value", backend)) != "optuna":
             raise ValueError(f"backend must be optuna, got {backend!r}")
-        metric = self.args.metric_for_best_model
         if compute_objective is None:
-            name = f"eval_{metric.removeprefix('eval_')}"
-            compute_objective = operator.itemgetter(name)
+            compute_objective = objective_of(self.args.metric_for_best_model)
         direction = direction or ("maximize" if self.args.greater_is_better else "minimize")
         if direction not in ("maximize", "minimize"):
             raise ValueError(f"direction must be maximize or minimize, got {direction!r}")

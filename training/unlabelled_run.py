@@ -12,12 +12,14 @@ from ..data_scripts.preprocessing import build_image_processor
 from ..eval.without_labels import cluster_stability, view_agreement
 from .arguments import VPTSPTrainingArguments
 from .checkpoints import check_files, last_checkpoint
-from .cluster_rounds import check_cluster_arguments, first_clusters, restore_clusters
+from .cluster_rounds import check_cluster_arguments, check_groups, first_clusters, restore_clusters
 from .photo_clusters import ClusterPlan, cluster_photos
 from .run_errors import ConfigError
 from .trainer import VPTSPTrainer
 
 
+FEW_STEPS = 100
+"""With less, scores that are no better say nothing of the method."""
 MOST_PHOTOS = 1000
 """Photos that scores without labels are taken of, at most, evenly spaced."""
 # Of a run's arguments, those by which images are embedded.
@@ -52,6 +54,7 @@ def prepare_clusters(images, training_args, data_args, build):
         check_cluster_arguments(training_args)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    check_groups(images)
     resume = training_args.resume_from_checkpoint
     if resume:
         folder = last_checkpoint(training_args.output_dir) if resume is True else Path(resume)
@@ -106,17 +109,26 @@ def scores_line(label, scores, prefix) -> str:
     return f"{label:<18}two views agree {100 * agreement:.1f} %, clusters of two seeds {stability:.2f}"
 
 
-def warn_if_no_gain(results):
-    """Say it where tuning seems not to have helped: by MAP@R on labelled images, else by agreement of views."""
+def warn_if_no_gain(results, steps):
+    """Say it where tuning seems not to have helped: by MAP@R on labelled images, else by agreement of views.
+
+    After few steps it is only said that they are few.
+
+    Args:
+        results: Scores of the run, in 0..1.
+        steps: Of training.
+    """
     name = "map_at_r" if "final_map_at_r" in results else "view_agreement"
     before, after = results[f"frozen_{name}"], results[f"final_{name}"]
-    if not after > before:
-        shown = {"map_at_r": "MAP@R", "view_agreement": "agreement of views"}[name]
-        print(
-            f"tuning seems not to have helped: {shown} {100 * before:.1f} with the backbone alone, {100 * after:.1f} "
-            "tuned. Try other --clusters, or index with the backbone as it is",
-            file=sys.stderr,
-        )
+    if after > before:
+        return
+    shown = {"map_at_r": "MAP@R", "view_agreement": "agreement of views"}[name]
+    scores = f"{shown} {100 * before:.1f} with the backbone alone, {100 * after:.1f} tuned"
+    if steps < FEW_STEPS:
+        text = f"whether tuning helps, so few steps ({steps}) can't tell: {scores}. Give more --num_train_epochs"
+    else:
+        text = f"tuning seems not to have helped: {scores}. Try other --clusters, or index with the backbone as it is"
+    print(text, file=sys.stderr)
 
 
 __all__ = ["prepare_clusters", "scores_line", "scores_without_labels", "warn_if_no_gain"]

@@ -6,146 +6,57 @@ Images are decoded by threads, wait in a bounded queue, and are embedded togethe
 from __future__ import annotations
 
 import asyncio
-import json
 import math
-import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from fastapi import Depends, FastAPI, File, Form, HTTPException, Path, Query, Request, Response, UploadFile
+from fastapi import (
+    APIRouter,
+    Depends,
+    FastAPI,
+    File,
+    Form,
+    HTTPException,
+    Path,
+    Query,
+    Response,
+    Security,
+    UploadFile,
+)
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
+from fastapi.security import APIKeyHeader
+from pydantic import AfterValidator
 
 from ..._version import __version__
 from ...data_scripts.data_errors import ImageError
 from ...data_scripts.data_fingerprint import content_digest
-from ...names.registry import nearest
+from ...eval.reranking import QueryExpansion, Reranking
 from .batching import BatchingEmbedder, TooManyWaitingError
 from .counters import Counters
 from .limits import Guard, Limits
 from .live_index import Item, ItemExistsError, NotSavedError, UnknownItemError
-
-
-MAX_ID_BYTES = 1024
-Value = StrictStr | StrictInt | StrictFloat | None
-Columns = dict[str, Value]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class Found(_Model):
-    """An item that a search found."""
-
-    id: str
-    similarity: float = Field(description="cosine similarity with the query")
-    columns: Columns
-
-
-class Results(_Model):
-    """Most similar first."""
-
-    results: list[Found]
-
-
-class StoredItem(_Model):
-    """An item of the index."""
-
-    id: str
-    columns: Columns
-
-
-class Changed(_Model):
-    """What a change did."""
-
-    added: int = 0
-    replaced: int = 0
-    updated: int = 0
-    removed: int = 0
-
-
-class Health(_Model):
-    """How the service is."""
-
-    status: str
-    items: int
-    embedding_dim: int
-    model: str | None
-    version: str
-
-
-class Problem(BaseModel):
-    """What was wrong with a request."""
-
-    detail: Any
-
-
-def check_id(name):
-    """The id, if it can stand in an address.
-
-    Raises:
-        ValueError: it is too long, or has control characters, such as line breaks.
-    """
-    if len(name.encode("utf-8", "replace")) > MAX_ID_BYTES:
-        raise ValueError(f"an id must take at most {MAX_ID_BYTES} bytes in UTF-8")
-    if any(unicodedata.category(letter) == "Cc" for letter in name):
-        raise ValueError("an id can't have control characters, such as line breaks")
-    return name
-
-
-Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID_BYTES), AfterValidator(check_id)]
-
-
-class _Filters(_Model):
-    k: int = Field(10, ge=1, description="how many results at most")
-    where: list[str] = Field([], description="filters on columns, such as `class_name=mug` or `price<20`")
-    containing: str | None = Field(None, description="only items with this text in their id or a column")
-    min_similarity: float | None = Field(None, ge=-1, le=1)
-    group_by: str | None = Field(None, description="a column: only the most similar item of each of its values")
-
-
-class SearchById(_Filters):
-    """The items most similar to one of them, without itself."""
-
-    id: Identifier
-
-
-class SearchByVector(_Filters):
-    """The items most similar to an embedding, which is normalised first."""
-
-    vector: list[float]
-
-
-class VectorItem(_Model):
-    """An item whose embedding was computed elsewhere."""
-
-    id: Identifier
-    vector: list[float]
-    columns: Columns = {}
-
-
-class VectorItems(_Model):
-    """Items to add, or to replace."""
-
-    items: list[VectorItem] = Field(min_length=1)
-
-
-def _problems(*statuses):
-    """The errors that a route documents, beside those that all have."""
-    texts = {
-        400: "not to be understood",
-        404: "there is no such item",
-        409: "there is such an item already",
-        422: "something in it is not what it should be",
-        429: "too many images wait: try again later",
-    }
-    always = {401: "no key, or a wrong one", 413: "too large", 503: "not at the moment", 504: "it took too long"}
-    chosen = {status: texts[status] for status in statuses} | always
-    return {status: {"model": Problem, "description": text} for status, text in chosen.items()}
+from .messages import (
+    MAX_ID_BYTES,
+    Changed,
+    Columns,
+    Filters,
+    Found,
+    Health,
+    Problem,
+    Results,
+    SearchById,
+    SearchByVector,
+    StoredItem,
+    VectorItems,
+    check_id,
+    problem_text,
+    problems,
+)
+from .strict_requests import StrictRoute, columns_of, refuse_unknown
 
 
 class Service:
@@ -217,6 +128,12 @@ class Service:
             raise ValueError(f"k must be at most {self.limits.max_results}, got {filters.k}")
         index.require_values(filters.where or None)
         options = filters.model_dump(include={"k", "containing", "min_similarity", "group_by"})
+        for name, kind in (("rerank", Reranking), ("expand", QueryExpansion)):
+            words = getattr(filters, name)  # a form says `[]` by an empty text
+            options[name] = None if words is None else kind.of_words([word for word in words if word])
+        for name, field in (("rerank", "depth"), ("expand", "neighbours")):
+            if (value := getattr(options[name], field, 0)) > self.limits.max_results:
+                raise ValueError(f"{name}: {field} must be at most {self.limits.max_results}, got {value}")
         return options | {"where": filters.where or None}
 
     async def item(self, name):
@@ -277,38 +194,6 @@ def vector_of(values, embedding_dim):
     return F.normalize(vector, dim=1).float()
 
 
-def columns_of(text):
-    """Columns of a form, as JSON.
-
-    Raises:
-        ValueError: not a JSON object of texts, numbers and nulls.
-    """
-    try:
-        values = json.loads(text, parse_constant=lambda name: (_ for _ in ()).throw(ValueError(name)))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"columns must be a JSON object: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"columns must be a JSON object, got {text[:50]!r}")
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
-            raise ValueError(f"columns: {name} must be a text, a number or null, got {value!r}")
-    return values
-
-
-async def refuse_unknown(request: Request):
-    """A ValueError where a request has parameters or fields of a form that its route doesn't take."""
-    route = request.scope["route"].dependant
-    given = {"parameter": (request.query_params, route.query_params)}
-    if request.headers.get("content-type", "").startswith(
-        ("multipart/form-data", "application/x-www-form-urlencoded")
-    ):
-        given["field"] = (await request.form(), route.body_params)
-    for kind, (names, known) in given.items():
-        known = [item.alias for item in known]
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"there is no {kind} {unknown[0]!r}{nearest(unknown[0], known)}; there are {known}")
-
-
 def create_app(live, embedder=None, limits=None, api_key=None, decoders=4):
     """The service as an ASGI application.
 
@@ -316,7 +201,7 @@ def create_app(live, embedder=None, limits=None, api_key=None, decoders=4):
         live: [`LiveIndex`].
         embedder: [`Embedder`] of the index's model; None: images can't be searched by.
         limits: [`Limits`].
-        api_key: What every request's `X-API-Key` must be, but for `/health`; None: anybody may ask.
+        api_key: What every request's `X-API-Key` must be, but for those of `Guard.OPEN`; None: anybody may ask.
         decoders: Threads that decode images.
 
     Returns:
@@ -336,8 +221,11 @@ def create_app(live, embedder=None, limits=None, api_key=None, decoders=4):
     )  # fmt: skip
     app.add_middleware(Guard, limits=service.limits, api_key=api_key, observe=service.metrics.observe)
     _add_errors(app)
-    _add_searches(app, service)
-    _add_changes(app, service)
+    # the guard compares keys; this says it in the description, whose page then asks for the key
+    asks_key = APIKeyHeader(name="X-API-Key", auto_error=False)
+    locked = APIRouter(route_class=StrictRoute, dependencies=[] if api_key is None else [Security(asks_key)])
+    _add_searches(locked, service)
+    _add_changes(locked, service)
 
     @app.get("/health", responses={503: {"model": Problem, "description": "not at the moment"}})
     async def health() -> Health:
@@ -348,11 +236,12 @@ def create_app(live, embedder=None, limits=None, api_key=None, decoders=4):
             model=model and model["name"], version=__version__,
         )  # fmt: skip
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=_problems())
+    @locked.get("/metrics", response_class=PlainTextResponse, responses=problems())
     async def metrics():
         """Counters, for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    app.include_router(locked)
     return app
 
 
@@ -376,12 +265,17 @@ def _add_errors(app):
     for kind, status in statuses.items():
         app.add_exception_handler(kind, answer(status))
 
+    async def refuse(_, error):
+        return JSONResponse({"detail": problem_text(error.errors())}, 422)
+
+    app.add_exception_handler(RequestValidationError, refuse)
+
 
 Where = Annotated[list[str] | None, Form(description="filters on columns, such as `price<20`")]
 
 
-def _add_searches(app, service):
-    @app.post("/search/image", responses=_problems(400, 422, 429))
+def _add_searches(router, service):
+    @router.post("/search/image", responses=problems(400, 422, 429))
     async def search_by_image(
         image: Annotated[UploadFile, File(description="a file that Pillow reads")],
         k: Annotated[int, Form(ge=1)] = 10,
@@ -389,20 +283,21 @@ def _add_searches(app, service):
         containing: Annotated[str | None, Form()] = None,
         min_similarity: Annotated[float | None, Form(ge=-1, le=1)] = None,
         group_by: Annotated[str | None, Form()] = None,
+        rerank: Annotated[list[str] | None, Form(description="empty for the defaults")] = None,
+        expand: Annotated[list[str] | None, Form(description="empty for the defaults")] = None,
     ) -> Results:
         """The items most similar to an image."""
-        filters = _Filters(
-            k=k, where=where or [], containing=containing, min_similarity=min_similarity, group_by=group_by
-        )
+        narrowed = {"containing": containing, "min_similarity": min_similarity, "group_by": group_by}
+        filters = Filters(k=k, where=where or [], rerank=rerank, expand=expand, **narrowed)
         embedding = await service.embed(await image.read(), image.filename or "image")
         return await service.search(embedding, filters)
 
-    @app.post("/search/id", responses=_problems(400, 404, 422))
+    @router.post("/search/id", responses=problems(400, 404, 422))
     async def search_by_id(body: SearchById) -> Results:
         """The items most similar to an item, without itself."""
         return await service.search_id(body.id, body)
 
-    @app.post("/search/vector", responses=_problems(400, 422))
+    @router.post("/search/vector", responses=problems(400, 422))
     async def search_by_vector(body: SearchByVector) -> Results:
         """The items most similar to an embedding."""
         return await service.search(vector_of(body.vector, service.live.index.embedding_dim), body)
@@ -413,13 +308,13 @@ ItemId = Annotated[
 ]
 
 
-def _add_changes(app, service):
-    @app.get("/items/{id:path}", responses=_problems(404, 422))
+def _add_changes(router, service):
+    @router.get("/items/{id:path}", responses=problems(404, 422))
     async def get_item(id: ItemId) -> StoredItem:
         """What is known of an item."""
         return await service.item(id)
 
-    @app.put("/items/{id:path}", responses=_problems(400, 409, 422, 429))
+    @router.put("/items/{id:path}", responses=problems(400, 409, 422, 429))
     async def put_item(
         id: ItemId,
         image: Annotated[UploadFile, File(description="a file that Pillow reads; it is not kept")],
@@ -433,17 +328,17 @@ def _add_changes(app, service):
         item = Item(id, values, embedding, content_digest(content).hex())
         return await service.put([item], replace=not only_new)
 
-    @app.patch("/items/{id:path}", responses=_problems(400, 404, 422))
+    @router.patch("/items/{id:path}", responses=problems(400, 404, 422))
     async def patch_item(id: ItemId, columns: Columns) -> Changed:
         """Give an item other values in some columns."""
         return await service.update(id, columns)
 
-    @app.delete("/items/{id:path}", responses=_problems(404, 422))
+    @router.delete("/items/{id:path}", responses=problems(404, 422))
     async def delete_item(id: ItemId) -> Changed:
         """Remove an item."""
         return await service.remove(id)
 
-    @app.post("/vectors", responses=_problems(400, 409, 422))
+    @router.post("/vectors", responses=problems(400, 409, 422))
     async def put_vectors(
         body: VectorItems, only_new: Annotated[bool, Query(description="refuse items that are there")] = False
     ) -> Changed:
@@ -455,4 +350,4 @@ def _add_changes(app, service):
         return await service.put(items, replace=not only_new)
 
 
-__all__ = ["Service", "columns_of", "create_app", "vector_of"]
+__all__ = ["Service", "create_app", "vector_of"]

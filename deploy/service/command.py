@@ -20,6 +20,7 @@ from vptsp.data_scripts.data_errors import DataError
 from vptsp.files.locks import InUseError
 from vptsp.search.model_names import model_name_of
 
+from ..ports import check_port
 from .limits import Limits
 
 
@@ -61,7 +62,7 @@ def main(words=None):
     except ModuleNotFoundError as error:
         print(f"error: vptsp serve needs {error.name}: pip install 'vptsp[serve]'", file=sys.stderr)
         raise SystemExit(2) from error
-    except (DataError, InUseError, ValueError, OSError) as error:
+    except (DataError, InUseError, ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -78,8 +79,7 @@ def _serve(args):
     for name in ("compact_after", "decoders"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be >= 1, got {getattr(args, name)}")
-    if not 0 <= args.port <= 65535:
-        raise ValueError(f"--port must be in 0 to 65535, got {args.port}")
+    check_port(args.host, args.port)
     key = read_key(args.api_key_file)
 
     import uvicorn

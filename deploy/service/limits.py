@@ -47,7 +47,8 @@ class Guard:
         observe: Called with method, route, status and seconds of each request.
     """
 
-    OPEN = ("/health",)
+    # the description too, as of any FastAPI service: a browser sends no key before its page has asked for one
+    OPEN = ("/health", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
 
     def __init__(self, app, limits, api_key, observe):
         self.app, self.limits, self.api_key, self.observe = app, limits, api_key, observe

@@ -21,6 +21,9 @@ from ...search.open_index import is_milvus
 logger = logging.getLogger(__name__)
 
 SOURCE_NAME = "items added by the service"
+# Bytes of the journal beyond which an index is saved as a whole, of however few changes; of a large index, a quarter
+# of its own, since saving it takes as long as it is large.
+COMPACT_BYTES = 64 << 20
 
 
 class UnknownItemError(ValueError):
@@ -74,7 +77,8 @@ class LiveIndex:
             place: As for [`open_index`].
             embedder: The model that made its embeddings, or None.
             lock_timeout: Seconds to wait for another process that is changing the index.
-            compact_after: Changes after which the index is saved as a whole, which also happens at the end.
+            compact_after: Changes after which the index is saved as a whole, which also happens once the journal takes
+                64 MiB and a quarter of what the index's files take, and at the end.
 
         Raises:
             DataError: there is no index, or it is damaged.
@@ -227,11 +231,18 @@ class LiveIndex:
             except BaseException:
                 self._go_back()
                 raise
-        if self.pending >= self._compact_after:
+        if self._is_due():
             try:
                 self._compact()
             except OSError as error:  # the journal has it all
                 logger.error("the index could not be saved as a whole, and goes on with its journal: %s", error)
+
+    def _is_due(self):
+        """Whether the journal has grown so far that the index is to be saved as a whole."""
+        if self._journal is None:
+            return False
+        own = sum(record["bytes"] for record in (self.index.info.files or {}).values())
+        return self._journal.count >= self._compact_after or self._journal.size >= max(COMPACT_BYTES, own // 4)
 
     def _go_back(self):
         """To what the disk held before a change that turned out not to be possible."""

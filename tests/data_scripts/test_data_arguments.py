@@ -30,6 +30,7 @@ def test_command_line():
     assert parse() == DataArguments()
     words = "--dataset_name digits --train_classes 0 1 2 --test_classes 7 8 --digit_size 16 --image_size 112"
     words += " --no_horizontal_flip --verify_counts False --crop_scale_min 0.2 --split_seed 3"
+    words += " --class_split random --validation_share 0.2"
     args = parse(*words.split())
     assert args.train_classes == ["0", "1", "2"] and args.test_classes == ["7", "8"]
     assert (args.digit_size, args.image_size, args.resize_size, args.split_seed) == (16, 112, 128, 3)

@@ -1,6 +1,8 @@
 """Photos without labels as data: folders and tables of which nobody, or somebody in part, says the classes."""
 
 import csv
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +129,50 @@ def test_partial_labels(load, root, tmp_path):
         load("table", write_table(tmp_path / "f.csv", [row[:1] for row in rows], ["image"]), labels="partial")
 
 
+def test_a_list_of_paths(load, root, tmp_path):
+    files = sorted(root.rglob("*.png"))
+    listed = tmp_path / "photos.txt"
+    listed.write_text("# from March\n\n" + "".join(f"{path}\n" for path in files[:-1]), encoding="utf-8-sig")
+    images = load("table", listed)
+    assert list(images) == ["train"] and stored(images["train"]) == sorted(map(str, files[:-1]))
+    with pytest.raises(DataError, match=r"photos.txt: no column is called label"):
+        load("table", listed, labels="given")
+    listed.write_text(f"{files[0]}\n\nnowhere.png\n")
+    with pytest.raises(DataError, match=r"1 of the 2 images .*'nowhere.png' \(.*photos.txt:3\)"):
+        load("table", listed)
+
+
+def test_partial_labels_of_a_folder(load, root):
+    loose = [root / f"loose{number}.png" for number in range(3)]
+    for path in loose:
+        shutil.copy(next((root / "w").iterdir()), path)
+    images = load("folder", root, labels="partial")
+    assert list(images) == ["train"]
+    train = images["train"]
+    assert train.given_names == ["w", "x", "y", "z"]
+    paths = map(Path, train.stored_images())
+    names = [path.parent.name if path.parent != root else None for path in paths]
+    assert [train.given_names[given] if given >= 0 else None for given in train.given] == names
+    assert names.count(None) == 3
+    (root / "unlabelled").mkdir()
+    with pytest.raises(DataError, match="unlabelled has a name that stands for no class"):
+        load("folder", root, labels="partial")
+
+
+def test_partial_labels_of_a_folder_with_a_test(load, root, tmp_path):
+    for split, classes in {"train": "wx", "test": "yz"}.items():
+        for name in classes:
+            shutil.copytree(root / name, tmp_path / "parts" / split / name)
+    shutil.copy(next((root / "w").iterdir()), tmp_path / "parts" / "train" / "loose.png")
+    images = load("folder", tmp_path / "parts", labels="partial")
+    assert images["train"].given_names == ["w", "x"] and images["test"].class_names == ["y", "z"]
+    assert (images["train"].given == -1).sum() == 1
+    shutil.copy(next((root / "w").iterdir()), tmp_path / "parts" / "test" / "loose.png")
+    assert len(load("folder", tmp_path / "parts", labels="partial")["test"]) == len(
+        images["test"]
+    )  # left out, and said
+
+
 def test_data_sets_whose_images_all_have_labels():
     images = image_datasets(DataArguments("digits", labels="none", image_size=16))
     assert images["train"].given_names == []
@@ -143,7 +189,9 @@ def test_data_sets_whose_images_all_have_labels():
         ({"group_column": "a", "labels": "given"}, "group_column is of training without labels"),
         ({"streaming": True}, "labels none reads photos by row, several times, which a stream can't"),
         ({"test_share": 0.3}, "test_share splits classes, but with labels none all images of .* train"),
-        ({"labels": "partial"}, "labels partial is of tables with empty cells"),
+        ({"labels": "partial"}, "labels partial: no image lies in .* beside the class folders"),
+        ({"labels": "partial", "test_share": 0.3}, "test_share splits classes, but with labels partial all images"),
+        ({"labels": "partial", "class_split": "seen"}, "class_split 'seen' splits labelled images"),
         ({"group_column": "a"}, "group_column: .* has no column 'a'; it has no further columns"),
     ],
 )

@@ -237,6 +237,7 @@ def test_comparisons_that_can_not_be(page, place, backbone_folder, tmp_path, cap
         backbone_alone(Embedder.from_pretrained(tmp_path / "whole"))
     for words, message in (
         (["--compare_backbone", "--write_space", "x"], "a Space has the tuned model alone"),
+        (["--write_space", "x", "--port", "80", "--share"], "--port, --share: for the page served here"),
         (["--embeddings_cache", "x"], "--embeddings_cache goes with --compare_backbone"),
     ):
         with pytest.raises(SystemExit) as stopped:
@@ -304,12 +305,14 @@ def served(index, *words):
     server = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(240):
+        deadline, answered = time.monotonic() + 300, False
+        while not answered:
             assert server.poll() is None, "the server has ended"
+            assert time.monotonic() < deadline, "the server doesn't answer"
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(address, timeout=5).close()
-                break
-            time.sleep(0.5)
+                answered = True
+            time.sleep(0.1)
         yield address
     finally:
         server.terminate()

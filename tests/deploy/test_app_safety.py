@@ -1,6 +1,8 @@
 """app.py against those who don't mean well: what its API opens, what names do, what a Space is written to."""
 
 import json
+import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -183,6 +185,67 @@ def test_filters_that_there_are_not_are_refused(api, filters):
     done, answer = api.call("search_item", "a/001.png", *filters)
     assert not done or "can't be searched" in answer
     assert "nearest" not in answer
+
+
+def test_a_similarity_of_another_range_is_no_error(api):
+    """The slider may have been let go before the results came that gave it another range."""
+    assert api.call("search_item", "a/001.png", *FILTERS, session="slider")[0]
+    for limit in (-1, 1):
+        done, answer = api.call("search", limit, *FILTERS, session="slider")
+        assert done and ("3 nearest" if limit < 0 else "Nothing found") in answer
+    assert "Nothing found" in api.call("filtered", *FILTERS, session="slider")[1]  # the limit stays
+    assert "3 nearest" in api.call("search_item", "b/002.png", *FILTERS, session="slider")[1]  # until another query
+    for limit in ("x", None, [1]):
+        done, answer = api.call("search", limit, *FILTERS, session="slider")
+        assert "nearest" not in answer or limit is None
+
+
+def test_the_last_event_counts_though_an_earlier_one_is_slow(place, monkeypatch):
+    """A click in a picture ends the writing of a text, too: two searches at a time, of which the click is the last."""
+    client_of = pytest.importorskip("gradio_client").Client
+    page = open_page(place / "index")
+    search, begun = page.search, threading.Event()
+
+    def slow(query, *arguments):
+        if query is None:
+            begun.set()
+            time.sleep(1)
+        return search(query, *arguments)
+
+    blocks = launch(page, block=False)
+    try:
+        monkeypatch.setattr(page, "search", slow)
+        client = client_of(blocks.local_url, verbose=False)
+        first = client.submit(*FILTERS, api_name="/filtered")
+        assert begun.wait(20)
+        last = client.submit("a/001.png", *FILTERS, api_name="/search_item")
+        assert "click one to search with it" in str(first.result(60))
+        assert "nearest to `a/001.png`" in str(last.result(60))
+        assert "nearest to `a/001.png`" in str(client.predict(*FILTERS, api_name="/filtered"))
+    finally:
+        blocks.close()
+
+
+def test_no_event_is_dropped_or_put_off(place):
+    """Of any; Gradio's page drops those that come while one of the same kind is pending, or sends them later."""
+    gr = pytest.importorskip("gradio")
+    blocks = build_page(open_page(place / "index"))
+    page = blocks.get_config_file()
+    (status,) = [part["id"] for part in page["components"] if part["props"].get("elem_id") == "status"]
+    events = [event for event in page["dependencies"] if event["backend_fn"]]
+    assert len(events) == 10
+    assert {(event["trigger_mode"], tuple(event["show_progress_on"])) for event in events} == {("multiple", (status,))}
+    assert {blocks.fns[event["id"]].concurrency_id for event in events} == {"turns"}
+    sliders = {part._id for part in blocks.blocks.values() if isinstance(part, gr.Slider) and part.minimum == -1}
+    assert [event["api_name"] for event in events if sliders & set(event["inputs"])] == ["search"]
+
+
+def test_a_field_that_is_left_as_it_was_changes_nothing(api):
+    assert "3 nearest" in api.call("search_item", "a/001.png", *FILTERS, session="left")[1]
+    done, answer = api.call("left", *FILTERS, session="left")
+    assert done and "nearest" not in answer and "<figure" not in answer
+    done, answer = api.call("left", 3, "b/", "", "tuned", session="left")
+    assert done and "nearest to `a/001.png`" in answer and "b/00" in answer
 
 
 def test_images_of_items_and_no_others_have_addresses(api, place):

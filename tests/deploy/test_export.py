@@ -10,7 +10,8 @@ import pytest
 import test_families
 import torch
 from conftest import tiny_vit_config
-from transformers import AutoModel, DeiTConfig
+from remote_code import remote_model
+from transformers import DeiTConfig
 
 from vptsp import VPTSPConfig, VPTSPForMetricLearning, VPTSPModel
 from vptsp.data_scripts.preprocessing import build_image_processor
@@ -146,7 +147,7 @@ def test_other_layouts_of_prompts(fields, tmp_path):
 
 
 def test_a_model_of_automodel(retriever_folder, tmp_path):
-    model = AutoModel.from_pretrained(retriever_folder, trust_remote_code=True)
+    model = remote_model(retriever_folder)
     assert type(model).__module__.startswith("transformers_modules.")
     assert export.export_program(model, tmp_path / "retriever.pt2") < 1e-4
     pixel_values = torch.randn(3, 3, 16, 16)

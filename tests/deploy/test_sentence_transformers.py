@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from remote_code import without_registered_classes
 from sentence_transformers import SentenceTransformer
 
 from vptsp import Embedder, VPTSPConfig, VPTSPModel, build_image_processor
@@ -33,8 +34,16 @@ def retriever(backbone_folder, tmp_path_factory):
     return folder
 
 
+def remote_encoder(folder):
+    """By the code that lies beside the weights."""
+    with without_registered_classes():
+        encoder = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    assert type(encoder[0].auto_model).__module__.startswith("transformers_modules.")
+    return encoder
+
+
 def test_embeddings_are_the_same(retriever, photos):
-    encoder = SentenceTransformer(str(retriever), trust_remote_code=True, device="cpu")
+    encoder = remote_encoder(retriever)
     expected = Embedder.from_pretrained(retriever).embed_images(photos)
     encoded = encoder.encode(photos)
     assert encoded.dtype == np.float32
@@ -46,8 +55,8 @@ def test_embeddings_are_the_same(retriever, photos):
 def test_what_is_saved_again_is_read_too(retriever, photos, tmp_path):
     VPTSPModel.from_pretrained(retriever).save_pretrained(tmp_path)
     build_image_processor(16, 20, retriever).save_pretrained(tmp_path)
-    encoder = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
-    expected = SentenceTransformer(str(retriever), trust_remote_code=True, device="cpu").encode(photos)
+    encoder = remote_encoder(tmp_path)
+    expected = remote_encoder(retriever).encode(photos)
     np.testing.assert_allclose(encoder.encode(photos), expected, atol=1e-6)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from vptsp.files.atomic import atomic_path, write_json
 from vptsp.files.digests import DamagedFileError, check_file, file_digest, folder_record
+from vptsp.files.json_files import JsonError, read_json_object, without_duplicates
 from vptsp.files.locks import InUseError, locked
 from vptsp.files.yaml_files import YamlError, read_yaml
 
@@ -127,3 +128,17 @@ def test_yaml_that_is_what_it_looks_like_is_read(tmp_path):
         "c": {"d": True, "e": False, "f": None, "g": None, "h": "no one"},
         "i": "no",
     }
+
+
+def test_json_with_a_key_twice_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"one": {"two": 1, "three": 2, "two": 3}}')
+    with pytest.raises(JsonError, match=r"a\.json is not JSON: 'two' is there twice"):
+        read_json_object(path)
+
+
+def test_many_keys_take_no_time():
+    pairs = [(str(number), number) for number in range(200_000)]
+    assert len(without_duplicates(pairs)) == 200_000
+    with pytest.raises(ValueError, match="'7' is there twice"):
+        without_duplicates([*pairs, ("7", 7)])

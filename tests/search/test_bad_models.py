@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from fuzzing import bounded
 from safetensors.torch import load_file, save_file
 
 from vptsp import VPTSPConfig, VPTSPModel, build_image_processor, cli
@@ -164,6 +165,25 @@ def test_a_foreign_configuration_is_named_in_python(content, message, models, tm
     for load in (VPTSPConfig.from_pretrained, VPTSPModel.from_pretrained):
         with pytest.raises((ValueError, OSError), match=f"config.json of '{folder}' {message}"):
             load(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"adapter_layers": 2, "adapter_dim": 1 << 36}, r"lacks .*adapter"),
+        ({"lora_rank": 1 << 36}, "lora_rank must be <= the backbone's width 24, got 68719476736"),
+        ({"num_prompts": 1 << 36}, r"prompts.* instead of \(274877906944"),
+        ({"embedding_dim": 1 << 36}, r"head.* instead of \(68719476736"),
+    ],
+)
+def test_a_configuration_that_asks_for_more_memory_than_there_is(fields, message, models, tmp_path):
+    """It is compared with the file before anything is made for tensors that this lacks."""
+    folder = tmp_path / "model"
+    shutil.copytree(models / "retriever", folder)
+    values = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(values | fields))
+    with bounded(), pytest.raises(ValueError, match=message):
+        VPTSPModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -1,5 +1,6 @@
 """`vptsp`: what the commands write, print and refuse."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -19,6 +20,8 @@ from vptsp import (
     EmbeddingStore,
     EvalTransform,
     ImageDataset,
+    QueryExpansion,
+    Reranking,
     RetrievalIndex,
     VPTSPModel,
     embedding_metrics,
@@ -155,6 +158,20 @@ def test_compare_a_store_with_a_backbone(store, photos, backbone_folder, tmp_pat
     assert [comparison["first_mean"], comparison["second_mean"]] == pytest.approx(means)
     assert comparison["num_clusters"] == 4
     assert "| recall_at_1 |" in capsys.readouterr().out
+
+
+def test_compare_reranked_results(store, photos, backbone_folder, tmp_path):
+    options = {"images": photos, "embeddings_cache": tmp_path / "cache", "resize_size": 18, "recall_at": [1]}
+    order = {"rerank": ["depth=8", "k1=4", "k2=2"], "expand": ["neighbours=2"]}
+    assert run("compare", store, backbone_folder, output=tmp_path / "out", **options, **order) == 0
+    report = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    (folder,) = (tmp_path / "cache").iterdir()
+    ways = {"rerank": Reranking(depth=8, k1=4, k2=2), "expand": QueryExpansion(neighbours=2)}
+    assert report["search"] == {name: dataclasses.asdict(way) for name, way in ways.items()}
+    for side, mean in (("first", store), ("second", folder)):
+        opened = EmbeddingStore.open(mean)
+        expected = retrieval_metrics(opened.embeddings, opened.labels, **ways)["map_at_r"]
+        assert report["comparison"]["map_at_r"][f"{side}_mean"] == pytest.approx(expected)
 
 
 def test_index_add_remove_search(store, retriever, photos, tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 import test_families
 import torch
 from PIL import Image
+from remote_code import remote_model
 from transformers import AutoImageProcessor, AutoModel
 
 from vptsp import Embedder, ImageError, VPTSPModel
@@ -40,7 +41,7 @@ def test_fingerprint_is_the_same_under_the_names_of_earlier_versions_of_transfor
 def test_retriever_equals_processor_and_model(retriever_folder, picture):
     embedder = Embedder.from_pretrained(retriever_folder)
     processor = AutoImageProcessor.from_pretrained(retriever_folder, backend="pil")
-    model = AutoModel.from_pretrained(retriever_folder, trust_remote_code=True)
+    model = remote_model(retriever_folder)
     with torch.no_grad():
         expected = model(processor(images=Image.open(picture), return_tensors="pt").pixel_values).embeddings
     torch.testing.assert_close(embedder.embed_images([picture]), expected)
@@ -127,7 +128,7 @@ def test_what_is_no_image_is_refused(retriever_folder, tmp_path):
 def test_options_that_do_not_apply_are_refused(retriever_folder):
     with pytest.raises(ValueError, match="resize_size is for bare backbones"):
         Embedder.from_pretrained(retriever_folder, resize_size=18)
-    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
         Embedder.from_pretrained(retriever_folder, batch_size=0)
 
 

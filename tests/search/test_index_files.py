@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -316,6 +318,68 @@ def test_verifying_can_be_left_out(tmp_path):
     build().save(tmp_path / "index")
     flip(tmp_path / "index" / "index-000000.faiss")
     assert len(RetrievalIndex.open(tmp_path / "index", mmap=True, verify=False)) == 40
+
+
+def test_without_verifying_a_file_of_another_size_is_refused_all_the_same(tmp_path):
+    for name in ("index-000000.faiss", "metadata-000000.parquet"):
+        build().save(tmp_path / name)
+        with (tmp_path / name / name).open("ab") as stream:
+            stream.write(b"more")
+        with pytest.raises(DataError, match=rf"{name} has \d+ bytes, expected \d+: it is damaged"):
+            RetrievalIndex.open(tmp_path / name, verify=False)
+
+
+OPEN_DAMAGED = """
+import struct, sys
+from pathlib import Path
+from vptsp import DataError, RetrievalIndex
+
+path = Path(sys.argv[1]) / "index-000000.faiss"
+content = path.read_bytes()
+numbers = [struct.pack("<q", number) for number in map(int, sys.argv[2:])]
+places = [at for at in range(len(content)) if content[at : at + 8] in numbers]
+for number, at in enumerate(places):
+    other = struct.pack("<q", (1 << 24, 1 << 33, 41)[number % 3])
+    path.write_bytes(content[:at] + other + content[at + 8 :])
+    try:
+        index = RetrievalIndex.open(path.parent, mmap=bool(number % 2), verify=False)
+        index.search(index.embeddings_of(["item 0"]), 3)
+        print("opened")
+    except DataError as error:
+        print("refused", error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [({"factory": "IVF2,Flat"}, ["40"]), ({"factory": "auto", "quantise": "binary"}, ["40", "9"])],
+)
+def test_without_verifying_no_damage_stops_the_process(options, numbers, tmp_path):
+    """Numbers of vectors, and of bytes of each, are others in faiss's file: it crashes, or asks for all memory."""
+    ids = [f"item {number}" for number in range(40)]
+    RetrievalIndex.build(ids, unit_vectors(40), {"class_name": ids}, **options).save(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN_DAMAGED, tmp_path, *numbers], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("refused") and "index-000000.faiss" in line for line in lines) >= 2, lines
+    assert not [line for line in lines if line != "opened" and not line.startswith("refused")]
+
+
+@pytest.mark.parametrize("left", [["index-000000.faiss", "metadata-000000.parquet"], ["journal.jsonl"]])
+def test_other_files_of_an_index_without_its_record_are_not_built_over(left, tmp_path):
+    """Nor told from those of a first save that was stopped; both are for who knows what they are."""
+    build().save(tmp_path / "index")
+    (tmp_path / "index" / INDEX_FILE).unlink()
+    for path in (tmp_path / "index").iterdir():
+        if path.name not in left:
+            path.unlink()
+    for name in left:
+        (tmp_path / "index" / name).touch()
+    with pytest.raises(DataError, match=rf"index lacks index.json, but has other files of an index \('{left[0]}'"):
+        build().save(tmp_path / "index")
+    assert not set(left) - {path.name for path in (tmp_path / "index").iterdir()}
 
 
 def test_lock_files_are_left_in_folders_of_indexes_only(tmp_path):

@@ -145,9 +145,26 @@ def test_what_is_no_image(retriever, picture, tmp_path):
     for array in (np.zeros((4, 4, 3), dtype=np.uint16), np.zeros((4, 4, 3))):
         with pytest.raises(TypeError, match=f"got one of {array.dtype}"):
             retriever.encode(array)
-    for options in ({"batch_size": 0}, {"num_workers": -1}):
-        with pytest.raises(ValueError, match="batch_size must be >= 1 and num_workers >= 0"):
-            retriever.encode(picture, **options)
+    for name, value, least in (
+        ("batch_size", 0, 1), ("batch_size", 2.5, 1), ("batch_size", "x", 1), ("num_workers", -1, 0),
+        ("num_workers", "x", 0),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} must be an integer >= {least}, got {value!r}"):
+            retriever.encode(picture, **{name: value})
+    for images in (3, None, True, {"a.jpg": 1}):
+        kind = type(images).__name__
+        with pytest.raises(TypeError, match=f"images must be a path, .* or an iterable of such, got {kind}"):
+            retriever.encode(images)
+        with pytest.raises(TypeError, match=f"images must be a folder, a .txt list or an ImageSource, got {kind}"):
+            retriever.index(images, "nowhere")
+    for place in (3, None):
+        for call in (lambda: retriever.index("nowhere", place), lambda: retriever.open_index(place)):  # noqa: B023
+            with pytest.raises(TypeError, match=f"an index must be a folder, or .*, got {type(place).__name__}"):
+                call()
+        with pytest.raises(TypeError, match="model must be a folder or OWNER/NAME on the Hub, got"):
+            Retriever.from_pretrained(place)
+    with pytest.raises(TypeError, match=r"embedder must be an Embedder, got str; Retriever\.from_pretrained"):
+        Retriever("runs/photos")
     with pytest.raises(ValueError, match="at least one image"):
         retriever.encode([])
 

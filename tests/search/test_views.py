@@ -157,6 +157,10 @@ def test_searching_and_evaluating_in_another_order(retriever_folder, photos, tmp
     ("words", "message"),
     [
         (["search", "--index", "i", "--id", "a", "--rerank", "depth"], "rerank takes depth=..., k1=..., "),
+        (
+            ["search", "--index", "i", "--id", "a", "--rerank", "true"],
+            "weight=..., or nothing for the defaults, got 'true'",
+        ),
         (["search", "--index", "i", "--id", "a", "--views", "flip"], "--views goes with --image"),
         (["index", "--index", "a.db", "--store", "s", "--quantise", "int8"], "--quantise is for faiss"),
         (["index", "--index", "a.db", "--store", "s", "--target_recall", "0.9"], "--target_recall is for faiss"),

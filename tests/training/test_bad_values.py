@@ -72,6 +72,9 @@ VALUES = [
     ("optim", "adamw", "must be one of adamw_torch,"),
     ("hub_strategy", "checkpoint", "must be end or every_save, got 'checkpoint'"),
     ("output_dir", 7, "must be text, got the number 7: put it in quotes"),
+    ("output_dir", "", "must be a path: the path is empty"),
+    ("class_prompt_folder", "", "must be a path: the path is empty"),
+    ("resume_from_checkpoint", "a\0", "holds a NUL character, which no file name can"),
     ("lr_scheduler_kwargs", "{", "must be a mapping (as text, one in JSON), got '{'"),
     ("lr_scheduler_kwargs", [], "must be a mapping or text, got []"),
     ("bf16", "maybe", "must be true or false, got 'maybe'"),
@@ -176,6 +179,9 @@ def test_files(content, words, tmp_path, photos, capsys):
 @pytest.mark.parametrize(
     "argv, words",
     [
+        (["--skip_corrupt", "maybe"], "argument --skip_corrupt/--skip-corrupt: expected true or false, got 'maybe'"),
+        (["--bf16=maybe"], "argument --bf16: expected true or false, got 'maybe'"),
+        (["--bitfit", "perhaps"], "argument --bitfit: expected true or false, got 'perhaps'"),
         (["--hub_tokn", "hf_SECRET"], "there is no option --hub_tokn; did you mean --hub_token?"),
         (["--hub_tokn=hf_SECRET"], "there is no option --hub_tokn; did you mean --hub_token?"),
         (["--hub-tokn=hf_SECRET"], "there is no option --hub-tokn; did you mean --hub_token?"),

@@ -222,7 +222,11 @@ OTHER_DATA = {
     "group_column": "listing",
     "validation_share": 0.25,
 }
-NEEDS = {"test_labels": {"labels": "none"}, "group_column": {"labels": "none"}}
+NEEDS = {
+    "test_labels": {"labels": "none"},
+    "group_column": {"labels": "none"},
+    "split_seed": {"class_split": "random"},
+}
 
 
 def test_every_other_data_argument_is_compared(build, output):

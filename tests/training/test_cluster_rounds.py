@@ -1,6 +1,7 @@
 """Runs on photos without labels: rounds, what is said of them, interruptions, several processes, what is refused."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from checkpoint_runs import write_colours
 from safetensors.torch import load_file
 
 from vptsp import train
-from vptsp.training import cluster_rounds
+from vptsp.training import cluster_rounds, unlabelled_run
 from vptsp.training.checkpoints import load_tree
 
 
@@ -210,6 +211,29 @@ def test_partial_labels_and_groups(images, arguments, tmp_path):
     assert rounds_of(tmp_path / "run")[1]["given_classes"] == 2
 
 
+@pytest.mark.parametrize("by_likeness", [False, True])
+def test_photos_of_two_classes_that_belong_together_are_named(
+    images, arguments, tmp_path, capsys, monkeypatch, by_likeness
+):
+    """By file and class; groups that the table gives, before anything is embedded."""
+    files = sorted(shutil.copytree(images, tmp_path / "images").rglob("*.png"))
+    first, second, broken = files[5], files[9], files[0]
+    if by_likeness:
+        shutil.copyfile(first, second)
+        broken.write_bytes(b"no image")  # rows that are embedded are fewer than those of the table
+    else:
+        monkeypatch.setattr(unlabelled_run, "VPTSPTrainer", lambda **_: pytest.fail("photos are embedded"))
+    classes, listing = {first: "mug", second: "cup"}, {first: 1, second: 1}
+    rows = [f"{path},{classes.get(path, '')},{'' if by_likeness else listing.get(path, '')}" for path in files]
+    table = tmp_path / "photos.csv"
+    table.write_text("\n".join(["image,label,listing", *rows]) + "\n")
+    words = [*arguments, "--dataset_name", "table", "--data_dir", str(table), "--labels", "partial"]
+    words += ["--output_dir", str(tmp_path / "run"), "--clusters", "5"]
+    words += ["--link_similarity", "0.9999", "--skip_corrupt"] if by_likeness else ["--group_column", "listing"]
+    (line,) = [line for line in refused(words, capsys) if "error: " in line]
+    assert f"the photos {first} (class 'mug') and {second} (class 'cup') belong together" in line
+
+
 @pytest.mark.parametrize(
     "options,message",
     [
@@ -239,7 +263,8 @@ def test_a_round_that_has_too_few_clusters_ends_the_run(arguments, tmp_path, cap
     assert (tmp_path / "run" / "checkpoint-24").is_dir()
 
 
-def test_no_gain_is_said(arguments, tmp_path, capsys):
+def test_no_gain_is_said(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(unlabelled_run, "FEW_STEPS", 2)  # those of the run are enough
     words = [
         *arguments,
         "--clusters",
@@ -257,10 +282,24 @@ def test_no_gain_is_said(arguments, tmp_path, capsys):
     assert said == (results["final_map_at_r"] <= results["frozen_map_at_r"])
 
 
-def test_a_run_without_a_test_has_no_pictures_and_says_so(arguments, tmp_path, capsys):
+def test_few_steps_are_no_proof(capsys):
+    scores = {"frozen_view_agreement": 0.5, "final_view_agreement": 0.4}
+    unlabelled_run.warn_if_no_gain(scores, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "so few steps (2) can't tell: agreement of views 50.0 with the backbone alone, 40.0 tuned" in line
+    unlabelled_run.warn_if_no_gain(scores, 100)
+    assert "tuning seems not to have helped: agreement of views 50.0" in capsys.readouterr().err
+    unlabelled_run.warn_if_no_gain({**scores, "final_view_agreement": 0.6}, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_without_a_test_has_no_pictures_and_says_so(arguments, tmp_path, capsys, caplog):
+    logging.Logger.warning_once.cache_clear()
     output = tmp_path / "run"
     words = ["--clusters", "6", "--max_steps", "2", "--picture_queries", "4", "--output_dir", str(output)]
-    train.main([*arguments, *words])
+    train.main([*arguments, *words, "--image_size", "24"])
+    said = [record for record in caplog.records if "was trained with images of 16" in record.getMessage()]
+    assert len(said) == 1  # though the backbone is opened twice, first to cluster
     assert "no pictures: there are no test images" in capsys.readouterr().out
     assert not (output / "pictures").exists()
 

@@ -87,6 +87,26 @@ def test_it_is_refused_at_once(backbone_folder, tmp_path, fields, make_data, mes
         make_trainer(make_model(backbone_folder), tmp_path, {"eval_dataset": make_data()}, **EVERY | fields)
 
 
+@pytest.mark.parametrize("given", ["x", None, 3, [1, 2], object(), {"a": "x"}, {"query": Images(), "gallery": None}])
+def test_what_is_no_data_set_is_refused(backbone_folder, tmp_path, given):
+    trainer = make_trainer(make_model(backbone_folder), tmp_path, {"eval_dataset": None}, eval_strategy="no")
+    for name, where in (("predict", "test_dataset"), ("evaluate", "eval_dataset"), ("embed", "dataset")):
+        pattern = rf"{where}.* must have evaluation_batches\(batch_size\), or rows and a length, as an ImageDataset"
+        if name == "evaluate" and given is None:
+            pattern = "evaluation needs an eval_dataset, got None"
+        with pytest.raises(ValueError, match=pattern):
+            getattr(trainer, name)(given)
+    with pytest.raises(ValueError, match="test_dataset is empty"):
+        trainer.predict([])
+
+
+@pytest.mark.parametrize("given", ["x", 3, [], {"a": Images()}])
+def test_what_can_not_be_trained_on_is_refused(backbone_folder, tmp_path, given):
+    pattern = f"train_dataset must have `labels`, .* as an ImageDataset, .*; got {type(given).__name__}"
+    with pytest.raises(ValueError, match=pattern):
+        make_trainer(make_model(backbone_folder), tmp_path, {"train_dataset": given}, eval_strategy="no")
+
+
 GOOD = {
     "default": ({}, Images),
     "of all": ({"eval_metrics": "all", "metric_for_best_model": "nmi", "bootstrap_samples": 10}, Images),

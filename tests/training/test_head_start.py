@@ -1,11 +1,16 @@
 """`head_init`: where the embedding head's projection starts."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_vit_config
 from test_trainer import make_args, make_model
 
-from vptsp import EvalTransform, ImageDataset, VPTSPForMetricLearning, VPTSPTrainer
+from vptsp import EvalTransform, ImageDataset, VPTSPConfig, VPTSPForMetricLearning, VPTSPTrainer, train
+from vptsp.loading_vptsp import find_backbone
+from vptsp.training import run, run_arguments
 from vptsp.training.head_start import principal_axes
 from vptsp.training.run_errors import ConfigError
 
@@ -102,6 +107,56 @@ def test_heads_that_can_not_start_so(backbone_folder, tmp_path, train_dataset):
     model = VPTSPForMetricLearning.from_pretrained(tmp_path / "saved", num_classes=5)
     with pytest.raises(ConfigError, match="head_init pca is for a new model"):
         start(backbone_folder, tmp_path / "other", train_dataset, "pca", model=model)
+
+
+LATE = {
+    "pca": (
+        {"head_init": "pca", "embedding_dim": 30},
+        r"must be <= 24, .* pca, got 30: set --embedding_dim 24 or less",
+    ),
+    "identity": ({"head_init": "identity"}, r"must be == 24, .* identity, got 12: set --embedding_dim 24, or"),
+    "depth": ({"prompt_depth": 9}, "prompt_depth must be .* <= the backbone's 4 layers, got 9"),
+    "adapters": ({"adapter_layers": 9}, "adapter_layers must be <= the backbone's 4 layers, got 9"),
+    "lora": ({"lora_rank": 2, "lora_targets": "q_prj"}, "got 'q_prj'; did you mean 'q_proj'"),
+    "peft": (
+        {"tuning": "peft", "peft_config": '{"peft_type": "LORA", "target_modules": ["q_prj"]}'},
+        "got 'q_prj'; did you mean 'q_proj'",
+    ),
+    "kind": ({"tuning": "peft", "peft_config": '{"peft_type": "LORRA"}'}, "got 'LORRA'; did you mean 'LORA'"),
+    "size": ({"image_size": 20, "resize_size": 20}, "20"),
+}
+
+
+@pytest.mark.parametrize("on_hub", [False, True])
+@pytest.mark.parametrize("options, message", LATE.values(), ids=LATE)
+def test_what_the_backbone_does_not_allow_is_said_once_it_is_known(
+    backbone_folder, tmp_path, monkeypatch, capsys, on_hub, options, message
+):
+    """Before images are listed or weights are read; of a backbone on the Hub, by its configuration alone."""
+    if "peft" in options.values() or "lora_rank" in options:
+        pytest.importorskip("peft")
+    found = find_backbone(backbone_folder)
+    monkeypatch.setattr(run, "image_datasets", lambda *_: pytest.fail("images are listed"))
+    monkeypatch.setattr(run, "build_model", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(run_arguments, "find_backbone", lambda *_, **__: found)
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    values = {"backbone": "somebody/vit" if on_hub else str(backbone_folder), "embedding_dim": 12, "image_size": 16}
+    values |= {"resize_size": 18, "dataset_name": "folder", "data_dir": str(tmp_path / "photos"), **options}
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*words, "--output_dir", str(tmp_path / "run"), "--use_cpu", "true"])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+
+
+def test_too_few_images_for_so_many_axes(backbone_folder, tmp_path, train_dataset, monkeypatch):
+    monkeypatch.setattr(VPTSPTrainer, "_head_inputs", lambda *_: pytest.fail("images are embedded"))
+    few = len(train_dataset.labels)
+    pattern = rf"embedding_dim must be <= {few - 1} with head_init pca, got {few}: the {few} training images"
+    config = VPTSPConfig(backbone_config=tiny_vit_config(hidden_size=3 * few), num_classes=5, embedding_dim=few)
+    with pytest.raises(ConfigError, match=pattern):
+        start(backbone_folder, tmp_path, train_dataset, "pca", model=VPTSPForMetricLearning(config))
 
 
 def test_axes_that_are_not_there():

@@ -157,7 +157,17 @@ def test_pruned_trials(backbone_folder, tmp_path, train_dataset, eval_dataset):
 
 
 REFUSED = {
-    "field": ({"hp_space": lambda trial: {"learning_rat": 1.0}}, ConfigError, "got learning_rat"),
+    "field": (
+        {"hp_space": lambda trial: {"learning_rat": 1.0}},
+        ConfigError,
+        "got learning_rat; did you mean 'learning_rate'",
+    ),
+    "no mapping": ({"hp_space": lambda trial: None}, ConfigError, "hp_space must give a mapping of fields .* None"),
+    "no function": ({"hp_space": {"learning_rate": 1.0}}, ValueError, "hp_space must be a function, got {"),
+    "no trials": ({"n_trials": 0}, ValueError, "n_trials must be an integer >= 1, got 0"),
+    "half a trial": ({"n_trials": 1.5}, ValueError, "n_trials must be an integer >= 1, got 1.5"),
+    "for ever": ({"n_trials": None}, ValueError, "n_trials must be an integer >= 1, got None"),
+    "sampler": ({"sampler": "tpe"}, ValueError, "sampler must be an object of a class of optuna.samplers, got 'tpe'"),
     "model field": (
         {"hp_space": lambda trial: {"num_prompts": 3}},
         ConfigError,
@@ -168,7 +178,7 @@ REFUSED = {
     "backend": ({"backend": "ray"}, ValueError, "backend must be optuna, got 'ray'"),
     "direction": ({"direction": "up"}, ValueError, "direction must be maximize or minimize, got 'up'"),
     "threads": ({"n_jobs": 2}, ValueError, "n_jobs must be left out"),
-    "option": ({"samplers": 2}, TypeError, "samplers"),
+    "option": ({"samplers": 2}, TypeError, "has no option samplers; did you mean 'sampler'"),
 }
 
 
@@ -184,7 +194,19 @@ def test_searches_that_are_refused(
 ):
     trainer = make_trainer(tmp_path, Counted(backbone_folder), train_dataset, eval_dataset)
     with pytest.raises(error, match=message):
-        trainer.hyperparameter_search(n_trials=1, **options)
+        trainer.hyperparameter_search(**{"n_trials": 1, **options})
+
+
+def test_a_metric_that_there_is_not(backbone_folder, tmp_path, train_dataset, eval_dataset):
+    options = {"eval_strategy": "no", "metric_for_best_model": "map_at_rr"}
+    trainer = make_trainer(tmp_path, Counted(backbone_folder), train_dataset, eval_dataset, **options)
+    with pytest.raises(
+        ConfigError, match=r"map_at_rr is none of what evaluation gives: .*did you mean 'eval_map_at_r'"
+    ):
+        trainer.hyperparameter_search(n_trials=1)
+    trainer.args.metric_for_best_model = None
+    with pytest.raises(ValueError, match="compute_objective must be given where metric_for_best_model is None"):
+        trainer.hyperparameter_search(n_trials=1)
 
 
 def test_what_a_search_needs(backbone_folder, tmp_path, train_dataset, eval_dataset, monkeypatch):

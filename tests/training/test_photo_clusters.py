@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from vptsp.training import photo_clusters
 from vptsp.training.photo_clusters import (
     ClusterPlan,
     choose_number,
@@ -58,12 +59,13 @@ def test_linked_groups_are_chains():
     assert linked_groups(embeddings).tolist() == list(range(6))
 
 
+@pytest.mark.parametrize("clustering", ["kmeans", "faiss"])
 @pytest.mark.parametrize("dims", [0, 64])
-def test_kmeans_finds_the_groups_that_there_are(dims):
-    labels = cluster_photos(blobs(6, 5), ClusterPlan(num_clusters=6, dims=dims))
+def test_kmeans_finds_the_groups_that_there_are(dims, clustering):
+    labels = cluster_photos(blobs(6, 5), ClusterPlan(clustering, num_clusters=6, dims=dims))
     assert partition(labels) == {frozenset(range(5 * i, 5 * i + 5)) for i in range(6)}
     assert labels[:1] == [0]  # numbered by the first photo
-    again = cluster_photos(blobs(6, 5), ClusterPlan(num_clusters=6, dims=dims))
+    again = cluster_photos(blobs(6, 5), ClusterPlan(clustering, num_clusters=6, dims=dims))
     assert np.array_equal(labels, again)
 
 
@@ -95,17 +97,34 @@ def test_classes_that_are_given_stay():
     others = np.delete(labels, [0, 1, 2, 4, 5, 6])
     assert set(others.tolist()) == {2, 3, 4, 5}
     groups[[0, 5]] = 9
-    with pytest.raises(ValueError, match=r"photos 0 and 5 belong together .* have the classes 1 and 0"):
+    with pytest.raises(ValueError, match=r"photos 0 \(class 1\) and 5 \(class 0\) belong together"):
         cluster_photos(embeddings, ClusterPlan(num_clusters=4), groups, given)
     with pytest.raises(ValueError, match="nothing to cluster: every photo has a class"):
         cluster_photos(embeddings, ClusterPlan(num_clusters=4), None, np.zeros(30, dtype=int))
 
 
-def test_the_farthest_are_left_out():
+def test_places_weigh_as_many_photos_as_they_have():
+    """Two places of many photos and two of one: each heavy one is a centre, and the light ones are near the second."""
+    places = np.array([[0.0, 0.0], [4.0, 0.0], [4.5, 0.0], [4.2, 0.0]], dtype=np.float32)
+    for kmeans in (photo_clusters._kmeans, photo_clusters._faiss_kmeans):
+        clusters, centres = kmeans(places, np.array([50, 60, 1, 1]), 2, seed=0)
+        assert clusters[1] == clusters[2] == clusters[3] != clusters[0]
+        mean = (60 * 4.0 + 4.5 + 4.2) / 62
+        assert np.allclose(centres[clusters[1]], [mean, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("clustering", ["kmeans", "faiss"])
+def test_the_number_is_found_by_either(clustering):
+    labels = cluster_photos(blobs(12, 10, noise=0.02), ClusterPlan(clustering, dims=0))
+    assert labels.max() + 1 == 12
+
+
+@pytest.mark.parametrize("clustering", ["kmeans", "faiss"])
+def test_the_farthest_are_left_out(clustering):
     embeddings = blobs(4, 10)
-    labels = cluster_photos(embeddings, ClusterPlan(num_clusters=4, dims=0, keep=0.75))
+    labels = cluster_photos(embeddings, ClusterPlan(clustering, num_clusters=4, dims=0, keep=0.75))
     assert (labels < 0).sum() == 10
-    everything = cluster_photos(embeddings, ClusterPlan(num_clusters=4, dims=0))
+    everything = cluster_photos(embeddings, ClusterPlan(clustering, num_clusters=4, dims=0))
     centres = np.stack([embeddings[everything == label].mean(axis=0) for label in range(4)])
     away = np.linalg.norm(embeddings - centres[everything], axis=1)
     assert set(np.flatnonzero(labels < 0)) == set(np.argsort(away)[-10:])

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from PIL import Image
-from trainer_fixtures import eval_dataset, train_dataset  # noqa: F401 (fixtures)
 
 from vptsp import Embedder, VPTSPForMetricLearning, VPTSPTrainer, VPTSPTrainingArguments, backbones_vptsp
 from vptsp.backbones_vptsp import LinearProducts, fastest_dtype, linear_products
@@ -66,7 +65,11 @@ def small_run(folder, backbone_folder, train, evaluated, **fields):
 
 
 def test_a_run_goes_on_with_the_products_it_chose(
-    monkeypatch, tmp_path, backbone_folder, train_dataset, eval_dataset  # noqa: F811
+    monkeypatch,
+    tmp_path,
+    backbone_folder,
+    train_dataset,
+    eval_dataset,
 ):
     choices = {("output", 64, 384, 1536, 1): "onednn", ("input", 64, 384, 1536, 1): "torch"}
     monkeypatch.setattr(linear_products, "choices", dict(choices))
@@ -80,7 +83,11 @@ def test_a_run_goes_on_with_the_products_it_chose(
 
 
 def test_full_determinism_leaves_nothing_to_a_clock(
-    monkeypatch, tmp_path, backbone_folder, train_dataset, eval_dataset  # noqa: F811
+    monkeypatch,
+    tmp_path,
+    backbone_folder,
+    train_dataset,
+    eval_dataset,
 ):
     products = LinearProducts("measured")
     monkeypatch.setattr(trainer, "linear_products", products)

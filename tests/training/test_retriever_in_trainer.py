@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from remote_code import remote_model
 from test_trainer import make_args, make_model
-from transformers import AutoModel, ViTConfig, ViTModel
+from transformers import ViTConfig, ViTModel
 
 from vptsp import VPTSPForMetricLearning, VPTSPModel, VPTSPTrainer
 
@@ -24,11 +25,7 @@ def scores(metrics):
 
 @pytest.mark.parametrize("load", ["own", "remote code"])
 def test_a_retriever_scores_as_its_training_model(saved, tmp_path, eval_dataset, load):
-    retriever = (
-        VPTSPModel.from_pretrained(saved)
-        if load == "own"
-        else AutoModel.from_pretrained(saved, trust_remote_code=True)
-    )
+    retriever = VPTSPModel.from_pretrained(saved) if load == "own" else remote_model(saved)
     trainer = VPTSPTrainer(model=retriever, args=make_args(tmp_path / "run"), eval_dataset=eval_dataset)
     training = VPTSPForMetricLearning.from_pretrained(saved, num_classes=5)
     expected = VPTSPTrainer(model=training, args=make_args(tmp_path / "other"), eval_dataset=eval_dataset)

@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+from remote_code import remote_model
+from transformers import AutoImageProcessor
 
 from vptsp import VPTSPConfig, VPTSPModel, VPTSPTrainer, train
 from vptsp.files.atomic import write_json
@@ -108,7 +109,7 @@ def test_run_from_configuration_to_reloaded_retriever(arguments, tmp_path, image
     assert low.startswith("  95 % from") and low.split()[-1] == shown("final_map_at_r_low")
     assert high.split()[-1] == shown("final_map_at_r_high")
 
-    reloaded = AutoModel.from_pretrained(output, trust_remote_code=True)
+    reloaded = remote_model(output)
     processor = AutoImageProcessor.from_pretrained(output)
     picture = Image.open(images / "class5" / "0.jpg")
     pixel_values = processor(images=picture, return_tensors="pt").pixel_values
@@ -157,7 +158,7 @@ def test_random_backbone_from_a_configuration(arguments, tmp_path):
 
 def test_another_image_size_than_the_backbones(arguments, tmp_path):
     train.main([*arguments, "--image_size", "24", "--num_train_epochs", "1", "--picture_queries", "0"])
-    reloaded = AutoModel.from_pretrained(tmp_path / "run", trust_remote_code=True)
+    reloaded = remote_model(tmp_path / "run")
     assert reloaded.config.backbone_config.image_size == 24
     processor = AutoImageProcessor.from_pretrained(tmp_path / "run")
     pixel_values = processor(images=Image.new("RGB", (30, 40)), return_tensors="pt").pixel_values

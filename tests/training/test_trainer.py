@@ -183,7 +183,10 @@ def test_bfloat16_autocast_is_close(backbone_folder, tmp_path, train_dataset):
         assert model.proxies.state.dtype == torch.float32
         assert model.vptsp.prompts.tokens.dtype == torch.float32
     assert losses[True] != losses[False]
-    assert losses[True][:5] == pytest.approx(losses[False][:5], rel=0.03)
+    assert losses[True][0] == pytest.approx(losses[False][0], rel=0.01)
+    assert losses[True][:5] == pytest.approx(
+        losses[False][:5], rel=0.1
+    )  # each step magnifies the rounding of those before
 
 
 def test_evaluation_is_retrieval_on_the_given_classes(backbone_folder, tmp_path, eval_dataset):

@@ -61,6 +61,25 @@ def test_changes_are_there_at_once_and_on_the_disk(folder, compact_after):
     )
 
 
+def test_a_journal_of_few_large_changes_is_taken_in_by_its_bytes(folder, monkeypatch):
+    """However many items a change has, the journal stays below its bound, and that of a quarter of the index."""
+    monkeypatch.setattr("vptsp.deploy.service.live_index.COMPACT_BYTES", 6_000)
+    own = sum(record["bytes"] for record in RetrievalIndex.open(folder).info.files.values())
+    assert own < 6_000
+    sizes, saves = [], []
+    with LiveIndex.open(folder) as live:
+        for start in range(0, 3000, 100):
+            live.put([item(f"n{number}", number) for number in range(start, start + 100)])
+            saves.append(live.pending == 0)
+            sizes.append(0 if saves[-1] else (folder / "journal.jsonl").stat().st_size)
+            index_bytes = sum(record["bytes"] for record in live.index.info.files.values())
+            assert sizes[-1] < max(6_000, index_bytes / 4)
+    assert 3 < sum(saves) < 30  # not with each change either
+    gaps = [number for number, saved in enumerate(saves) if saved]
+    assert gaps[-1] - gaps[-2] > gaps[1] - gaps[0]  # a larger index is saved less often
+    assert len(contents(folder)) == 3003
+
+
 def test_what_does_not_fit_is_refused_and_changes_nothing(folder):
     with LiveIndex.open(folder) as live:
         before = contents(folder)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from vptsp import RetrievalIndex
+from vptsp.deploy import search_page
 from vptsp.deploy.service.command import KEY_VARIABLE, main, read_key
+from vptsp.search import commands, inputs
 
 
 @pytest.fixture
@@ -21,9 +24,9 @@ def place(tmp_path):
     return tmp_path / "index"
 
 
-def refused(capsys, *words):
+def refused(capsys, *words, run=main):
     with pytest.raises(SystemExit) as error:
-        main([str(word) for word in words])
+        run([str(word) for word in words])
     assert error.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -38,6 +41,43 @@ def test_what_cannot_be_served_is_said(place, tmp_path, capsys, monkeypatch):
     assert "can't be read" in refused(capsys, "--index", place, "--api_key_file", tmp_path / "key")
     (tmp_path / "key").write_text("\n")
     assert "printable" in refused(capsys, "--index", place, "--api_key_file", tmp_path / "key")
+
+
+@pytest.mark.parametrize("app", [False, True])
+def test_a_port_in_use_is_found_before_anything_is_opened(tmp_path, capsys, monkeypatch, app):
+    """The index is not even there."""
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    run = search_page.main if app else main
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        expected = f"--port {port} of 127.0.0.1 is in use by another program: stop that, or give another --port"
+        assert expected in refused(capsys, "--index", tmp_path, "--port", port, run=run)
+    assert "--port" not in refused(capsys, "--index", tmp_path, "--port", port, run=run)
+    assert "--port must be in" in refused(capsys, "--index", tmp_path, "--port", "70000", run=run)
+    message = refused(capsys, "--index", tmp_path, "--host", "192.0.2.1", "--port", port, run=run)
+    assert "--host must be a name or an address of this machine, got '192.0.2.1'" in message
+
+
+def test_what_is_not_installed_is_said(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "gradio", None)
+        message = refused(capsys, "--index", tmp_path, run=search_page.main)
+        assert message == "error: vptsp app needs gradio: pip install 'vptsp[app]'"
+
+    def load(*_, **__):
+        raise ImportError("lora_rank is 2, which needs the package peft: pip install peft")
+
+    monkeypatch.setattr(inputs, "embedder_of", load)
+    monkeypatch.setattr(inputs.Embedder, "from_pretrained", load)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "a.png").touch()
+    words = ("--index", place, "--model", tmp_path / "model")
+    for run, more in ((main, ("--port", "0")), (search_page.main, ("--image_root", tmp_path))):
+        assert "error: lora_rank is 2, which needs the package peft" in refused(capsys, *words, *more, run=run)
+    words = ["search", *words, "--image", tmp_path / "a.png"]
+    assert commands.main(list(map(str, words))) == 2
+    assert capsys.readouterr().err == "error: lora_rank is 2, which needs the package peft: pip install peft\n"
 
 
 def test_keys(tmp_path, monkeypatch):

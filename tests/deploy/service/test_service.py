@@ -22,7 +22,7 @@ from schemathesis.checks import (
     status_code_conformance,
 )
 
-from vptsp import Embedder, RetrievalIndex
+from vptsp import Embedder, QueryExpansion, Reranking, RetrievalIndex
 from vptsp.deploy.service.application import create_app
 from vptsp.deploy.service.limits import Limits
 from vptsp.deploy.service.live_index import LiveIndex
@@ -36,7 +36,9 @@ COLOURS = {
 }
 
 
+JSON = {"Content-Type": "application/json"}
 ONE = {"items": [{"id": "a", "vector": [1] * 8}]}
+PRICES = '{"price": 1, "price": 2}'
 
 
 def png(colour, size=20):
@@ -104,6 +106,23 @@ def test_filters(client):
     assert "green" in response.json()["detail"]
 
 
+def test_results_in_another_order(client, live, embedder):
+    query = png((190, 10, 0))
+    embedding = embedder.embed_images([query])
+    ways = {"rerank": (Reranking(), Reranking(depth=3, k1=2, k2=1)), "expand": (QueryExpansion(), QueryExpansion(2))}
+    words = {"rerank": ["depth=3", "k1=2", "k2=1"], "expand": ["neighbours=2"]}
+    for name, (default, other) in ways.items():
+        for way, asked in ((default, []), (other, words[name])):
+            hits = live.index.search(embedding, 4, **{name: way})[0]
+            expected = [(hit.id, pytest.approx(hit.similarity)) for hit in hits]
+            form = {"k": 4, name: asked or ""}
+            by_image = client.post("/search/image", files={"image": ("q.png", query)}, data=form)
+            body = {"vector": embedding[0].tolist(), "k": 4, name: asked}
+            for response in (by_image, client.post("/search/vector", json=body)):
+                assert response.status_code == 200, response.text
+                assert [(found["id"], found["similarity"]) for found in response.json()["results"]] == expected
+
+
 def test_items_are_added_changed_and_removed_and_stay(client, live, place):
     response = client.put("/items/new/yellow.png", files=image((200, 200, 0)), data={"columns": '{"price": 9}'})
     assert (response.status_code, response.json()["added"]) == (200, 1)
@@ -131,6 +150,8 @@ def test_items_are_added_changed_and_removed_and_stay(client, live, place):
         (413, "10,000 bytes", lambda c: c.post("/search/image", files={"image": ("x.png", bytes(20_000))})),
         (413, "10,000 bytes", lambda c: c.post("/search/id", content=(bytes(5_000) for _ in range(3)))),
         (422, "k must be at most 7", lambda c: c.post("/search/id", json={"id": "red/1.png", "k": 8})),
+        (422, "depth must be at most 7", lambda c: c.post("/search/id", json={"id": "a", "k": 7, "rerank": []})),
+        (422, "did you mean 'depth'", lambda c: c.post("/search/id", json={"id": "a", "k": 7, "rerank": ["dept=3"]})),
         (422, "vector must have 8", lambda c: c.post("/search/vector", json={"vector": [1.0]})),
         (422, "direction", lambda c: c.post("/search/vector", json={"vector": [0.0] * 8})),
         (404, "'nothing'", lambda c: c.post("/search/id", json={"id": "nothing", "k": 7})),
@@ -141,7 +162,20 @@ def test_items_are_added_changed_and_removed_and_stay(client, live, place):
         (422, "price", lambda c: c.patch("/items/red/1.png", json={"price": "much"})),
         (422, "JSON object", lambda c: c.put("/items/a", files=image((0, 0, 0)), data={"columns": "[1]"})),
         (422, "NaN", lambda c: c.put("/items/a", files=image((0, 0, 0)), data={"columns": '{"price": NaN}'})),
-        (422, "extra", lambda c: c.post("/search/id", json={"id": "red/1.png", "kk": 3})),
+        (422, "kk: Extra inputs are not permitted, got 3", lambda c: c.post("/search/id", json={"id": "x", "kk": 3})),
+        (422, "k: Input should be greater than or equal to 1, got 0",
+         lambda c: c.post("/search/id", json={"id": "x", "k": 0})),
+        (422, "id: Field required", lambda c: c.post("/search/id", json={})),
+        (422, "image: Field required", lambda c: c.post("/search/image")),
+        (422, "k: Input should be greater than or equal to 1, got '-1'",
+         lambda c: c.post("/search/image", files=image((0, 0, 0)), data={"k": -1})),
+        (422, "items.0.id: an id can't have control",
+         lambda c: c.post("/vectors", json={"items": [{"id": "\t", "vector": []}]})),
+        (422, "vector.0: Input should be", lambda c: c.post("/search/vector", json={"vector": list("abcde")})),
+        (422, "; and 2 more", lambda c: c.post("/search/vector", json={"vector": list("abcde")})),
+        (422, "only_new: Input should be a valid boolean", lambda c: c.post("/vectors?only_new=perhaps", json=ONE)),
+        (422, "JSON decode error", lambda c: c.post("/search/id", content=b"{", headers=JSON)),
+        (422, r"\ud800", lambda c: c.post("/search/id", content=b'{"id": "x", "\\ud800\\n": 1}', headers=JSON)),
         (422, "3 items", lambda c: c.post("/vectors", json={"items": [{"id": n, "vector": [1] * 8} for n in "abcd"]})),
         (422, "64 bits", lambda c: c.post("/search/id", json={"id": "x", "k": 7, "where": ["price<" + "9" * 30]})),
         (422, "line breaks", lambda c: c.delete("/items/red/1.png%0A")),
@@ -157,7 +191,37 @@ def test_bad_requests_are_named(live, embedder, status, named, ask):
     with TestClient(create_app(live, embedder, limits), raise_server_exceptions=False) as client:
         response = ask(client)
     assert response.status_code == status
-    assert named in response.text
+    (detail,) = response.json().values()
+    assert isinstance(detail, str) and len(detail.splitlines()) == 1
+    assert named in detail
+
+
+def as_json(text):
+    return {"content": text.encode(), "headers": {"Content-Type": "application/json"}}
+
+
+@pytest.mark.parametrize(
+    "twice, method, address, request_of",
+    [
+        ("the body: 'k'", "post", "/search/id", lambda: as_json('{"id": "red/1.png", "k": 7, "k": 8}')),
+        ("the body: 'price'", "patch", "/items/red/1.png", lambda: as_json(PRICES)),
+        ("'price'", "post", "/vectors", lambda: as_json(f'{{"items": [{{"id": "a", "columns": {PRICES}}}]}}')),
+        ("columns", "put", "/items/a", lambda: {"files": image((0, 0, 0)), "data": {"columns": PRICES}}),
+        ("the field 'k'", "post", "/search/image", lambda: {"files": image((0, 0, 0)), "data": {"k": [3, 4]}}),
+        ("the field 'image'", "post", "/search/image", lambda: {"files": 2 * list(image((0, 0, 0)).items())}),
+        ("the parameter 'only_new'", "post", "/vectors?only_new=true&only_new=false", lambda: {"json": ONE}),
+    ],
+)
+def test_what_is_given_twice_is_refused(client, place, twice, method, address, request_of):
+    response = getattr(client, method)(address, **request_of())
+    assert response.status_code == 422
+    assert twice in response.json()["detail"] and "is there twice" in response.json()["detail"]
+    assert {name: row["price"] for name, row in RetrievalIndex.open(place).items().items()}["red/1.png"] == 1
+
+
+def test_what_is_no_json(client):
+    response = client.post("/search/id", **as_json('{"id": "x"'))
+    assert response.status_code == 422 and "JSON decode error" in response.text
 
 
 def test_key(live, embedder):
@@ -167,6 +231,16 @@ def test_key(live, embedder):
             assert client.get("/metrics", headers=headers).status_code == 401
         assert client.get("/items/red/1.png", headers={"X-API-Key": "secret"}).status_code == 200
         assert client.get("/health").json()["items"] == 4
+        assert client.get("/docs").status_code == 200  # which asks for the key, and tells nothing of the index
+        described = client.get("/openapi.json").json()
+    asking = {
+        path: {bool(operation.get("security")) for operation in methods.values()}
+        for path, methods in described["paths"].items()
+    }
+    assert asking.pop("/health") == {False}
+    assert set(map(frozenset, asking.values())) == {frozenset({True})}
+    (scheme,) = described["components"]["securitySchemes"].values()
+    assert (scheme["in"], scheme["name"]) == ("header", "X-API-Key")
 
 
 class Slow:
@@ -254,7 +328,13 @@ def test_what_the_openapi_page_says_is_true(live, embedder):
 
 
 def test_openapi_describes_all_routes(client):
-    paths = client.get("/openapi.json").json()["paths"]
+    described = client.get("/openapi.json").json()
+    paths = described["paths"]
+    answers = [method["responses"] for methods in paths.values() for method in methods.values()]
+    refusals = [answer["422"]["content"]["application/json"]["schema"] for answer in answers if "422" in answer]
+    assert refusals and all(schema == {"$ref": "#/components/schemas/Problem"} for schema in refusals)
+    assert described["components"]["schemas"]["Problem"]["properties"]["detail"]["type"] == "string"
+    assert "securitySchemes" not in described["components"]  # without a key there is nothing to ask for
     assert {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods} == {
         "POST /search/image", "POST /search/id", "POST /search/vector", "GET /items/{id}", "PUT /items/{id}",
         "PATCH /items/{id}", "DELETE /items/{id}", "POST /vectors", "GET /health", "GET /metrics",
