@@ -16,8 +16,9 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from filelock import FileLock
 from tqdm import tqdm
@@ -29,7 +30,16 @@ from .image_files import SLOW_SECONDS, ImageFile, is_hidden, is_image_name, rela
 from .paths import usable_path
 
 
-__all__ = ["MAX_MEMBER_BYTES", "archive_kind", "free_bytes", "list_members", "read_members"]
+__all__ = [
+    "MAX_MEMBER_BYTES",
+    "TarMember",
+    "archive_kind",
+    "free_bytes",
+    "kind_of_head",
+    "list_members",
+    "read_members",
+    "walk_tar",
+]
 
 MAX_MEMBER_BYTES = 1 << 28
 """What an image or a list in an archive may take at most, unpacked: as much as the pixels of the largest image that is
@@ -65,6 +75,11 @@ def archive_kind(path: Path) -> str:
             head = stream.read(512)
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}") from error
+    return kind_of_head(head, path)
+
+
+def kind_of_head(head: bytes, path: Path | str) -> str:
+    """[`archive_kind`] of the first 512 bytes of a file, which errors call `path`."""
     if head.startswith((b"PK\3\4", b"PK\5\6")):
         return "zip"
     if head.startswith(b"\x1f\x8b"):
@@ -109,7 +124,7 @@ def list_members(path: Path, index_dir: str | Path) -> list[ImageFile]:
     with FileLock(f"{index}.lock"):  # of several processes, one reads the archive
         members = _read_index(index)
         if members is None:
-            members = [[name, size] for name, size, _ in _walk_tar(path, f"Listing {path.name}")]
+            members = [[member.name, member.size] for member in _walk_tar(path, f"Listing {path.name}")]
             write_json(index, {"version": _INDEX_VERSION, "archive": path.name, "members": members}, indent=None)
     return [ImageFile(name, size, 0) for name, size in members]
 
@@ -141,10 +156,10 @@ def read_members(path: Path, names: Collection[str], progress: bool = False) -> 
     path = Path(path)
     if archive_kind(path) != "zip":
         wanted = set(names)
-        for name, _, content in _walk_tar(path, f"Reading {path.name}", frozenset(wanted), progress):
-            if content is not None:
-                wanted.remove(name)
-                yield name, content
+        for member in _walk_tar(path, f"Reading {path.name}", frozenset(wanted).__contains__, progress):
+            if member.content is not None:
+                wanted.remove(member.name)
+                yield member.name, member.content
                 if not wanted:
                     return
         if wanted:
@@ -167,7 +182,7 @@ def read_members(path: Path, names: Collection[str], progress: bool = False) -> 
             yield name, content
 
 
-def _check_size(path: Path, name: str, size: int) -> None:
+def _check_size(path: Path | str, name: str, size: int) -> None:
     if size > MAX_MEMBER_BYTES:
         raise DataError(
             f"{path}: the member {name!r} has {size / 1e6:,.0f} MB unpacked, more than {MAX_MEMBER_BYTES / 1e6:,.0f} "
@@ -181,7 +196,7 @@ def free_bytes(folder: str | Path) -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
-def _safe_name(name: str, archive: Path) -> str | None:
+def _safe_name(name: str, archive: Path | str) -> str | None:
     """A member's name, cleaned; None for litter."""
     if _PLAIN.fullmatch(name) and "__MACOSX" not in name:
         return name
@@ -320,17 +335,30 @@ class _Gzip(gzip.GzipFile):
         return self.read1(size)
 
 
+class TarMember(NamedTuple):
+    """A file in a tar file.
+
+    Attributes:
+        name: Cleaned, with `/`.
+        size: Bytes.
+        offset: Where its bytes begin in the tar file (in a compressed one: in what is unpacked); None where they are
+            not one piece.
+        content: Its bytes, if they were asked for.
+    """
+
+    name: str
+    size: int
+    offset: int | None
+    content: bytes | None
+
+
 def _walk_tar(
-    path: Path, title: str, wanted: Collection[str] = (), progress: bool = True
-) -> Iterator[tuple[str, int, bytes | None]]:
-    """Go through a tar file once; gives name, size and, of the wanted members, the contents."""
-    last, seen = None, set()
-    total = path.stat().st_size
-    kind = archive_kind(path)
-    most = total if kind == "tar" else total * _MOST_BYTES_PER_BYTE  # `tarfile` would go on reading at the end
+    path: Path, title: str, wants: Callable[[str], bool] = lambda name: False, progress: bool = True
+) -> Iterator[TarMember]:
+    """[`walk_tar`] of a file on disk, with a bar of its bytes."""
     with (
         tqdm(
-            total=total,
+            total=path.stat().st_size,
             desc=title,
             unit="B",
             unit_scale=True,
@@ -341,40 +369,62 @@ def _walk_tar(
         ) as bar,
         path.open("rb") as raw,
     ):
-        try:
-            stream = _Gzip(fileobj=raw) if kind == "tar.gz" else raw
-            tar = tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member, bufsize=_BUFFER)  # noqa: SIM115
-            while (info := tar.next()) is not None:
-                tar.members.clear()  # or every member of a huge archive stays in memory
-                if info.size < 0 or not info.offset < tar.offset <= most:
-                    raise EOFError(f"the file ends within a member of {info.size} bytes")
-                name = _check_member(info, path, seen)
-                if name in wanted:
-                    _check_size(path, name, info.size)
-                content = tar.extractfile(info).read() if name in wanted else None
-                tar.fileobj.seek(tar.offset)
-                if tar.fileobj.tell() < tar.offset:
-                    raise EOFError("the file ends within a member")
-                if name is not None:
-                    yield name, info.size, content
-                last = info.name
-                bar.update(raw.tell() - bar.n)
-            if not getattr(tar, "end_seen", False):
-                raise EOFError("the mark at an archive's end is missing, or a member's header is damaged")
-            while stream.read(_BUFFER):  # a compressed file has its checksum at the end
-                pass
-        except DataError:
-            raise
-        except (
-            *(EOFError, zlib.error, tarfile.TarError, OSError),
-            *(ValueError, LookupError, ArithmeticError, RecursionError),  # of `tarfile`, on headers made to deceive
-        ) as error:
-            raise DataError(
-                f"{path} is truncated or damaged ({error}); the last whole member is {last!r}. Download it again"
-            ) from error
+        for member in walk_tar(raw, archive_kind(path), path.stat().st_size, path, wants):
+            yield member
+            bar.update(raw.tell() - bar.n)
 
 
-def _check_member(info: tarfile.TarInfo, path: Path, seen: set[str]) -> str | None:
+def walk_tar(
+    raw: BinaryIO, kind: str, total: int, path: Path | str, wants: Callable[[str], bool] = lambda name: False
+) -> Iterator[TarMember]:
+    """Go through a tar file once, from front to back.
+
+    Args:
+        raw: It, opened for reading.
+        kind: `tar` or `tar.gz`.
+        total: Its bytes.
+        path: What it is called in errors.
+        wants: Which members' contents are given.
+
+    Raises:
+        DataError: as [`list_members`].
+    """
+    last, seen = None, set()
+    most = total if kind == "tar" else total * _MOST_BYTES_PER_BYTE  # `tarfile` would go on reading at the end
+    try:
+        stream = _Gzip(fileobj=raw) if kind == "tar.gz" else raw
+        tar = tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member, bufsize=_BUFFER)  # noqa: SIM115
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # or every member of a huge archive stays in memory
+            if info.size < 0 or not info.offset < tar.offset <= most:
+                raise EOFError(f"the file ends within a member of {info.size} bytes")
+            name = _check_member(info, path, seen)
+            wanted = name is not None and wants(name)
+            if wanted:
+                _check_size(path, name, info.size)
+            content = tar.extractfile(info).read() if wanted else None
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.tell() < tar.offset:
+                raise EOFError("the file ends within a member")
+            if name is not None:
+                yield TarMember(name, info.size, None if info.issparse() else info.offset_data, content)
+            last = info.name
+        if not getattr(tar, "end_seen", False):
+            raise EOFError("the mark at an archive's end is missing, or a member's header is damaged")
+        while stream.read(_BUFFER):  # a compressed file has its checksum at the end
+            pass
+    except DataError:
+        raise
+    except (
+        *(EOFError, zlib.error, tarfile.TarError, OSError),
+        *(ValueError, LookupError, ArithmeticError, RecursionError),  # of `tarfile`, on headers made to deceive
+    ) as error:
+        raise DataError(
+            f"{path} is truncated or damaged ({error}); the last whole member is {last!r}. Download it again"
+        ) from error
+
+
+def _check_member(info: tarfile.TarInfo, path: Path | str, seen: set[str]) -> str | None:
     name = _safe_name(info.name, path)
     if name is None:
         return None

@@ -19,6 +19,7 @@ __all__ = [
     "RESERVED_COLUMNS",
     "SPLIT_NAMES",
     "Value",
+    "alike_column",
     "check_column",
     "choose_column",
     "free_name",
@@ -123,6 +124,23 @@ def typed_column(values: Sequence[str]) -> list[Value]:
         if there and all(map(pattern.fullmatch, there)):
             return [kind(value) if value else None for value in values]
     return [value or None for value in values]
+
+
+def alike_column(values: Sequence[Any], column: str, name: str, place: Callable[[int], str]) -> list | None:
+    """Values of one type: numbers, or text where some are no numbers; None for a column of others, which is said."""
+    try:
+        plain = [plain_value(value) for value in values]
+    except TypeError:
+        logger.warning("%s: the column %r holds neither text nor numbers, left out", name, column)
+        return None
+    kinds = {type(value) for value in plain if value is not None}
+    for row, value in enumerate(plain):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise DataError(f"{place(row)}: the column {column!r} holds {value}, more than 64 bits: write it as text")
+    if kinds <= {int} or kinds <= {float} or kinds <= {str}:
+        return plain
+    to = float if kinds <= {int, float} else str
+    return [None if value is None else to(value) for value in plain]
 
 
 def check_column(name: Any, values: Sequence[Any], count: int, where: str) -> None:

@@ -29,12 +29,21 @@ from .hub import load_saved
 from .image_files import LeftOut, list_images, say_shared_files
 from .labels import check_class_name, check_label
 from .paths import other_form, usable_path
-from .table_columns import IMAGE_NAMES, LABEL_NAMES, SPLIT_NAMES, choose_column, plain_value, say_mixed, typed_column
+from .table_columns import (
+    IMAGE_NAMES,
+    LABEL_NAMES,
+    SPLIT_NAMES,
+    alike_column,
+    choose_column,
+    plain_value,
+    say_mixed,
+    typed_column,
+)
 from .table_files import metadata_files, missing_text, read_text_table, shortened, table_kind
 from .unlabelled_tables import split_unlabelled
 
 
-__all__ = ["TableImages", "TableImagesConfig", "read_tables"]
+__all__ = ["TableImages", "TableImagesConfig", "read_tables", "table_splits"]
 
 
 logger = logging.getLogger(__name__)
@@ -119,6 +128,11 @@ def read_tables(
         splits = {name.lower(): _joined(table.splits(config, labelled), name) for name, table in tables.items()}
     _say_unlisted(path, splits, files.values())
     return str(path), splits
+
+
+def table_splits(rows: datasets.Dataset, config: TableImagesConfig, where: str) -> dict[str, datasets.Dataset]:
+    """[`read_tables`] of rows that are there already; they hold their images, and need no classes."""
+    return _Table(where, Path(), rows).splits(config, labelled=False)
 
 
 def _say_unlisted(folder: Path, splits: Mapping[str, datasets.Dataset], metadata: Iterable[Path]) -> None:
@@ -428,7 +442,7 @@ def _as_rows(columns: dict[str, list], config, name: str, place: Callable[[int],
         elif typed:
             kept[column] = typed_column(values)
         else:
-            kept[column] = _alike(values, column, name, place)
+            kept[column] = alike_column(values, column, name, place)
         if column not in chosen:
             say_mixed(values, kept[column] or (), column, place, typed)
         _check_unicode(kept[column] or (), lambda row, column=column: f"{place(row)}: the column {column!r}")
@@ -454,20 +468,3 @@ def _text(value: Any, column: str, place: str) -> str | None:
     if isinstance(value, float):
         raise DataError(f"{place}: the column {column!r} must hold text, got the number {value!r}")
     return None if value is None else str(value).strip()
-
-
-def _alike(values: Sequence[Any], column: str, name: str, place: Callable[[int], str]) -> list | None:
-    """Values of one type: numbers, or text where some are no numbers; None for a column of others, which is said."""
-    try:
-        plain = [plain_value(value) for value in values]
-    except TypeError:
-        logger.warning("%s: the column %r holds neither text nor numbers, left out", name, column)
-        return None
-    kinds = {type(value) for value in plain if value is not None}
-    for row, value in enumerate(plain):
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise DataError(f"{place(row)}: the column {column!r} holds {value}, more than 64 bits: write it as text")
-    if kinds <= {int} or kinds <= {float} or kinds <= {str}:
-        return plain
-    to = float if kinds <= {int, float} else str
-    return [None if value is None else to(value) for value in plain]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..data_scripts.data_errors import DataError
 from .inputs import (
     choose_sets,
+    engine_of,
     is_main_rank,
     load_embedder,
     load_sources,
@@ -79,9 +80,10 @@ def _update(options, exists, build):
     name = model_or_store(options)
     if name == options.store:
         return update_index_from_store(options.index, EmbeddingStore.open(name), **how) if is_main_rank() else None
+    engine = engine_of(name, options)
     source, _ = choose_sets(load_sources(options), options.split, whole=True)
     embedder = load_embedder(name, options)
-    how |= {"cache_dir": options.embeddings_cache, **store_options(options)}
+    how |= {"cache_dir": options.embeddings_cache, "engine": engine, **store_options(options)}
     return update_index(options.index, embedder, source, **how)
 
 

@@ -54,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> int:
     command = importlib.import_module(f".command_{options.command}", __package__)
     try:
         return command.run(options) or 0
-    except (DataError, ValueError, OSError, InUseError, ImportError) as error:  # the last of what a model needs
+    except (DataError, ValueError, OSError, ImportError, InUseError) as error:  # ImportError: an extra is missing
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -107,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         evaluate.add_argument(f"--no_{name}", action="store_true", help=f"leave out the measures of {name}")
     for name in ("embed", "evaluate", "compare", "index"):
         _add_data_options(parts[name])
+    for name in ("embed", "index"):
+        _add_engine_options(parts[name])
     for name in COMMANDS:
         _add_model_options(parts[name])
     for name in ("embed", "evaluate", "index", "search"):
@@ -185,7 +187,10 @@ def _add_search_options(search):
 def _add_data_options(parser):
     group = parser.add_argument_group("images", "--images, or --dataset_name (default folder) and what it needs")
     group.add_argument(
-        "--images", type=place, metavar="PLACE", help="folder of images, table, or .txt file with a path per line"
+        "--images",
+        type=place,
+        metavar="PLACE",
+        help="folder of images, table, .tar files, address (s3://...) or .txt file with a path per line",
     )
     add_data_options(group, DATA_OPTIONS)
     group.add_argument("--skip_corrupt", action="store_true", help="leave out images that can't be read")
@@ -208,6 +213,22 @@ def _add_data_options(parser):
         help="how long to wait for another process that writes the same store or index (default 60)",
     )
     group.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_engine_options(parser):
+    group = parser.add_argument_group(
+        "more than one machine", "docs/large_scale.md; or the command under torchrun, on a disk that all share"
+    )
+    group.add_argument(
+        "--engine", choices=("ray",), help="embed on a Ray cluster (extra ray): RAY_ADDRESS, or one on this machine"
+    )
+    group.add_argument(
+        "--engine_workers", type=int, metavar="N", help="workers of --engine (default: as many as there is room for)"
+    )
+    group.add_argument("--engine_cpus", type=int, metavar="N", help="CPUs of each worker (default 1)")
+    group.add_argument(
+        "--engine_gpus", type=float, metavar="N", help="GPUs of each worker, 0.5 for half of one (default 0: the CPU)"
+    )
 
 
 def _add_model_options(parser):

@@ -5,15 +5,15 @@
     store = cached_store(Embedder.from_pretrained("runs/photos"), folder_source("photos"))
 
 Under `torchrun`, rank r of w writes every w-th of the shards that are missing. Nothing is gathered: the shards on disk
-are the result, and the same whatever the number of processes.
+are the result, and the same whatever the number of processes. An engine ([`RayEngine`]) computes shards elsewhere;
+they are written here.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -54,7 +54,8 @@ def cached_store(embedder, source, cache_dir=None, **options):
         [`EmbeddingStore`].
     """
     cache_dir = Path(constants.HF_HOME) / "vptsp" / "embeddings" if cache_dir is None else Path(cache_dir)
-    data_fingerprint = on_main_rank(lambda: source.fingerprint(reading_bar(source, options.get("progress", True))))
+    engine, progress = options.get("engine"), options.get("progress", True)
+    data_fingerprint = on_main_rank(lambda: data_fingerprint_of(source, engine, progress))
     dtype = str(embedder.dtype).removeprefix("torch.")
     folder = cache_dir / f"{embedder.fingerprint[:16]}-{data_fingerprint[:16]}-{dtype}"
     return embed_to_store(embedder, source, folder, data_fingerprint=data_fingerprint, **options)
@@ -72,6 +73,7 @@ def embed_to_store(
     progress=True,
     data_fingerprint=None,
     lock_timeout=60.0,
+    engine=None,
 ):
     """Embed all images of a source into a folder, or what is still missing there.
 
@@ -79,13 +81,15 @@ def embed_to_store(
         embedder: [`Embedder`].
         source: `ImageSource`.
         folder: New, or with what an earlier run of the same model on the same data has left.
-        num_workers: Processes that decode images while the model runs; 0: this one; None: see [`choose_workers`].
+        num_workers: Processes that decode images while the model runs; 0: this one; None: see [`choose_workers`]. With
+            an engine: of each of its workers, and None is one less than its CPUs.
         shard_size: Rows of a shard: what an interruption may cost, and what is shared out between processes.
         embedding_dtype: `float32`, or `float16` for half the size.
         skip_corrupt: Leave out images that can't be read, and list them, instead of stopping.
         progress: Show progress bars (of rank 0).
         data_fingerprint: The source's fingerprint, if it is known already.
         lock_timeout: Seconds to wait for another run that writes the same store.
+        engine: [`RayEngine`], which embeds on other processes and machines; None: this process does.
 
     Returns:
         [`EmbeddingStore`], complete.
@@ -104,7 +108,7 @@ def embed_to_store(
     columns = {name: arrow_column(values) for name, values in own_columns(source).items()}
 
     def prepare():
-        fingerprint = data_fingerprint or source.fingerprint(reading_bar(source, progress))
+        fingerprint = data_fingerprint or data_fingerprint_of(source, engine, progress)
         info = StoreInfo(
             model=embedder.description(),
             data={"description": source.description, "fingerprint": fingerprint},
@@ -125,21 +129,34 @@ def embed_to_store(
         if not info.complete:
             rank, world_size = _rank_and_world_size()
             shards = on_main_rank(lambda: missing_shards(folder, info))[rank::world_size]
-            workers = choose_workers(len(source)) if num_workers is None else num_workers
-            write = partial(_write_parts, folder, info, source, columns)
-            _embed_shards(embedder, source, info, shards, write, workers, skip_corrupt, progress and rank == 0)
+            jobs = [(shard, info.shard_rows(shard)) for shard in shards]
+            if engine is None:
+                workers = choose_workers(len(source)) if num_workers is None else num_workers
+                finished = embed_shards(embedder, source, jobs, workers, skip_corrupt, progress and rank == 0)
+            else:
+                finished = engine.embed_shards(embedder, source, jobs, num_workers, skip_corrupt, progress)
+            with closing(finished):
+                for shard, parts in finished:
+                    _write_parts(folder, info, source, columns, shard, parts)
             _barrier()
             on_main_rank(lambda: finish_store(folder, info))
     return EmbeddingStore.open(folder)
 
 
-def _embed_shards(embedder, source, info, shards, write, num_workers, skip_corrupt, progress):
+def embed_shards(embedder, source, jobs, num_workers, skip_corrupt, progress):
+    """Embed some shards, in batches that don't reach from one into the next.
+
+    Args:
+        embedder, source, num_workers, skip_corrupt, progress: As for [`embed_to_store`].
+        jobs: Pairs of a shard's number and its rows.
+
+    Yields:
+        Shard after shard, its number and its parts: rows that were asked for, those that could be read, their
+        embeddings and the digests of their contents.
+    """
     size = embedder.batch_size
     batches = [
-        (shard, list(rows[start : start + size]))
-        for shard in shards
-        for rows in [info.shard_rows(shard)]
-        for start in range(0, len(rows), size)
+        (shard, list(rows[start : start + size])) for shard, rows in jobs for start in range(0, len(rows), size)
     ]
     loader = DataLoader(
         _Rows(source, embedder.preprocess, skip_corrupt),
@@ -148,7 +165,7 @@ def _embed_shards(embedder, source, info, shards, write, num_workers, skip_corru
         num_workers=num_workers,
         pin_memory=embedder.device.type == "cuda",
     )
-    none = torch.empty(0, info.embedding_dim)
+    none = torch.empty(0, embedder.embedding_dim)
     sizes = [len(rows) for _, rows in batches]
     embedded = embed_batches(
         zip(sizes, loader, strict=True),
@@ -161,7 +178,7 @@ def _embed_shards(embedder, source, info, shards, write, num_workers, skip_corru
         shard, rows = batches[i]
         parts.append((rows, readable, embeddings, contents))
         if i + 1 == len(batches) or batches[i + 1][0] != shard:
-            write(shard, parts)
+            yield shard, parts
             parts = []
 
 
@@ -213,6 +230,12 @@ def _collate(examples):
     return list(rows), torch.stack(pixels), list(contents)
 
 
+def data_fingerprint_of(source, engine, progress):
+    """The fingerprint of a source, whose images an engine reads if there is one."""
+    contents = None if engine is None else engine.contents(source)
+    return source.fingerprint(reading_bar(source, progress), contents)
+
+
 def reading_bar(source, progress):
     def bar(rows, total):
         return tqdm(rows, "Reading", total=total, unit="image", disable=not progress or total < 1000, leave=False)
@@ -255,4 +278,4 @@ def on_main_rank(compute):
     return value
 
 
-__all__ = ["cached_store", "embed_to_store", "on_main_rank", "reading_bar"]
+__all__ = ["cached_store", "data_fingerprint_of", "embed_shards", "embed_to_store", "on_main_rank", "reading_bar"]

@@ -1,4 +1,4 @@
-"""Where images to embed come from: a folder, a list of files, a table, or a split of a data set; with ids and classes.
+"""Where images to embed come from: what a source is, and those of a folder and of a list of files.
 
 Nothing here imports torch.
 """
@@ -24,16 +24,14 @@ from ..data_scripts.class_folders import class_of_path, say_loose, split_folders
 from ..data_scripts.data_errors import DataError, some
 from ..data_scripts.data_fingerprint import content_digest
 from ..data_scripts.image_files import has_images, list_images
-from ..data_scripts.image_names import common_root, image_names
+from ..data_scripts.image_names import common_root
 from ..data_scripts.labels import check_labels
 from ..data_scripts.paths import other_form, usable_path
-from ..data_scripts.table_columns import check_column, free_name, plain_value
-from ..data_scripts.table_files import is_table_file, is_table_folder
+from ..data_scripts.table_columns import check_column
 
 
 logger = logging.getLogger(__name__)
 
-TABLE_COLUMN_OPTIONS = frozenset({"image_column", "label_column", "split_column", "image_root"})
 _HASHING_THREADS = 8
 
 
@@ -98,12 +96,12 @@ class ImageSource:
         kept = {
             "ids": [self.ids[row] for row in rows],
             "labels": self.labels[rows],
-            "stored": _ChosenRows(self.stored, rows),
+            "stored": chosen_rows(self.stored, rows),
             "columns": {name: [values[row] for row in rows] for name, values in self.columns.items()},
         }
         return dataclasses.replace(self, description=description, **{**kept, **changes})
 
-    def fingerprint(self, progress=lambda iterable, total: iterable):
+    def fingerprint(self, progress=lambda iterable, total: iterable, contents=None):
         """Digest of the data: columns, ids, classes and all bytes of all images, in order.
 
         It reads every file once (about a second per gigabyte, beside what the disk takes), so it knows a changed image
@@ -111,6 +109,7 @@ class ImageSource:
 
         Args:
             progress: Wraps the iteration over the rows, for a progress bar.
+            contents: `content_digest` of each image, in order, where somebody else has read them; None: read here.
 
         Returns:
             64 hexadecimal digits.
@@ -122,7 +121,9 @@ class ImageSource:
         with ThreadPoolExecutor(_HASHING_THREADS) as threads:
             if self.columns:
                 digest.update(json.dumps(self.columns).encode())
-            for row, content in enumerate(progress(threads.map(self._content_digest, range(len(self))), len(self))):
+            contents = threads.map(self._content_digest, range(len(self))) if contents is None else contents
+            rows = zip(range(len(self)), contents, strict=True)
+            for row, content in progress(rows, len(self)):
                 digest.update(f"{self.ids[row]}\0{self.class_name(row)}\0{self.labels[row]}\0".encode())
                 digest.update(content)
         return digest.hexdigest()
@@ -144,17 +145,17 @@ def folder_source(folder):
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
     source = _file_source([file.path for file in list_images(folder)], folder, folder, f"images in {folder}")
-    _say_one_class(source, folder)
+    say_one_class(source, folder)
     return source
 
 
-def _say_one_class(source, folder):
-    """Say that the class folders may be further down, which a training run refuses."""
+def say_one_class(source, folder):
+    """Say of a source of a folder that the class folders may be further down, which a training run refuses."""
     below = {parts[1] for parts in (name.split("/") for name in source.ids) if len(parts) > 2}
     if len(source.class_names) == 1 and len(below) > 1 and not source.labels.mask.any():
         (name,) = source.class_names
         logger.warning("%s: all images are of the class %r, its only folder; if the classes are %s, give %s", folder,
-                       name, some(sorted(below)), folder / name)  # fmt: skip
+                       name, some(sorted(below)), f"{folder}/{name}")  # fmt: skip
 
 
 def list_source(path):
@@ -200,8 +201,24 @@ def _first_with_classes(top, bottom):
 
 
 def _file_source(paths, root, class_root, description):
-    splits = split_folders([] if not paths else visible_folders(class_root))
     places = [Path(root, path).relative_to(class_root).as_posix() for path in paths]
+    labels, class_names = classes_of_places(places, visible_folders(class_root) if paths else [], class_root, paths)
+    return ImageSource(paths, labels, class_names, StoredFiles(str(root), paths), description, str(root))
+
+
+def classes_of_places(places, folders, where, paths=None):
+    """Labels and class names of images by the folders that they lie in, and words on what may not be meant.
+
+    Args:
+        places: Their paths from the folder of the class folders, or of the splits.
+        folders: The names of all folders there.
+        where: What that folder is called.
+        paths: What the images are called; None: as their places.
+
+    Returns:
+        `(n,)` masked array of int64, and the names, position = label.
+    """
+    splits = split_folders(folders)
     classes = [class_of_path(place, splits) for place in places]
     class_names = sorted(set(classes) - {None})
     inside = {name: [] for name in class_names}
@@ -209,17 +226,22 @@ def _file_source(paths, root, class_root, description):
         if name is not None:
             inside[name].append(place.split("/", 2 if splits else 1)[-1])
     if joined := splits_in_classes(inside):
-        logger.warning("%s: %s", class_root, joined)
-    numbers = {name: number for number, name in enumerate(class_names)}
-    known = [name is not None for name in classes]
+        logger.warning("%s: %s", where, joined)
     if class_names:
+        paths = places if paths is None else paths
         loose = [path for path, name in zip(paths, classes, strict=True) if name is None]
-        say_loose(class_root, loose, "the class folders and have no class")
-    labels = np.ma.array([numbers.get(name, 0) for name in classes], mask=np.logical_not(known), dtype=np.int64)
-    return ImageSource(paths, labels, class_names, _Files(str(root), paths), description, str(root))
+        say_loose(where, loose, "the class folders and have no class")
+    return labels_of_names(classes, class_names), class_names
 
 
-class _Files(NamedTuple):
+def labels_of_names(classes, class_names):
+    """`(n,)` masked array of int64, the positions of classes (None: masked) among their names."""
+    numbers = {name: number for number, name in enumerate(class_names)}
+    mask = [name is None for name in classes]
+    return np.ma.array([numbers.get(name, 0) for name in classes], mask=mask, dtype=np.int64)
+
+
+class StoredFiles(NamedTuple):
     """`ImageSource.stored` of files; picklable, as workers need it."""
 
     root: str
@@ -228,114 +250,25 @@ class _Files(NamedTuple):
     def __call__(self, row):
         return f"{self.root}/{self.paths[row]}"
 
+    def chosen(self, rows):
+        return self._replace(paths=[self.paths[row] for row in rows])
 
-class _TableRows(NamedTuple):
-    """`ImageSource.stored` of rows of `datasets`."""
 
-    table: object
-    description: str
+class GivenImages(NamedTuple):
+    """`ImageSource.stored` of what is in memory."""
+
+    images: list[str | bytes]
 
     def __call__(self, row):
-        from ..data_scripts.torch_dataset import stored_image
-
-        return stored_image(self.table[row]["image"], f"{self.description}, row {row}", "image")[0]
+        return self.images[row]
 
 
-def split_source(split, description, data_dir=None):
-    """A split of [`load_splits`], or any data set of `datasets` with columns `image` and `label`.
-
-    Ids are paths relative to `data_dir` (to the folder common to all files, where they lie elsewhere); for images that
-    are stored in the table, their names, or `row 0`, `row 1`, ... where not all have different names.
-
-    Args:
-        split: Map-style data set of `datasets`.
-        description: One line on what this is.
-        data_dir: Folder of the data set.
-
-    Raises:
-        DataError: a column is missing or of another type, a row has no image or no label, or there are no rows.
-    """
-    import datasets
-
-    from ..data_scripts.torch_dataset import ImageColumns
-
-    columns = ImageColumns.find(split.features, "image", "label")
-    split = split.with_format(None)
-    table = split.select_columns(["image", "label"]).cast_column("image", datasets.Image(decode=False))
-    names = columns.class_names
-    labels = check_labels(
-        table.with_format("arrow")[:].column("label"), None if names is None else len(names), description
-    )
-    class_names = names or [str(number) for number in range(int(labels.max(initial=-1)) + 1)]
-    ids, root, _ = image_names(table, data_dir)
-    stored = _TableRows(table.select_columns(["image"]), description)
-    others = _further(split, description)
-    return ImageSource(ids, labels, class_names, stored, description, None if root is None else str(root), others)
+def chosen_rows(stored, rows):
+    """`ImageSource.stored` of some rows, with as little of the others as can be: it may go to another machine."""
+    return stored.chosen(rows) if hasattr(stored, "chosen") else ChosenRows(stored, rows)
 
 
-def table_source(place, cache_dir=None, **options):
-    """All images of a table, whatever their split; further columns go along.
-
-    Args:
-        place: A file (CSV, TSV, JSONL, Parquet, Arrow), a pandas DataFrame, a folder with `metadata.csv`, or what
-            `save_to_disk` of `datasets` wrote. See `TableImages`.
-        cache_dir: Where Parquet files are unpacked to; by default where `datasets` keeps its tables.
-        **options: `image_column`, `label_column`, `split_column`, `image_root`.
-
-    Raises:
-        DataError: as `load_splits`; but classes need not be there.
-    """
-    import datasets
-
-    from ..data_scripts.tables import TableImagesConfig, read_tables
-
-    if others := sorted(set(options) - TABLE_COLUMN_OPTIONS):
-        raise DataError(f"{', '.join(others)}: all images of a table are taken; only data sets are split")
-    where, splits = read_tables(place, TableImagesConfig(**options), cache_dir, labelled=False)
-    parts = {}
-    for name, split in splits.items():
-        description = f"{name} of {where}"
-        labels, class_names = _labels_of(split, description)
-        table = split.cast_column("image", datasets.Image(decode=False))
-        found = image_names(table, None if hasattr(place, "columns") else place)
-        root = None if found.root is None else str(found.root)
-        stored = _TableRows(table.select_columns(["image"]), description)
-        parts[name] = ImageSource(found.names, labels, class_names, stored, description, root, _further(split, where))
-    return joined_source(parts, f"images of {where}")
-
-
-def _labels_of(split, description):
-    """Labels of a table, masked where there are none, and the names of its classes in their order."""
-    if "label" not in split.column_names:
-        return np.ma.masked_all(len(split), dtype=np.int64), []
-    feature = split.features["label"]
-    values = split.with_format("arrow", columns=["label"])[:].column("label").to_pylist()
-    if getattr(feature, "names", None):
-        known = range(len(feature.names))
-        bad = next((row for row, value in enumerate(values) if value is not None and value not in known), None)
-        if bad is not None:
-            raise DataError(
-                f"{description}: row {bad} has the label {values[bad]}; expected 0..{len(feature.names) - 1}"
-            )
-        numbers, class_names = values, list(feature.names)
-    else:
-        classes = sorted({value for value in values if value not in (None, "")})
-        number = {value: position for position, value in enumerate(classes)}
-        numbers, class_names = [number.get(value) for value in values], list(map(str, classes))
-    mask = [number is None for number in numbers]
-    return np.ma.array([number or 0 for number in numbers], mask=mask, dtype=np.int64), class_names
-
-
-def _further(split, description):
-    """The columns of text and numbers beside image and label, as `ImageSource.columns` has them."""
-    from ..data_scripts.given_splits import further_columns
-
-    names = further_columns(split.features, ("image", "label"), description)
-    arrow = split.with_format("arrow", columns=names)[:] if names else None
-    return {free_name(name): [plain_value(value) for value in arrow.column(name).to_pylist()] for name in names}
-
-
-class _ChosenRows(NamedTuple):
+class ChosenRows(NamedTuple):
     """`ImageSource.stored` of some rows; picklable, as workers need it."""
 
     stored: Callable[[int], str | bytes]
@@ -343,6 +276,9 @@ class _ChosenRows(NamedTuple):
 
     def __call__(self, row):
         return self.stored(self.rows[row])
+
+    def chosen(self, rows):
+        return chosen_rows(self.stored, [self.rows[row] for row in rows])
 
 
 class _JoinedRows(NamedTuple):
@@ -354,6 +290,15 @@ class _JoinedRows(NamedTuple):
     def __call__(self, row):
         part, place = self.rows[row]
         return self.parts[part](place)
+
+    def chosen(self, rows):
+        places, mine = {}, []
+        for part, place in (self.rows[row] for row in rows):
+            mine.append((part, len(places.setdefault(part, []))))
+            places[part].append(place)
+        numbers = {part: number for number, part in enumerate(places)}
+        parts = [chosen_rows(self.parts[part], found) for part, found in places.items()]
+        return _JoinedRows(parts, [(numbers[part], place) for part, place in mine])
 
 
 def joined_source(parts, description):
@@ -410,30 +355,16 @@ def _without_copies(parts):
     return kept
 
 
-def place_source(place, **options):
-    """The images of a place: a `.txt` list, a table, or a folder. See `list_source`, `table_source`, `folder_source`.
-
-    Args:
-        place: File or folder.
-        **options: As for `table_source`, and `data_cache_dir`; of tables only.
-
-    Raises:
-        DataError: as these functions; or options for what is no table.
-    """
-    path = usable_path(place)
-    if is_table_file(path) or is_table_folder(path):
-        return table_source(path, options.pop("data_cache_dir", None), **options)
-    if options:
-        raise DataError(f"{', '.join(options)}: {place} is no table; all of its images are taken, with their folders")
-    return list_source(path) if path.suffix.lower() == ".txt" else folder_source(path)
-
-
 __all__ = [
+    "ChosenRows",
+    "GivenImages",
     "ImageSource",
+    "StoredFiles",
+    "chosen_rows",
+    "classes_of_places",
     "folder_source",
     "joined_source",
+    "labels_of_names",
     "list_source",
-    "place_source",
-    "split_source",
-    "table_source",
+    "say_one_class",
 ]

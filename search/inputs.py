@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,39 +17,77 @@ from ..data_scripts.split_record import SPLITS_NAME
 from ..eval.reranking import QueryExpansion, Reranking
 from .embed import cached_store
 from .embedder import Embedder, is_retriever
-from .image_sources import joined_source, place_source, split_source
+from .image_sources import joined_source
 from .model_names import check_model_name, model_name_of
+from .places import place_source
 from .run_splits import recorded_sources, say_trained_on
 from .store import STORE_FILE, EmbeddingStore
+from .table_sources import split_source
 from .views import views_of
 
 
+ENGINE_OPTIONS = ("workers", "cpus", "gpus")
+
+
 def load_embedder(name, options):
-    """The model of a command, on its device."""
+    """The model of a command, on its device; where an engine embeds, on the CPU, to say what the workers must have."""
     name = check_model_name(name)
+    device = options.device if getattr(options, "engine", None) is None else "cpu"
+    with no_progress_bars():
+        embedder = Embedder.from_pretrained(name, **_embedder_options(name, options), device=device)
+    if options.dtype == "auto":
+        print(f"computes in {str(embedder.dtype).removeprefix('torch.')}", file=sys.stderr)
+    if options.command == "compare":
+        print(f"{name}: images of {embedder.preprocess.image_size} pixels", file=sys.stderr)
+    return embedder
+
+
+def engine_of(name, options):
+    """Where a command embeds: None for this process, or a [`RayEngine`] whose workers load the model of that name.
+
+    Raises:
+        DataError: an option is for the other.
+        ImportError: Ray is not installed.
+    """
+    given = {key: value for key in ENGINE_OPTIONS if (value := getattr(options, f"engine_{key}")) is not None}
+    if options.engine is None:
+        if given:
+            raise DataError(f"--engine_{next(iter(given))} goes with --engine ray")
+        return None
+    if options.device is not None:
+        raise DataError("--device is for this process; --engine_gpus says how many GPUs a worker has")
+    if options.dtype == "auto":
+        raise DataError("with --engine, --dtype can't be auto: which is fast is known where the workers are")
+    from .ray_engine import RayEngine  # of an extra
+
+    values = _embedder_options(name, options)
+    values["backbone"] = _everywhere(values["backbone"])
+    device = None if given.get("gpus") else "cpu"
+    return RayEngine(partial(Embedder.from_pretrained, _everywhere(name), **values, device=device), **given)
+
+
+def _everywhere(name):
+    """A model's name as workers find it, which may be in another folder."""
+    return name if name is None or not Path(name).is_dir() else str(Path(name).resolve())
+
+
+def _embedder_options(name, options):
+    """Options of `Embedder.from_pretrained` but for the device."""
     backbone, sizes = options.backbone, {"image_size": options.image_size, "resize_size": options.resize_size}
     if options.command == "compare":  # what is meant for the other one
         if is_retriever(name, options.revision):
             sizes = dict.fromkeys(sizes)
         else:
             backbone, sizes = None, _size_to_compare(options, sizes)
-    with no_progress_bars():
-        embedder = Embedder.from_pretrained(
-            name,
-            revision=options.revision,
-            backbone=backbone,
-            **sizes,
-            batch_size=options.batch_size,
-            device=options.device,
-            dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
-            max_image_pixels=options.max_image_pixels,
-            views=options.views or "one",
-        )
-    if options.dtype == "auto":
-        print(f"computes in {str(embedder.dtype).removeprefix('torch.')}", file=sys.stderr)
-    if options.command == "compare":
-        print(f"{name}: images of {embedder.preprocess.image_size} pixels", file=sys.stderr)
-    return embedder
+    return {
+        "revision": options.revision,
+        "backbone": backbone,
+        **sizes,
+        "batch_size": options.batch_size,
+        "dtype": options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+        "max_image_pixels": options.max_image_pixels,
+        "views": options.views or "one",
+    }
 
 
 def _size_to_compare(options, sizes):
@@ -197,8 +236,9 @@ def orders_of(options):
 
 def refuse_model_options(options, instead):
     """A DataError if an option says something of a model where none is loaded; `instead` is what it goes with."""
-    for name in ("model", "backbone", "revision", "image_size", "resize_size", "views"):
-        if getattr(options, name) is not None:
+    engine = ("engine", *(f"engine_{name}" for name in ENGINE_OPTIONS))
+    for name in ("model", "backbone", "revision", "image_size", "resize_size", "views", *engine):
+        if getattr(options, name, None) is not None:  # not all commands have an engine
             raise DataError(f"--{name} goes with {instead}")
 
 
@@ -268,6 +308,7 @@ __all__ = [
     "choose_sets",
     "embedded",
     "embedder_of",
+    "engine_of",
     "is_main_rank",
     "load_embedder",
     "load_sources",

@@ -11,7 +11,8 @@ from ..data_scripts.data_arguments import DataArguments, check_data_arguments
 from ..data_scripts.data_errors import DataError, some
 from ..data_scripts.split_record import PLACES, SPLITS_NAME, read_split_record
 from ..data_scripts.torch_dataset import ImageDataset
-from .image_sources import joined_source, split_source
+from .image_sources import joined_source
+from .table_sources import split_source
 
 
 logger = logging.getLogger(__name__)

@@ -124,10 +124,14 @@ def update_index(
 
     def listing():
         names = [source.class_name(row) for row in range(len(source))]
-        progress = reading_bar(source, options.get("progress", True))
+        progress, engine = reading_bar(source, options.get("progress", True)), options.get("engine")
         with ThreadPoolExecutor(_READING_THREADS) as threads:
-            digests = threads.map(lambda row: content_digest(source.stored(row)).hex(), range(len(source)))
-            contents = list(progress(digests, len(source)))
+            digests = (
+                threads.map(lambda row: content_digest(source.stored(row)), range(len(source)))
+                if engine is None
+                else engine.contents(source)
+            )
+            contents = [digest.hex() for digest in progress(digests, len(source))]
         metadata = {CLASS_COLUMN: names} | own_columns(source)
         name = _source_name(source.description, source.image_root)
         return _Listing(source.ids, metadata, contents, source.image_root, name, embedder.description())

@@ -35,6 +35,7 @@ WRITTEN = {  # by commands, by a Space, or by the reader
     "requirements.txt",
 }
 OF_OTHERS = {"--shutdown-timeout", "--nproc_per_node", "--num_processes", "--multi_gpu", "--cpu", "--help"}
+OF_OTHERS |= {"--nnodes", "--node_rank", "--master_addr", "--master_port"}  # torchrun
 OF_OTHERS |= {"--editable", "--force-reinstall", "--no-deps", "--repo-type"}  # pip, hf
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 

@@ -15,6 +15,7 @@ from test_docs import FENCE, PAGES
 PROGRAMS = ("vptsp", ".venv/bin/vptsp", "python", "torchrun", "accelerate", "pip", "make", "hf", "ls")
 BENCHMARK = "a measurement of minutes to hours; tests/benchmarks has its parts"
 CUB = "needs the archive of CUB-200-2011; tests/data_scripts/test_cub.py has a tiny one"
+RAY = "needs a bucket and a cluster; tests/search/test_ray_engine.py"
 NETWORK = "the installed package, which tests/test_wheel.py builds and installs"
 # Page and beginning of a block -> why it does not run here.
 NOT_RUN = {
@@ -37,6 +38,11 @@ NOT_RUN = {
     "tests/data_scripts/test_hub_repositories.py",
     ("docs/data.md", "OMP_NUM_THREADS=1 python benchmarks/data_loading.py"): BENCHMARK,
     ("docs/extending.md", "python my_run.py my_run.yaml"): "the reader's own; tests/test_extending.py runs it",
+    ("docs/large_scale.md", "vptsp embed --model runs/photos --images s3://"): RAY,
+    ("docs/large_scale.md", "RAY_ADDRESS=ray-head:6379 vptsp embed"): RAY,
+    ("docs/large_scale.md", "python benchmarks/large_scale.py --model"): BENCHMARK,
+    ("docs/large_scale.md", "python benchmarks/large_scale_plan.py"): BENCHMARK,
+    ("docs/large_scale.md", "torchrun --nnodes 2"): "needs two machines; tests/training/test_two_hosts.py",
     ("docs/methods.md", "vptsp train table1/vpt --data_dir path/to/CUB_200_2011"): CUB,
     ("docs/methods.md", "vptsp train table1/lora --data_dir path/to/CUB_200_2011"): CUB,
     ("docs/performance.md", "python benchmarks/step.py --settings"): BENCHMARK,

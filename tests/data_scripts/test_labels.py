@@ -21,7 +21,8 @@ from vptsp import (
 from vptsp.data_scripts.labels import check_labels
 from vptsp.data_scripts.streaming import StreamedImages
 from vptsp.eval.checks import check_labels as check_label_tensor
-from vptsp.search.image_sources import ImageSource, split_source
+from vptsp.search.image_sources import ImageSource
+from vptsp.search.table_sources import split_source
 
 
 NO_LABELS = [None, math.nan, 1.0, 0.5, -1, -5, True, "1", np.int64(-2), np.float32(1), np.bool_(True), 2**70]

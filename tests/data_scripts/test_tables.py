@@ -14,7 +14,8 @@ from data_fixtures import jpeg_bytes, rows_of, write_files
 
 from vptsp import DataArguments, DataError, ImageDataset, check_data_arguments, load_splits
 from vptsp.data_scripts.command_check import main as check
-from vptsp.search.image_sources import list_source, table_source
+from vptsp.search.image_sources import list_source
+from vptsp.search.table_sources import table_source
 
 
 NAMES = ["a/1.jpg", "a/2.jpg", "b/3.jpg", "c/4.jpg"]
