@@ -35,14 +35,18 @@ class _Watch(importlib.abc.MetaPathFinder):
 
     def __init__(self, package):
         self.package = package
-        self.waiting_for = {_AUTO_CLASSES, *(f"{package}.{name}" for name in _OWN)}
+        self.watched = {_AUTO_CLASSES, *(f"{package}.{name}" for name in _OWN)}
+        self.asking = set()
         self.running = 0
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname not in self.waiting_for:
+        if fullname not in self.watched or fullname in self.asking:
             return None
-        self.waiting_for.remove(fullname)  # so that what really finds it is asked
-        spec = importlib.util.find_spec(fullname)
+        self.asking.add(fullname)  # so that what really finds it is asked
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.asking.discard(fullname)
         if spec is not None and spec.loader is not None:
             spec.loader.exec_module = self._seen(spec.loader.exec_module)
         return spec
@@ -52,9 +56,6 @@ class _Watch(importlib.abc.MetaPathFinder):
             self.running += 1
             try:
                 execute(module)
-            except BaseException:
-                self.waiting_for.add(module.__name__)
-                raise
             finally:
                 self.running -= 1
             self.register_if_due()

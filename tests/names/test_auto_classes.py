@@ -11,6 +11,10 @@ ORDERS = {
     "from transformers import AutoModel",
     "transformers": "from transformers import AutoModel; import vptsp",
     "a class": "from vptsp import VPTSPConfig; from transformers import AutoModel",
+    "a look": "import vptsp, importlib.util; importlib.util.find_spec('vptsp.configuration_vptsp'); "
+    "importlib.util.find_spec('vptsp.modeling_vptsp'); import vptsp.configuration_vptsp; "
+    "from transformers import AutoModel",
+    "the loading": "import vptsp.loading_vptsp; from transformers import AutoModel",
     "a file": "import vptsp.backbones_vptsp; from transformers import AutoModel",
 }
 LOAD = """
