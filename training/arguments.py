@@ -156,15 +156,15 @@ class VPTSPTrainingArguments(TrainingArguments):
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else None
         if self.dtype is None:
             return
-        found = self.dtype
+        found, gpu = self.dtype, None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
         if found == "auto":
-            gpu = None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
             found = str(fastest_dtype(gpu or "cpu")).removeprefix("torch.")
         wanted = {"float32": None, "bfloat16": "bf16", "float16": "fp16"}[found]
         if asked not in (None, wanted):
             raise ValueError(f"dtype is {self.dtype}, which is {found} here, and {asked} is true: give one of them")
         if wanted:
             setattr(self, wanted, True)
+            self.use_cpu |= gpu is None  # there is nothing else, and transformers wants to be told
 
     def _refuse_sharding(self):
         """FSDP and DeepSpeed, however they were asked for."""

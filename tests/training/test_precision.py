@@ -34,6 +34,15 @@ def test_a_given_dtype(tmp_path, dtype, bf16):
     assert args.mixed_precision == ("bf16" if bf16 else "no")
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_cpu_is_taken_where_there_is_nothing_else(monkeypatch, tmp_path, dtype):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(backbones_vptsp, "_MULTIPLIES_BFLOAT16", True)
+    args = VPTSPTrainingArguments(output_dir=str(tmp_path), dtype=dtype)
+    assert args.bf16 and args.device.type == "cpu"
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
