@@ -24,6 +24,7 @@ __all__ = [
     "is_saved_folder",
     "is_table_file",
     "is_table_folder",
+    "listed_paths",
     "metadata_files",
     "missing_text",
     "read_text_table",
@@ -200,10 +201,16 @@ def _read_csv(text: str, path: Path) -> tuple[dict[str, list[str]], list[int]]:
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}, lines
 
 
+def listed_paths(text: str) -> tuple[list[str], list[int]]:
+    """The paths of a list, one on each line, and their lines; empty lines and those that begin with `#` name none."""
+    numbered = [(line.strip(), number) for number, line in enumerate(text.splitlines(), 1)]
+    numbered = [(path, number) for path, number in numbered if path and not path.startswith("#")]
+    return [path for path, _ in numbered], [number for _, number in numbered]
+
+
 def _read_list(text: str, path: Path) -> tuple[dict[str, list[str]], list[int]]:
-    numbered = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
-    numbered = [(number, line) for number, line in numbered if line and not line.startswith("#")]
-    return {"image": [line for _, line in numbered]}, [number for number, _ in numbered]
+    paths, lines = listed_paths(text)
+    return {"image": paths}, lines
 
 
 def _read_json_lines(text: str, path: Path) -> tuple[dict[str, list[Any]], list[int]]:

@@ -28,6 +28,7 @@ from ..data_scripts.image_names import common_root
 from ..data_scripts.labels import check_labels
 from ..data_scripts.paths import other_form, usable_path
 from ..data_scripts.table_columns import check_column
+from ..data_scripts.table_files import listed_paths
 
 
 logger = logging.getLogger(__name__)
@@ -171,10 +172,10 @@ def list_source(path):
     """
     path = usable_path(path).absolute()
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        paths, _ = listed_paths(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the list of images {path} can't be read: {error}") from error
-    files = [os.path.normpath(path.parent / line) for line in lines if line and not line.startswith("#")]
+    files = [os.path.normpath(path.parent / line) for line in paths]
     missing = [file for file in files if not os.path.isfile(file)]  # noqa: PTH113 (that of Path raises where a name is too long)
     if missing:
         shown = some(file if len(file) < 200 else f"{file[:100]}...{file[-50:]}" for file in missing)

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..files.atomic import atomic_path
 from ..loading_vptsp import read_weights, save_with_digest
+from .local_processes import processes_here
 from .row_prefetch import RowPrefetch
 
 
@@ -145,7 +146,7 @@ class HostTable(nn.Module):
 
     def fits_in_memory(self, num_states):
         """Whether table and states, of all processes here, take at most `MEMORY_SHARE` of the available memory."""
-        processes = _processes_here()
+        processes = processes_here()
         held = 0 if self._tokens is None or self.folder is not None else self.num_bytes(0)
         available = psutil.virtual_memory().available + held * processes
         return processes * self.num_bytes(num_states) <= MEMORY_SHARE * available
@@ -168,7 +169,7 @@ class HostTable(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         shares = local is not None and local.count > 1 and self._see_the_same(folder, local)
-        processes = 1 if shares else _processes_here()
+        processes = 1 if shares else processes_here()
         needed, free = processes * self.num_bytes(num_states), shutil.disk_usage(folder).free
         if needed > free:
             raise OSError(
@@ -303,11 +304,6 @@ def _reserve(descriptor, num_bytes):
 def empty_pinned(shape):
     """Page-locked float32 memory, out of torch's cache of it; copies from and to a GPU run at full speed."""
     return torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=True)
-
-
-def _processes_here():
-    """Processes of the run on this machine, as torchrun says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _save(tensors, path):

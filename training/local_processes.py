@@ -9,6 +9,11 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 
+def processes_here() -> int:
+    """Processes of the run on this machine, as torchrun says; no process has to ask another."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 class LocalProcesses:
     """This process among those of the run on its machine. The first of them, the owner, writes what they share.
 
@@ -20,7 +25,7 @@ class LocalProcesses:
     """
 
     def __init__(self):
-        self.count, self.is_owner, self._group = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), True, None
+        self.count, self.is_owner, self._group = processes_here(), True, None
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
         hosts = [None] * dist.get_world_size()
@@ -66,4 +71,4 @@ class LocalProcesses:
             dist.barrier(group=self._group)
 
 
-__all__ = ["LocalProcesses"]
+__all__ = ["LocalProcesses", "processes_here"]
